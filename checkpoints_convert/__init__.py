@@ -1,0 +1,1 @@
+"""Model weights between Hugging Face folders and Megatron checkpoints."""

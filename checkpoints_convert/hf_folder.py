@@ -1,0 +1,74 @@
+"""Hugging Face folders: where they are, and the files beside the weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from megatron_longpo.errors import UserError
+from megatron_longpo.model.architectures import Architecture, effective_hf_config, read_hf_config
+
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+)
+SIDE_FILES = (*TOKENIZER_FILES, "generation_config.json")
+
+
+def local_hf_folder(folder_or_hub_id: str) -> str:
+    """Returns the folder itself, or that of a downloaded copy of the hub id."""
+    if Path(folder_or_hub_id).expanduser().is_dir():
+        return str(Path(folder_or_hub_id).expanduser())
+    is_hub_id = folder_or_hub_id.count("/") == 1 and folder_or_hub_id[0] not in "./~"
+    if not is_hub_id:
+        raise UserError(f"{folder_or_hub_id}: no such folder, and not a hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(
+            folder_or_hub_id,
+            allow_patterns=["config.json", "model*.safetensors*", *SIDE_FILES],
+        )
+    except Exception as error:
+        # The hub client raises a dozen kinds (offline, gated, unknown, timed out); all of them
+        # mean that there is no folder to read.
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"{folder_or_hub_id}: no such folder, and not available from the hub ({reason})"
+        ) from error
+
+
+def write_hf_side_files(
+    hf_source_folder: str | Path,
+    destination_folder: str | Path,
+    arch: Architecture,
+    *,
+    dtype: str | None = None,
+) -> None:
+    """Copies tokenizer, chat template and generation config, and writes the effective config.json.
+
+    The config says what `arch` says: a policy's changed theta, scaling and positions. `dtype`
+    (torch's name, such as `bfloat16`) replaces the stored one, None keeps it.
+    """
+    source, destination = Path(hf_source_folder), Path(destination_folder)
+    destination.mkdir(parents=True, exist_ok=True)
+    for pattern in SIDE_FILES:
+        for path in sorted(source.glob(pattern)):
+            target = destination / path.name
+            if path.is_dir():
+                shutil.copytree(path, target, dirs_exist_ok=True)
+            else:
+                shutil.copyfile(path, target)
+    _, config = read_hf_config(str(source))
+    config = effective_hf_config(config, arch)
+    if dtype is not None:
+        # transformers 4 and 5 call it differently.
+        config["torch_dtype"] = config["dtype"] = dtype
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    (destination / "config.json").write_text(text, encoding="utf-8")

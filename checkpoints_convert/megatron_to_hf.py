@@ -1,0 +1,163 @@
+"""`longpo convert export`: a Megatron checkpoint becomes a Hugging Face folder.
+
+    python -m checkpoints_convert.megatron_to_hf SRC_MEGATRON DST_HF
+
+Also the Hugging Face view of a model in memory, for tests.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
+from safetensors.torch import save_file
+from torch import Tensor
+
+from checkpoints_convert.config import ExportConfig
+from checkpoints_convert.destination import new_folder
+from checkpoints_convert.hf_folder import write_hf_side_files
+from checkpoints_convert.hf_weights import INDEX_NAME, WEIGHTS_NAME, local_rules
+from checkpoints_convert.mapping import TensorRule, hf_shapes, tensor_rules, to_hf
+from checkpoints_convert.torch_dist import HF_FOLDER_NAME, TorchDistReader, find_iteration_folder
+from megatron_longpo.errors import UserError
+from megatron_longpo.model.architectures import Architecture, read_architecture
+from megatron_longpo.model.spec import DTYPES
+
+MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.")
+"""What the model's keys begin with; a checkpoint also has optimizer and RNG entries."""
+
+
+def run_export(config: ExportConfig) -> None:
+    """Writes a Hugging Face folder that transformers 4 and 5 read."""
+    limit = parse_size(config.max_shard_size)
+    iteration = find_iteration_folder(config.source)
+    hf_folder = iteration / HF_FOLDER_NAME
+    arch = read_architecture(str(hf_folder))
+    reader = TorchDistReader(iteration)
+    _check_keys(reader, arch)
+    dtype = DTYPES[config.dtype] if config.dtype else _common_dtype(reader, arch)
+    with new_folder(
+        config.destination, overwrite=config.overwrite, replaceable=_is_hf_folder
+    ) as folder:
+        _write_weights(reader, arch, folder, dtype=dtype, limit=limit)
+        write_hf_side_files(hf_folder, folder, arch, dtype=str(dtype).removeprefix("torch."))
+    print(f"{config.destination}: {arch.family}, {arch.num_layers} layers, {dtype}")
+
+
+def hf_named_tensors(gpt_model: GPTModel, arch: Architecture) -> Iterator[tuple[str, Tensor]]:
+    """Hugging Face names and (views of) weights of a model that no rank shares."""
+    for parameter, rule in local_rules(gpt_model, arch):
+        yield from zip(rule.hf_names, to_hf(rule, arch, parameter.detach()), strict=True)
+
+
+def hf_named_gradients(gpt_model: GPTModel, arch: Architecture) -> Iterator[tuple[str, Tensor]]:
+    """As `hf_named_tensors`, of the gradients: `main_grad` where Megatron's DDP made one."""
+    for parameter, rule in local_rules(gpt_model, arch):
+        gradient = getattr(parameter, "main_grad", None)
+        gradient = parameter.grad if gradient is None else gradient
+        if gradient is None:
+            raise ValueError(f"{rule.megatron_name} has no gradient")
+        yield from zip(rule.hf_names, to_hf(rule, arch, gradient), strict=True)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `500MB`, `5GB` (powers of ten, as transformers counts) or a plain number."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB)?", text.strip(), re.IGNORECASE)
+    size = 0
+    if match:
+        unit = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}[(match[2] or "").upper()]
+        size = int(float(match[1]) * unit)
+    if size < 1:
+        raise UserError(f"max_shard_size ({text}) must be a size such as 500MB or 5GB")
+    return size
+
+
+def _check_keys(reader: TorchDistReader, arch: Architecture) -> None:
+    expected = set()
+    for rule in tensor_rules(arch):
+        expected.add(rule.checkpoint_key)
+        shape = reader.shape(rule.checkpoint_key)
+        wanted = _stored_shape(rule, arch)
+        if rule.kind == "vocab":
+            matches = shape[1:] == wanted[1:] and shape[0] >= wanted[0]
+        else:
+            matches = shape == wanted
+        if not matches:
+            raise UserError(
+                f"{reader.folder}: tensor {rule.checkpoint_key} has shape {list(shape)}, "
+                f"{HF_FOLDER_NAME}/config.json asks for {list(wanted)}"
+            )
+    for key in reader.keys:
+        if key.startswith(MODEL_PREFIXES) and key not in expected:
+            raise UserError(
+                f"{reader.folder}: tensor {key} has no place in this architecture ({arch.family})"
+            )
+
+
+def _stored_shape(rule: TensorRule, arch: Architecture) -> tuple[int, ...]:
+    shapes = hf_shapes(rule, arch)
+    whole = (sum(shape[0] for shape in shapes), *shapes[0][1:])
+    return whole if rule.layer is None else (arch.num_layers, *whole)
+
+
+def _common_dtype(reader: TorchDistReader, arch: Architecture) -> torch.dtype:
+    """The checkpoint's dtype; the widest one, should there be two."""
+    dtypes = {reader.dtype(rule.checkpoint_key) for rule in tensor_rules(arch)}
+    return max(dtypes, key=lambda dtype: dtype.itemsize)
+
+
+def _write_weights(
+    reader: TorchDistReader, arch: Architecture, folder: Path, *, dtype: torch.dtype, limit: int
+) -> None:
+    files = _plan_files(arch, dtype=dtype, limit=limit)
+    weight_map: dict[str, str] = {}
+    for number, rules in enumerate(files, start=1):
+        name = WEIGHTS_NAME
+        if len(files) > 1:
+            name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        tensors: dict[str, Tensor] = {}
+        for rule in rules:
+            stored = reader.read(rule.checkpoint_key, layer=rule.layer)
+            for hf_name, tensor in zip(rule.hf_names, to_hf(rule, arch, stored), strict=True):
+                tensors[hf_name] = tensor.to(dtype).contiguous()
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(tensors, name))
+    if len(files) > 1:
+        total = sum(_bytes(rule, arch, dtype) for rules in files for rule in rules)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        text = json.dumps(index, indent=2) + "\n"
+        (folder / INDEX_NAME).write_text(text, encoding="utf-8")
+
+
+def _plan_files(arch: Architecture, *, dtype: torch.dtype, limit: int) -> list[list[TensorRule]]:
+    """Rules in order, a new file where the next one would pass `limit` bytes."""
+    files: list[list[TensorRule]] = [[]]
+    size = 0
+    for rule in tensor_rules(arch):
+        more = _bytes(rule, arch, dtype)
+        if files[-1] and size + more > limit:
+            files.append([])
+            size = 0
+        files[-1].append(rule)
+        size += more
+    return files
+
+
+def _bytes(rule: TensorRule, arch: Architecture, dtype: torch.dtype) -> int:
+    return sum(math.prod(shape) for shape in hf_shapes(rule, arch)) * dtype.itemsize
+
+
+def _is_hf_folder(folder: Path) -> bool:
+    return (folder / "config.json").is_file()
+
+
+if __name__ == "__main__":
+    from megatron_longpo.cli import main
+
+    sys.exit(main(["convert", "export", *sys.argv[1:]]))

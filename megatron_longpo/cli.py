@@ -1,0 +1,267 @@
+"""The `longpo` command: one table of commands, each a config class and a function.
+
+Both are imported when their command runs, so that `--help` and a mistake in the settings are
+answered without loading torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_longpo import __version__
+from megatron_longpo.config_help import config_text, help_text
+from megatron_longpo.config_parser import load_config, unchecked_values
+from megatron_longpo.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_DONE,
+    EXIT_STOPPED_ON_REQUEST,
+    StopRequested,
+    UserError,
+    nearest,
+)
+
+EXIT_INTERRUPTED = 130
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Command:
+    """One command: where its settings and its function live."""
+
+    name: str
+    summary: str
+    config: str
+    """`module:Class` of the settings."""
+    run: str
+    """`module:function` that takes them."""
+    examples: tuple[str, ...]
+    positionals: tuple[str, ...] = ()
+    """Settings that may be given by position, in this order."""
+    resolve: str | None = None
+    """`module:function` from parsed to resolved settings, where a command has one."""
+    extra_options: tuple[tuple[str, str], ...] = ()
+    """Options of the command line alone, with their meaning."""
+
+
+COMMANDS = (
+    Command(
+        name="generate",
+        summary="Write preference examples about long documents, with the model's own answers.",
+        config="megatron_longpo.generation.config:GenerateConfig",
+        run="megatron_longpo.generation.generate:run_generate",
+        examples=("longpo generate --config generate.yaml", "longpo generate --print_config"),
+    ),
+    Command(
+        name="tokenize",
+        summary="Turn preference examples into token rows for one model.",
+        config="megatron_longpo.data.config:TokenizeConfig",
+        run="megatron_longpo.data.tokenize:run_tokenize",
+        examples=(
+            "longpo tokenize --examples examples.jsonl --output rows.jsonl --tokenizer models/hf",
+            "longpo tokenize --config tokenize.yaml --overwrite",
+        ),
+    ),
+    Command(
+        name="inspect",
+        summary="Show what is in a set of token rows: lengths, turns, labels, text.",
+        config="megatron_longpo.data.config:InspectConfig",
+        run="megatron_longpo.data.inspect:run_inspect",
+        examples=(
+            "longpo inspect rows.jsonl",
+            "longpo inspect rows.jsonl --tokenizer models/hf --row 3",
+        ),
+        positionals=("rows",),
+    ),
+    Command(
+        name="train",
+        summary="Train a model on token rows. Several processes start with --nproc on one "
+        "machine, or with torchrun -m megatron_longpo train on several.",
+        config="megatron_longpo.config:TrainConfig",
+        run="megatron_longpo.training.loop:run_training",
+        resolve="megatron_longpo.config:resolve",
+        examples=(
+            "longpo train --config train.yaml",
+            "longpo train --config train.yaml --optimizer.lr 1e-6 --train.steps 20",
+            "longpo train --nproc 8 --config train.yaml",
+            "torchrun --nnodes 2 --nproc-per-node 8 -m megatron_longpo train --config train.yaml",
+        ),
+        extra_options=(("--nproc M", "Start M processes on this machine, one a GPU."),),
+    ),
+    Command(
+        name="convert import",
+        summary="Turn a Hugging Face model into a Megatron checkpoint.",
+        config="checkpoints_convert.config:ImportConfig",
+        run="checkpoints_convert.hf_to_megatron:run_import",
+        examples=("longpo convert import models/hf models/megatron",),
+        positionals=("source", "destination"),
+    ),
+    Command(
+        name="convert export",
+        summary="Turn a Megatron checkpoint into a Hugging Face folder.",
+        config="checkpoints_convert.config:ExportConfig",
+        run="checkpoints_convert.megatron_to_hf:run_export",
+        examples=("longpo convert export runs/a/checkpoints models/a-hf",),
+        positionals=("source", "destination"),
+    ),
+    Command(
+        name="report",
+        summary="Plot and summarise what training runs logged.",
+        config="megatron_longpo.training.report:ReportConfig",
+        run="megatron_longpo.training.report:run_report",
+        examples=("longpo report runs/a", "longpo report runs/a runs/b --output comparison.png"),
+        positionals=("runs",),
+    ),
+    Command(
+        name="env",
+        summary="Show versions, GPUs and which optional packages are missing.",
+        config="megatron_longpo.env:EnvConfig",
+        run="megatron_longpo.env:run_env",
+        examples=("longpo env", "longpo env --json"),
+    ),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code; faults that are not the user's propagate."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    # Megatron says so six times; `longpo env` says it once, with what it costs.
+    warnings.filterwarnings("ignore", message=r".*Apex (is|are) not installed")
+    try:
+        return _dispatch(arguments)
+    except UserError as error:
+        _wait_for_first_rank()
+        print(f"longpo: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except StopRequested as error:
+        print(f"longpo: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_STOPPED_ON_REQUEST
+    except KeyboardInterrupt:
+        print("longpo: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        if arguments[:1] == ["train"] and "--help" not in arguments:
+            raise  # it may be a connection that broke, which is a fault
+        # The reader has left, as in `longpo env | head`: there is nobody to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_DONE
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(overview())
+        return EXIT_DONE
+    if arguments[0] == "--version":
+        print(f"longpo {__version__}")
+        return EXIT_DONE
+    command, rest = find_command(arguments)
+    return run_command(command, rest)
+
+
+def overview() -> str:
+    width = max(len(command.name) for command in COMMANDS)
+    return "\n".join(
+        [
+            "usage: longpo COMMAND [--config X.yaml] [--key VALUE ...]",
+            "",
+            "commands:",
+            *(f"  {command.name:{width}}  {command.summary}" for command in COMMANDS),
+            "",
+            "examples:",
+            *(f"  {command.examples[0]}" for command in COMMANDS),
+            "",
+            "longpo COMMAND --help shows the settings and more examples of a command.",
+        ]
+    )
+
+
+def find_command(arguments: Sequence[str]) -> tuple[Command, list[str]]:
+    """Splits a command line into its command and the rest."""
+    names = {command.name: command for command in COMMANDS}
+    for length in (2, 1):
+        name = " ".join(arguments[:length])
+        if name in names:
+            return names[name], list(arguments[length:])
+    groups = sorted({name for name in names if name.startswith(arguments[0] + " ")})
+    if groups:
+        raise UserError(f"{arguments[0]} needs a second word. Use {' or '.join(groups)}")
+    guess = nearest(arguments[0], names)
+    hint = f"The nearest is {guess}" if guess else f"There are {', '.join(names)}"
+    raise UserError(f"{arguments[0]}: no such command. {hint}")
+
+
+def run_command(command: Command, arguments: list[str]) -> int:
+    """Parses the settings of a command and runs it, in this process or in many."""
+    config_class = _load(command.config)
+    if "-h" in arguments or "--help" in arguments:
+        print(_help(command, config_class))
+        return EXIT_DONE
+    num_processes = None
+    if command.name == "train":
+        num_processes, arguments = take_nproc(arguments)
+    if "--print_config" in arguments:
+        arguments = [argument for argument in arguments if argument != "--print_config"]
+        values = unchecked_values(
+            config_class, arguments, command=command.name, positionals=command.positionals
+        )
+        print(config_text(config_class, values))
+        return EXIT_DONE
+    config = load_config(
+        config_class, arguments, command=command.name, positionals=command.positionals
+    )
+    if command.resolve is not None:
+        config = _load(command.resolve)(config)
+    if num_processes is None:
+        _load(command.run)(config)
+        return EXIT_DONE
+    _load("megatron_longpo.config:check_world")(config, num_processes)
+    return _load("megatron_longpo.launch:run_torchrun")(num_processes, arguments)
+
+
+def take_nproc(arguments: Sequence[str]) -> tuple[int | None, list[str]]:
+    """Takes `--nproc M` out of a command line; None where it is not there."""
+    rest: list[str] = []
+    value: str | None = None
+    tokens = iter(arguments)
+    for token in tokens:
+        if token.partition("=")[0] != "--nproc":
+            rest.append(token)
+        else:
+            value = token.partition("=")[2] or next(tokens, "")
+    if value is None:
+        return None, rest
+    if not value.isdecimal() or int(value) < 1:
+        raise UserError(f"--nproc ({value}) must be an integer, at least 1")
+    if "WORLD_SIZE" in os.environ:
+        raise UserError(
+            f"--nproc ({value}): a launcher has started this process already. Leave --nproc out"
+        )
+    return int(value), rest
+
+
+def _help(command: Command, config_class: type) -> str:
+    return help_text(
+        config_class,
+        command=command.name,
+        summary=command.summary,
+        positionals=command.positionals,
+        extra_options=command.extra_options,
+        examples=command.examples,
+    )
+
+
+def _load(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def _wait_for_first_rank() -> None:
+    # What is wrong with settings or data is wrong on every rank. The launcher ends the others
+    # as soon as rank 0 has said so, and the user reads one line.
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(2)

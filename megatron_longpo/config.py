@@ -1,0 +1,247 @@
+"""The settings of `longpo train`, one dataclass a section.
+
+A key of the YAML, an option of the command line and a field here have the same name. What
+depends on the objective or on another key is None here and filled by `resolve`, so that code
+behind it sees no None where contract and docs promise a value. Nothing here imports torch: a
+mistake is answered before a job is queued.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from megatron_longpo.config_checks import check_world, resolve
+from megatron_longpo.config_fields import limits
+from megatron_longpo.config_parser import load_config
+
+__all__ = ["TrainConfig", "check_world", "load_train_config", "resolve"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """The policy, the model that is trained."""
+
+    hf_path: str
+    """Hugging Face folder or hub id of the model to extend."""
+    rope_theta: float | None = field(default=None, metadata=limits(above=0))
+    """RoPE base of the policy; null = the model's own. The paper used 1e7 for 128K tokens."""
+    rope_scaling: dict[str, Any] | None = None
+    """RoPE scaling of the policy, written as in an HF config; null = the model's own."""
+    max_position_embeddings: int | None = field(default=None, metadata=limits(at_least=1))
+    """Positions of the policy, kept in exported configs; null = the model's own."""
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """Type of weights and activations in the model; the optimizer keeps fp32 weights."""
+    attention_kernel: Literal["auto", "te", "flash_attn", "varlen", "sdpa"] = "auto"
+    """Attention kernel; auto takes the fastest that the machine has."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReferenceConfig:
+    """The frozen reference that the preference is measured against."""
+
+    mode: Literal["online", "cached", "none"] | None = None
+    """online = scored in the same pass as the policy, none = log-probs count as 0, cached = read
+    from a file; null = online, none for sft and sft_rejected."""
+    hf_path: str | None = None
+    """Hugging Face folder or hub id; null = model.hf_path. It keeps its own RoPE."""
+    context: Literal["short", "long"] | None = None
+    """What the reference reads: the short chunk or the long document; null = by objective."""
+    cache_path: str | None = None
+    """File of log-probs for the mode cached."""
+    offload: bool = False
+    """Keep the reference's weights in CPU memory between uses."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """The preference rows to train on."""
+
+    path: str
+    """JSONL of rows, a save_to_disk folder, a Parquet folder, or a hub id."""
+    eval_path: str | None = None
+    """Rows to evaluate on, in any of the same forms; null = no evaluation."""
+    max_length: int = field(default=131072, metadata=limits(at_least=2))
+    """Most tokens in a long row."""
+    too_long: Literal["error", "drop", "truncate_document"] = "error"
+    """What becomes of a longer row: stop, leave it out, or cut the middle of its document."""
+    pack_tokens: int | None = field(default=None, metadata=limits(at_least=1))
+    """Most physical policy tokens of a microbatch, shared ones once; null = the largest pair."""
+    share_prefix: bool = True
+    """Compute the tokens that chosen and rejected share once; false = as two whole rows."""
+    shuffle: bool = True
+    """Visit the pairs in a new random order in every epoch."""
+    seed: int = field(default=42, metadata=limits(at_least=0))
+    """Seed of that order."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ObjectiveConfig:
+    """The loss; null values take the default of the named objective (docs/settings.md)."""
+
+    name: Literal["longpo", "dpo", "sft", "sft_rejected"] = "longpo"
+    """Which objective to train."""
+    beta: float | None = field(default=None, metadata=limits(at_least=0))
+    """Temperature of the preference term, above 0 where there is one; null = by objective."""
+    preference_weight: float | None = field(default=None, metadata=limits(at_least=0))
+    """Weight of the preference term (the paper's lambda); null = by objective."""
+    nll_weight: float | None = field(default=None, metadata=limits(at_least=0))
+    """Weight of the next-token loss; null = by objective."""
+    nll_scope: Literal["chosen_row", "chosen_answers"] | None = None
+    """Tokens of the next-token loss: the whole chosen row or its answers; null = by objective."""
+    turns: Literal["summed", "per_turn"] = "summed"
+    """One logistic a pair over the sum of its turns, or one a turn, averaged."""
+    label_smoothing: float = field(default=0.0, metadata=limits(at_least=0, below=0.5))
+    """Chance that a pair's labels are swapped, as conservative DPO assumes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelConfig:
+    """How the work is spread; data parallel = world size / (tensor x pipeline x context)."""
+
+    tensor: int = field(default=1, metadata=limits(at_least=1))
+    """Tensor-parallel size. Sizes over 1 are not available yet, here and in the next keys."""
+    pipeline: int = field(default=1, metadata=limits(at_least=1))
+    """Pipeline-parallel size."""
+    virtual_pipeline: int | None = field(default=None, metadata=limits(at_least=1))
+    """Model chunks a pipeline stage; null = no interleaving."""
+    context: int = field(default=1, metadata=limits(at_least=1))
+    """Context-parallel size: ranks that share one sequence."""
+    context_comm: Literal["a2a", "all_gather", "a2a+all_gather"] = "all_gather"
+    """How those ranks exchange keys and values."""
+    context_inner: int | None = field(default=None, metadata=limits(at_least=1))
+    """Size of the inner a2a group of a2a+all_gather."""
+    sequence: bool | None = None
+    """Split norms and dropout over the tensor-parallel ranks; null = true where tensor > 1."""
+    timeout_minutes: float = field(default=60.0, metadata=limits(above=0))
+    """How long a collective may wait; a first step at 512K tokens takes many minutes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig:
+    """The optimizer and its learning-rate schedule."""
+
+    name: Literal["rmsprop", "adam"] = "rmsprop"
+    """Which optimizer."""
+    lr: float = field(default=5e-7, metadata=limits(at_least=0))
+    """Highest learning rate."""
+    weight_decay: float = field(default=0.0, metadata=limits(at_least=0))
+    """Decoupled weight decay; norms and biases are left out."""
+    clip_grad: float = field(default=1.0, metadata=limits(at_least=0))
+    """Largest gradient norm; 0 = off."""
+    alpha: float = field(default=0.99, metadata=limits(at_least=0, below=1))
+    """Smoothing of rmsprop's square average."""
+    beta1: float = field(default=0.9, metadata=limits(at_least=0, below=1))
+    """Adam's first-moment decay."""
+    beta2: float = field(default=0.95, metadata=limits(at_least=0, below=1))
+    """Adam's second-moment decay."""
+    eps: float = field(default=1e-8, metadata=limits(above=0))
+    """Added to the denominator of rmsprop and adam."""
+    lr_schedule: Literal["cosine", "constant", "linear"] = "cosine"
+    """Shape of the decay from lr to min_lr after warm-up."""
+    warmup_ratio: float = field(default=0.1, metadata=limits(at_least=0, at_most=1))
+    """Part of the steps over which the learning rate rises to lr."""
+    min_lr: float = field(default=0.0, metadata=limits(at_least=0))
+    """Learning rate at the last step."""
+    distributed: bool = True
+    """Shard fp32 weights and optimizer state over the data-parallel ranks."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """How long to train and what to do along the way."""
+
+    global_batch_pairs: int = field(default=8, metadata=limits(at_least=1))
+    """Pairs of one optimizer step, over all ranks."""
+    epochs: int = field(default=1, metadata=limits(at_least=1))
+    """Passes over the data; the last, incomplete global batch is dropped."""
+    steps: int | None = field(default=None, metadata=limits(at_least=1))
+    """Optimizer steps; overrides epochs."""
+    seed: int = field(default=42, metadata=limits(at_least=0))
+    """Seed of everything but the order of the data."""
+    recompute: Literal["none", "selective", "full"] = "selective"
+    """What backward recomputes instead of storing: nothing, norms and MLP, or whole layers."""
+    eval_interval: int = field(default=0, metadata=limits(at_least=0))
+    """Steps between evaluations on data.eval_path; 0 = off."""
+    eval_at_start: bool = True
+    """With data.eval_path, also evaluate before the first step (as step 0) and after the last."""
+    dry_run: bool = False
+    """Check settings, data and memory, then stop before the first step."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig:
+    """Checkpoints and resuming."""
+
+    dir: str | None = None
+    """Folder of checkpoints; null = logging.dir/checkpoints."""
+    interval: int = field(default=500, metadata=limits(at_least=0))
+    """Steps between checkpoints; 0 = only after the last step."""
+    keep: int = field(default=2, metadata=limits(at_least=1))
+    """Newest checkpoints to keep."""
+    async_save: bool = False
+    """Write checkpoints while training goes on."""
+    resume: str = "auto"
+    """auto = go on from the newest checkpoint in dir, never = refuse a folder that holds a run,
+    or the path of a checkpoint to start from."""
+    load_optimizer: bool = True
+    """Take optimizer state along when resuming."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WandbConfig:
+    """Weights & Biases."""
+
+    project: str
+    """Project name."""
+    name: str | None = None
+    """Run name; null = chosen by wandb."""
+    mode: Literal["online", "offline", "disabled"] = "online"
+    """offline writes to disk only."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoggingConfig:
+    """What a run leaves behind."""
+
+    dir: str
+    """Folder for config.yaml, metrics.jsonl and tensorboard/."""
+    interval: int = field(default=1, metadata=limits(at_least=1))
+    """Steps between lines on the console and in trackers; metrics.jsonl has every step."""
+    tensorboard: bool = True
+    """Write tensorboard/."""
+    wandb: WandbConfig | None = None
+    """Report to Weights & Biases (project, name, mode); null = off."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraConfig:
+    """Low-rank adapters; not available yet."""
+
+    rank: int = field(default=16, metadata=limits(at_least=1))
+    """Rank of the adapters."""
+    alpha: float = field(default=32.0, metadata=limits(above=0))
+    """Their scale; the update is alpha / rank times the product."""
+    targets: tuple[str, ...] = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+    """Modules that get an adapter."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """Everything `longpo train` can be told."""
+
+    model: ModelConfig
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    data: DataConfig
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: RunConfig = field(default_factory=RunConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig
+    lora: LoraConfig | None = None
+
+
+def load_train_config(argv: list[str]) -> TrainConfig:
+    """`--config X.yaml --section.key value ...` -> checked and resolved settings."""
+    return resolve(load_config(TrainConfig, argv, command="train"))

@@ -1,0 +1,240 @@
+"""What a config dataclass says about its settings: keys, types, defaults, limits, meaning.
+
+Every command's settings are a dataclass with a docstring under each field. This file reads such
+a class; it knows no command and imports neither torch nor numpy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from docstring_parser import parse_from_object
+
+from megatron_longpo.errors import UserError
+
+LIMITS = "limits"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """The range of a number; None = no bound on that side."""
+
+    above: float | None = None
+    at_least: float | None = None
+    below: float | None = None
+    at_most: float | None = None
+
+    def hold(self, number: float) -> bool:
+        return (
+            math.isfinite(number)
+            and (self.above is None or number > self.above)
+            and (self.at_least is None or number >= self.at_least)
+            and (self.below is None or number < self.below)
+            and (self.at_most is None or number <= self.at_most)
+        )
+
+    def __str__(self) -> str:
+        bounds = {
+            "above": self.above,
+            "at least": self.at_least,
+            "below": self.below,
+            "at most": self.at_most,
+        }
+        return " and ".join(
+            f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None
+        )
+
+
+def limits(
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    below: float | None = None,
+    at_most: float | None = None,
+) -> dict[str, Limits]:
+    """Field metadata: `beta: float = field(default=0.1, metadata=limits(above=0))`."""
+    return {LIMITS: Limits(above=above, at_least=at_least, below=below, at_most=at_most)}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """One key of a config."""
+
+    key: str
+    """Dotted, as in the YAML and on the command line: `optimizer.lr`."""
+    annotation: Any
+    required: bool
+    default: Any
+    """None where `required`."""
+    meaning: str
+    """The docstring under the field, on one line."""
+    limits: Limits | None
+    is_section: bool
+    """A section holds settings, which follow it; an optional one may also be null."""
+
+
+def is_optional(annotation: Any) -> bool:
+    return type(None) in get_args(annotation)
+
+
+def without_none(annotation: Any) -> Any:
+    """`int | None -> int`; a union of several types stays a union."""
+    if get_origin(annotation) not in (Union, types.UnionType):
+        return annotation
+    members = tuple(member for member in get_args(annotation) if member is not type(None))
+    return members[0] if len(members) == 1 else Union[members]  # noqa: UP007 (built at run time)
+
+
+def field_meanings(config_class: type) -> dict[str, str]:
+    """Field name -> its docstring on one line."""
+    described = parse_from_object(config_class).params
+    return {param.arg_name: " ".join((param.description or "").split()) for param in described}
+
+
+def settings_of(config_class: type, prefix: str = "") -> dict[str, Setting]:
+    """Every key of a config class, sections before what they hold, in the order of the class."""
+    hints = get_type_hints(config_class)
+    meanings = field_meanings(config_class)
+    settings: dict[str, Setting] = {}
+    for field in dataclasses.fields(config_class):
+        annotation = hints[field.name]
+        section = without_none(annotation)
+        is_section = dataclasses.is_dataclass(section)
+        has_factory = field.default_factory is not dataclasses.MISSING
+        has_default = field.default is not dataclasses.MISSING or has_factory
+        default = field.default if field.default is not dataclasses.MISSING else None
+        if has_factory and not is_section:
+            assert field.default_factory is not dataclasses.MISSING
+            default = field.default_factory()
+        meaning = meanings.get(field.name, "")
+        if is_section and not meaning:
+            meaning = " ".join((section.__doc__ or "").split("\n\n")[0].split())
+        key = prefix + field.name
+        settings[key] = Setting(
+            key=key,
+            annotation=annotation,
+            required=not has_default and not is_section,
+            default=default,
+            meaning=meaning,
+            limits=field.metadata.get(LIMITS),
+            is_section=is_section,
+        )
+        if is_section:
+            settings.update(settings_of(section, key + "."))
+    return settings
+
+
+def optional_section_of(key: str, settings: Mapping[str, Setting]) -> str | None:
+    """The section around `key` that may be null (`lora.rank -> lora`), or None."""
+    parts = key.split(".")
+    for length in range(1, len(parts)):
+        section = settings.get(".".join(parts[:length]))
+        if section is not None and section.is_section and is_optional(section.annotation):
+            return section.key
+    return None
+
+
+def flat_values(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """`(key, value)` of every setting of a config object; a null section yields itself."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from flat_values(value, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name, value
+
+
+def check_limits(config: Any, origins: Mapping[str, str] | None = None) -> None:
+    """Raises UserError for the first number out of its range.
+
+    `origins` names a key as its user set it (`train.yaml:12: optimizer.lr`), for the message.
+    """
+    settings = settings_of(type(config))
+    for key, value in flat_values(config):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        allowed = settings[key].limits
+        origin = (origins or {}).get(key, key)
+        if allowed is None:
+            if not math.isfinite(value):
+                raise UserError(f"{origin} ({value}) must be a finite number")
+        elif not allowed.hold(value):
+            remedy = default_text(settings[key].default)
+            raise UserError(f"{origin} ({value:g}) must be {allowed}. The default is {remedy}")
+
+
+def expected(annotation: Any) -> str:
+    """What a user may write there: `one of bf16, fp32`, `an integer or null`."""
+    inner = without_none(annotation)
+    origin = get_origin(inner)
+    if origin is Literal:
+        text = "one of " + ", ".join(str(choice) for choice in get_args(inner))
+    elif origin in (Union, types.UnionType):
+        text = " or ".join(expected(member) for member in get_args(inner))
+    elif origin in (list, tuple):
+        text = "a list, each item " + expected(get_args(inner)[0])
+    elif origin is dict or inner is dict or dataclasses.is_dataclass(inner):
+        text = "an object (key: value)"
+    else:
+        words = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
+        text = words.get(inner, "a value")
+    return text + " or null" if is_optional(annotation) else text
+
+
+def accepts(annotation: Any, node: yaml.Node) -> bool:
+    """Whether a YAML node may stand where the annotation asks; sections are not looked into."""
+    tag = node.tag.rpartition(":")[2]
+    if tag == "null":
+        return is_optional(annotation) or annotation is Any
+    inner = without_none(annotation)
+    origin = get_origin(inner)
+    if inner is Any:
+        return True
+    if origin in (Union, types.UnionType):
+        return any(accepts(member, node) for member in get_args(inner))
+    if origin in (list, tuple):
+        member = get_args(inner)[0]
+        return isinstance(node, yaml.SequenceNode) and all(accepts(member, n) for n in node.value)
+    if origin is dict or inner is dict or dataclasses.is_dataclass(inner):
+        return isinstance(node, yaml.MappingNode)
+    if not isinstance(node, yaml.ScalarNode):
+        return False
+    if origin is Literal:
+        return node.value in [str(choice) for choice in get_args(inner)]
+    if inner is float:
+        return tag in ("int", "float") or (not node.style and _is_float(node.value))
+    return tag == {bool: "bool", int: "int", str: "str"}.get(inner, tag)
+
+
+def takes_text(annotation: Any) -> bool:
+    """Whether any text will do (`str`, `str | None`), so that 123 means "123"."""
+    inner = without_none(annotation)
+    return inner is str or str in get_args(inner)
+
+
+def _is_float(text: str) -> bool:
+    # YAML 1.1 reads 5e-7 (no point) as text; everybody means the number.
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def default_text(value: Any) -> str:
+    """A default as one writes it in YAML: `null`, `true`, `5e-7`."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        mantissa, _, exponent = f"{value:g}".partition("e")
+        return f"{mantissa}e{int(exponent)}" if exponent else mantissa
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(default_text(item) for item in value) + "]"
+    return str(value)

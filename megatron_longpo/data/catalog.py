@@ -1,0 +1,126 @@
+"""One pass over the rows before training: every row checked, every pair measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from megatron_longpo.data.packing import PairSize, pair_size
+from megatron_longpo.data.rows import PreferenceRow, RowDataset, fit_row
+from megatron_longpo.data.tree import PairTrees, TreeSettings, answer_turns, pair_trees
+from megatron_longpo.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowLimits:
+    """What a row must fit."""
+
+    vocab_size: int
+    max_length: int
+    too_long: str
+    max_reference_length: int | None
+    """The reference's positions; None where it has no limit or reads no short rows."""
+
+
+class PairCatalog:
+    """The usable pairs of a data set: their sizes in memory, their trees on demand."""
+
+    def __init__(
+        self,
+        dataset: RowDataset,
+        *,
+        limits: RowLimits,
+        settings: TreeSettings,
+        per_turn: bool = False,
+        progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+    ) -> None:
+        """Reads every row once.
+
+        Args:
+            dataset: the rows.
+            limits: what each row must fit.
+            settings: what goes into the trees.
+            per_turn: whether the objective pairs chosen and rejected turn by turn.
+            progress: wraps the iteration, to show how far it is.
+
+        Raises:
+            UserError: for the first row that is malformed or does not fit, or if none is usable.
+        """
+        self.dataset = dataset
+        self.limits = limits
+        self.settings = settings
+        self.sizes: list[PairSize] = []
+        self._indices: list[int] = []
+        for index in progress(range(len(dataset))):
+            row = self._fitted(index)
+            if row is None:
+                continue
+            trees = pair_trees(row, settings)
+            if per_turn:
+                _check_turns(row, trees)
+            self.sizes.append(pair_size(trees))
+            self._indices.append(index)
+        if not self._indices:
+            raise UserError(
+                f"data.path: none of the {len(dataset)} rows is within data.max_length "
+                f"({limits.max_length}); raise it, or use data.too_long=truncate_document"
+            )
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @property
+    def num_dropped(self) -> int:
+        return len(self.dataset) - len(self)
+
+    @property
+    def largest_pair_tokens(self) -> int:
+        return max(size.policy_tokens for size in self.sizes)
+
+    def trees(self, pair: int) -> PairTrees:
+        """Reads one usable pair and builds its trees."""
+        row = self._fitted(self._indices[pair])
+        assert row is not None, "a usable row cannot have become too long"
+        return pair_trees(row, self.settings)
+
+    def check_budget(self, pack_tokens: int) -> None:
+        """Refuses a microbatch budget that some pair exceeds, naming that pair."""
+        for pair, size in enumerate(self.sizes):
+            if size.policy_tokens > pack_tokens:
+                raise UserError(
+                    f"data.pack_tokens ({pack_tokens}): pair {self.trees(pair).id!r} "
+                    f"({self.source(pair)}) has {size.policy_tokens} policy tokens; use at least "
+                    f"{self.largest_pair_tokens}, or null for the largest pair"
+                )
+
+    def source(self, pair: int) -> str:
+        return self.dataset[self._indices[pair]].source
+
+    def sizes_of(self, pairs: Sequence[int]) -> list[PairSize]:
+        return [self.sizes[pair] for pair in pairs]
+
+    def _fitted(self, index: int) -> PreferenceRow | None:
+        limits = self.limits
+        return fit_row(
+            self.dataset[index],
+            vocab_size=limits.vocab_size,
+            max_length=limits.max_length,
+            too_long=limits.too_long,
+            max_reference_length=limits.max_reference_length,
+        )
+
+
+def _check_turns(row: PreferenceRow, trees: PairTrees) -> None:
+    """Turn by turn, chosen, rejected and reference must all be there."""
+    counts = {
+        "chosen": int(answer_turns(row.chosen).max()) + 1,
+        "rejected": int(answer_turns(row.rejected).max()) + 1,
+    }
+    if trees.reference is not None:
+        counts["reference"] = len(row.reference_chosen)
+    if len(set(counts.values())) > 1:
+        found = ", ".join(f"{name} {count}" for name, count in counts.items())
+        raise UserError(
+            f"{row.source}: objective.turns=per_turn needs as many answers in every row, found "
+            f"{found}; use objective.turns=summed or mend the row"
+        )

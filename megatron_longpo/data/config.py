@@ -1,0 +1,48 @@
+"""Settings of `longpo tokenize` and `longpo inspect`; imports neither torch nor transformers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(kw_only=True)
+class TokenizeConfig:
+    """Turns preference examples (text) into rows (token ids)."""
+
+    examples: str
+    """The examples: a JSONL file as `longpo generate` writes it."""
+    output: str
+    """Where the rows go: a path that ends in .jsonl, or else a `datasets` folder."""
+    tokenizer: str
+    """The model's Hugging Face folder or hub id, or a sentencepiece model file."""
+    chat_template: str | None = None
+    """Path of a Jinja file to use in place of the tokenizer's own chat template."""
+    system: str | None = None
+    """System prompt of every conversation, long and short; null for none."""
+    max_length: int = 131072
+    """Most tokens of a long row."""
+    short_max_length: int = 32768
+    """Most tokens of a short reference row; an example with a longer one is dropped."""
+    too_long: Literal["truncate_document", "drop", "error"] = "truncate_document"
+    """What happens to a long row over max_length: cut its document, drop the example, or stop."""
+    cut_from: Literal["middle", "tail"] = "middle"
+    """Which part of a document is cut; never a question, an answer or a turn's chunk."""
+    overwrite: bool = False
+    """Replace an output that exists."""
+
+
+@dataclass(kw_only=True)
+class InspectConfig:
+    """Shows rows: what is shared, what is labelled, and how long they are."""
+
+    rows: str
+    """The rows: a JSONL file, a `datasets` or Parquet folder, or a hub id."""
+    tokenizer: str | None = None
+    """Hugging Face folder, hub id or sentencepiece model file to show text with; null shows ids."""
+    row: int = 0
+    """Index of the row that is shown."""
+    max_chars: int = 300
+    """Characters shown at each end of a long piece of text."""
+    sample: int = 1000
+    """Rows read for the statistics, spread evenly; 0 reads all."""

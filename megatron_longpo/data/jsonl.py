@@ -1,0 +1,114 @@
+"""JSON Lines files: random access by a byte-offset index, and writing that never leaves half."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_longpo.errors import UserError
+
+
+class JsonlFile:
+    """The objects of a JSONL file, parsed when asked for.
+
+    Opening reads the file once, to note where each line begins and to hash the bytes; the objects
+    themselves stay on disk, so a file larger than memory is fine. Blank lines are skipped.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._starts = array("q")
+        self._line_numbers = array("q")
+        digest = hashlib.blake2b(digest_size=16)
+        offset = 0
+        try:
+            with open(self.path, "rb") as file:
+                for number, line in enumerate(file, start=1):
+                    digest.update(line)
+                    if line.strip():
+                        self._starts.append(offset)
+                        self._line_numbers.append(number)
+                    offset += len(line)
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such file; check the path") from None
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+        self.fingerprint = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        # Opened for every read: nothing to share between forked or pickled loader workers.
+        with open(self.path, "rb") as file:
+            file.seek(self._starts[index])
+            line = file.readline()
+        try:
+            value = json.loads(line)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{self.where(index)}: not UTF-8 text ({error.reason})") from error
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise UserError(
+                f"{self.where(index)}: not a JSON object ({error}); write one object a line"
+            ) from error
+        if not isinstance(value, dict):
+            raise UserError(
+                f"{self.where(index)}: holds a JSON {type(value).__name__}, must be an object"
+            )
+        return value
+
+    def where(self, index: int) -> str:
+        """`file:line` of an object, for messages."""
+        return f"{self.path}:{self._line_numbers[index]}"
+
+
+def dump_line(value: Mapping[str, Any]) -> str:
+    """One object as one line of JSONL, with its line end."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")) + "\n"
+
+
+def write_jsonl(path: str | Path, values: Iterable[Mapping[str, Any]]) -> int:
+    """Writes all objects to a file beside `path`, then renames it. Returns their number.
+
+    Where `values` raises, neither file is left changed.
+    """
+    partial = partial_path(path)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    count = 0
+    try:
+        with open(partial, "w", encoding="utf-8", newline="\n") as file:
+            for value in values:
+                file.write(dump_line(value))
+                count += 1
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    return count
+
+
+def partial_path(path: str | Path) -> Path:
+    """Where a file stands until it is complete: on the same file system, so renaming is atomic."""
+    path = Path(path)
+    return path.with_name(path.name + ".partial")
+
+
+def refuse_existing(path: str | Path, *, overwrite: bool, key: str) -> None:
+    """Raises `UserError` where a target holds something already and `overwrite` is off."""
+    path = Path(path)
+    if overwrite or not path.exists():
+        return
+    if any(path.iterdir()) if path.is_dir() else path.stat().st_size > 0:
+        raise UserError(
+            f"{key} ({path}): exists and is not empty; choose another path or give --overwrite"
+        )

@@ -1,0 +1,146 @@
+"""Packs: the pairs of one microbatch as flat forests, and how a global batch is dealt to ranks."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_longpo.data.tree import Forest, PairTrees, concatenate
+from megatron_longpo.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pack:
+    """One microbatch. Letters: N pairs of the pack, T most turns among them."""
+
+    policy: Forest
+    reference: Forest | None
+    pair_ids: tuple[str, ...]
+    weights: np.ndarray
+    """[N] int64; 1, or 0 for the pair of a filler microbatch, which no sum or count includes."""
+    turn_counts: np.ndarray
+    """[N] int64."""
+    nll_counts: np.ndarray
+    """[N] int64."""
+
+    @property
+    def num_pairs(self) -> int:
+        return len(self.pair_ids)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PairSize:
+    """What dealing, packing and the step's metrics must know of a pair."""
+
+    policy_tokens: int
+    """Physical ones: shared tokens once."""
+    unshared_tokens: int
+    """Policy tokens if no row shared its prefix."""
+    reference_tokens: int
+    policy_attended: int
+    """Query-key pairs under the causal tree mask."""
+    reference_attended: int
+    policy_edges: int
+    """Predictions that the log-prob head scores."""
+    reference_edges: int
+
+    @property
+    def attention_cost(self) -> int:
+        """A backward pass costs two forward passes, and the reference has none."""
+        return 3 * self.policy_attended + self.reference_attended
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Microbatch:
+    """Indices into the global batch; a filler keeps the ranks' counts equal and weighs nothing."""
+
+    pairs: tuple[int, ...]
+    is_filler: bool = False
+
+
+def pair_size(trees: PairTrees) -> PairSize:
+    """Measures a pair."""
+    policy, reference = trees.policy, trees.reference
+    return PairSize(
+        policy_tokens=policy.num_tokens,
+        unshared_tokens=trees.unshared_tokens,
+        reference_tokens=reference.num_tokens if reference is not None else 0,
+        policy_attended=policy.attended_pairs,
+        reference_attended=reference.attended_pairs if reference is not None else 0,
+        policy_edges=policy.num_edges,
+        reference_edges=reference.num_edges if reference is not None else 0,
+    )
+
+
+def make_pack(pairs: Sequence[PairTrees], *, is_filler: bool = False) -> Pack:
+    """Concatenates the pairs of a microbatch; pair n of the pack is `pairs[n]`."""
+    references = [trees.reference for trees in pairs if trees.reference is not None]
+    order = range(len(pairs))
+    return Pack(
+        policy=concatenate([trees.policy for trees in pairs], pairs=order),
+        reference=concatenate(references, pairs=order) if references else None,
+        pair_ids=tuple(trees.id for trees in pairs),
+        weights=np.full(len(pairs), 0 if is_filler else 1, dtype=np.int64),
+        turn_counts=np.array([trees.num_turns for trees in pairs], dtype=np.int64),
+        nll_counts=np.array([trees.nll_count for trees in pairs], dtype=np.int64),
+    )
+
+
+def deal(
+    sizes: Sequence[PairSize], *, num_ranks: int, budget_tokens: int
+) -> list[list[Microbatch]]:
+    """Deals a global batch to the data-parallel ranks and packs each rank's share.
+
+    Every rank computes the same result. The dearest pair goes first, to the rank with the least
+    attention so far; a rank's pairs are packed first-fit, longest first; ranks with fewer
+    microbatches than others get fillers, since a pipeline schedule needs equal counts.
+
+    Args:
+        sizes: the pairs of the global batch.
+        num_ranks: data-parallel size.
+        budget_tokens: most physical policy tokens of a microbatch.
+
+    Returns:
+        For every rank its microbatches, in equal number, at least one.
+
+    Raises:
+        UserError: if a pair alone exceeds the budget.
+    """
+    for index, size in enumerate(sizes):
+        if size.policy_tokens > budget_tokens:
+            raise UserError(
+                f"data.pack_tokens ({budget_tokens}): pair {index} of the batch has "
+                f"{size.policy_tokens} policy tokens; raise data.pack_tokens or leave it null"
+            )
+    shares: list[list[int]] = [[] for _ in range(num_ranks)]
+    loads = [(0, rank) for rank in range(num_ranks)]
+    for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i].attention_cost, i)):
+        load, rank = heapq.heappop(loads)
+        shares[rank].append(index)
+        heapq.heappush(loads, (load + sizes[index].attention_cost, rank))
+    dealt = [_pack_first_fit(share, sizes, budget_tokens) for share in shares]
+    most = max(len(microbatches) for microbatches in dealt)
+    cheapest = min(range(len(sizes)), key=lambda i: (sizes[i].attention_cost, i))
+    filler = Microbatch(pairs=(cheapest,), is_filler=True)
+    return [microbatches + [filler] * (most - len(microbatches)) for microbatches in dealt]
+
+
+def _pack_first_fit(
+    share: Sequence[int], sizes: Sequence[PairSize], budget_tokens: int
+) -> list[Microbatch]:
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(share, key=lambda i: (-sizes[i].policy_tokens, i)):
+        need = sizes[index].policy_tokens
+        for position, free in enumerate(room):
+            if need <= free:
+                bins[position].append(index)
+                room[position] -= need
+                break
+        else:
+            bins.append([index])
+            room.append(budget_tokens - need)
+    return [Microbatch(pairs=tuple(members)) for members in bins]

@@ -1,0 +1,40 @@
+"""The progress bar of commands that go through documents or examples."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def track(items: Iterable[T], *, description: str, total: int) -> Iterator[T]:
+    """Yields the items under a progress bar on stderr (none where that is no terminal)."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True)
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    with progress:
+        yield from progress.track(items, total=total, description=description)
+
+
+def format_counts(counts: Counter[str]) -> str:
+    """`3 too long, 1 empty answer`, the most frequent first."""
+    return ", ".join(f"{number} {reason}" for reason, number in counts.most_common())

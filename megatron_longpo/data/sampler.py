@@ -1,0 +1,101 @@
+"""The order in which pairs are trained on, as a position that can be saved and restored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_longpo.errors import UserError
+
+
+@dataclass(kw_only=True, slots=True)
+class SamplerState:
+    """Where training stands in the data."""
+
+    epoch: int = 0
+    offset: int = 0
+    """Pairs of this epoch's order that were consumed."""
+    consumed_pairs: int = 0
+
+
+class PairSampler:
+    """Yields global batches of pair indices; the same on every rank, whatever the layout.
+
+    Each epoch is a new permutation drawn from (seed, epoch). The last, incomplete global batch of
+    an epoch is dropped.
+    """
+
+    def __init__(
+        self, num_pairs: int, *, global_batch_pairs: int, shuffle: bool, seed: int
+    ) -> None:
+        if num_pairs < global_batch_pairs:
+            raise UserError(
+                f"train.global_batch_pairs ({global_batch_pairs}): data.path has only {num_pairs} "
+                f"usable pairs, so no step would be complete; use at most {num_pairs}"
+            )
+        self.num_pairs = num_pairs
+        self.global_batch_pairs = global_batch_pairs
+        self.shuffle = shuffle
+        self.seed = seed
+        self.state = SamplerState()
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.num_pairs // self.global_batch_pairs
+
+    @property
+    def dropped_pairs_per_epoch(self) -> int:
+        return self.num_pairs % self.global_batch_pairs
+
+    def next_batch(self) -> list[int]:
+        """Returns the next global batch's pair indices and moves the position past it."""
+        state = self.state
+        if state.offset + self.global_batch_pairs > self.num_pairs:
+            state.epoch += 1
+            state.offset = 0
+        order = self._order(state.epoch)
+        batch = order[state.offset : state.offset + self.global_batch_pairs]
+        state.offset += self.global_batch_pairs
+        state.consumed_pairs += self.global_batch_pairs
+        return [int(index) for index in batch]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if not self.shuffle:
+            return np.arange(self.num_pairs)
+        return np.random.default_rng([self.seed, epoch]).permutation(self.num_pairs)
+
+    def state_dict(self) -> dict[str, int | bool]:
+        """The position, with what must agree for it to mean the same pairs again."""
+        return {
+            "epoch": self.state.epoch,
+            "offset": self.state.offset,
+            "consumed_pairs": self.state.consumed_pairs,
+            "num_pairs": self.num_pairs,
+            "shuffle": self.shuffle,
+            "seed": self.seed,
+        }
+
+    def load_state_dict(self, state: dict[str, int | bool]) -> None:
+        """Restores a saved position.
+
+        Raises:
+            UserError: if the data or its order changed since the position was saved.
+        """
+        keys = {
+            "num_pairs": "data.path (usable pairs)",
+            "shuffle": "data.shuffle",
+            "seed": "data.seed",
+        }
+        for key, setting in keys.items():
+            if state[key] != getattr(self, key):
+                raise UserError(
+                    f"{setting} is {getattr(self, key)}, but the checkpoint was saved with "
+                    f"{state[key]}, so its data position means other pairs; restore the old value, "
+                    "or start a new run with checkpoint.resume=never in an empty logging.dir"
+                )
+        self.state = SamplerState(
+            epoch=int(state["epoch"]),
+            offset=int(state["offset"]),
+            consumed_pairs=int(state["consumed_pairs"]),
+        )

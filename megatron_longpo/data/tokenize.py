@@ -1,0 +1,224 @@
+"""`longpo tokenize`: preference examples to the rows that training reads.
+
+The long conversations hold the document in their first turn and the branch's own earlier answers
+after it. The short ones, one for each turn, hold the chunk, the question and the answer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_longpo.data.chat import TemplateChangesText, conversation_row
+from megatron_longpo.data.config import TokenizeConfig
+from megatron_longpo.data.examples import Example, ExampleFile, Turn
+from megatron_longpo.data.jsonl import dump_line, partial_path, refuse_existing
+from megatron_longpo.data.layout import opening_messages, shorten_document
+from megatron_longpo.data.progress import format_counts, track
+from megatron_longpo.data.rows import PreferenceRow, TokenRow, row_columns, write_rows_jsonl
+from megatron_longpo.data.tokenizers import ChatTokenizer, load_tokenizer
+from megatron_longpo.errors import UserError
+
+
+@dataclass(kw_only=True)
+class TokenizeSummary:
+    """What became of the examples."""
+
+    num_rows: int = 0
+    num_cut_documents: int = 0
+    longest: int = 0
+    """Tokens of the longest long row."""
+    dropped: Counter[str] = field(default_factory=Counter)
+    """Examples by the reason why they gave no row."""
+
+    def __str__(self) -> str:
+        lines = f"{self.num_rows} rows, the longest of {self.longest} tokens"
+        if self.num_cut_documents:
+            lines += f"; {self.num_cut_documents} documents cut"
+        if self.dropped:
+            lines += f"; dropped {self.dropped.total()}: {format_counts(self.dropped)}"
+        return lines
+
+
+class Dropped(Exception):
+    """An example gives no row; the message is the reason that is counted."""
+
+
+def run_tokenize(config: TokenizeConfig) -> TokenizeSummary:
+    """Reads the examples, writes the rows and prints what became of them."""
+    for key in ("max_length", "short_max_length"):
+        if getattr(config, key) < 2:
+            raise UserError(f"{key} ({getattr(config, key)}): must be at least 2 tokens")
+    refuse_existing(config.output, overwrite=config.overwrite, key="output")
+    examples = ExampleFile(config.examples)
+    tokenizer = load_tokenizer(config.tokenizer, chat_template=config.chat_template)
+    summary = TokenizeSummary()
+    rows = tokenize_examples(
+        track(examples, description="tokenize", total=len(examples)), tokenizer, config, summary
+    )
+    if Path(config.output).suffix in (".jsonl", ".json"):
+        write_rows_jsonl(config.output, rows)
+    else:
+        _write_dataset(Path(config.output), rows)
+    print(f"{config.output}: {summary}")
+    return summary
+
+
+def tokenize_examples(
+    examples: Iterable[Example],
+    tokenizer: ChatTokenizer,
+    config: TokenizeConfig,
+    summary: TokenizeSummary,
+) -> Iterator[PreferenceRow]:
+    """Yields the rows of the examples and counts in `summary`; raises where there is none."""
+    for example in examples:
+        try:
+            row, document_cut = example_row(example, tokenizer, config)
+        except Dropped as dropped:
+            summary.dropped[str(dropped)] += 1
+            continue
+        except TemplateChangesText:
+            summary.dropped["text changed by the chat template"] += 1
+            continue
+        summary.num_rows += 1
+        summary.num_cut_documents += document_cut
+        summary.longest = max(summary.longest, len(row.chosen), len(row.rejected))
+        yield row
+    if summary.num_rows == 0:
+        raise UserError(
+            f"{config.examples}: no example gave a row (dropped: {format_counts(summary.dropped)})"
+        )
+
+
+def example_row(
+    example: Example, tokenizer: ChatTokenizer, config: TokenizeConfig
+) -> tuple[PreferenceRow, bool]:
+    """The row of one example and whether its document was cut; raises `Dropped` for no row."""
+    if any(not turn.chosen.strip() or not turn.rejected.strip() for turn in example.turns):
+        raise Dropped("empty answer")
+    reference = {
+        branch: tuple(_short_row(turn, branch, tokenizer, config.system) for turn in example.turns)
+        for branch in ("chosen", "rejected")
+    }
+    if max(len(row) for rows in reference.values() for row in rows) > config.short_max_length:
+        raise Dropped("short row over short_max_length")
+
+    long_rows: dict[str, TokenRow] = {}
+
+    def count_tokens(document: str) -> int:
+        for branch in ("chosen", "rejected"):
+            messages = _long_messages(example.turns, branch, document, config.system)
+            long_rows[branch] = conversation_row(tokenizer, messages)
+        return max(len(row) for row in long_rows.values())
+
+    num_tokens = count_tokens(example.document)
+    document_cut = num_tokens > config.max_length
+    if document_cut:
+        if config.too_long == "error":
+            raise UserError(
+                f"{example.source}: gives a row of {num_tokens} tokens, more than max_length "
+                f"({config.max_length}); raise it or set too_long to truncate_document or drop"
+            )
+        if config.too_long == "drop":
+            raise Dropped("long row over max_length")
+        document = shorten_document(
+            example.document,
+            count_tokens=count_tokens,
+            max_tokens=config.max_length,
+            keep=evidence_spans(example),
+            cut_from=config.cut_from,
+        )
+        if document is None:
+            raise Dropped("long row over max_length without cutting its chunks")
+    row = PreferenceRow(
+        id=example.id,
+        source=example.source,
+        chosen=long_rows["chosen"],
+        rejected=long_rows["rejected"],
+        reference_chosen=reference["chosen"],
+        reference_rejected=reference["rejected"],
+    )
+    return row, document_cut
+
+
+def evidence_spans(example: Example) -> list[tuple[int, int]]:
+    """Where the chunks stand in the document; a chunk without a span is looked for."""
+    spans: list[tuple[int, int]] = []
+    for turn in example.turns:
+        if turn.chunk_span is not None:
+            spans.append(turn.chunk_span)
+        elif (start := example.document.find(turn.chunk)) >= 0:
+            spans.append((start, start + len(turn.chunk)))
+    return spans
+
+
+def _answer(turn: Turn, branch: str) -> str:
+    return turn.chosen if branch == "chosen" else turn.rejected
+
+
+def _short_row(turn: Turn, branch: str, tokenizer: ChatTokenizer, system: str | None) -> TokenRow:
+    messages = opening_messages(system, turn.chunk, turn.question)
+    answer = {"role": "assistant", "content": _answer(turn, branch)}
+    return conversation_row(tokenizer, [*messages, answer])
+
+
+def _long_messages(
+    turns: tuple[Turn, ...], branch: str, document: str, system: str | None
+) -> list[dict[str, str]]:
+    messages = opening_messages(system, document, turns[0].question)
+    for number, turn in enumerate(turns):
+        if number > 0:
+            messages.append({"role": "user", "content": turn.question})
+        messages.append({"role": "assistant", "content": _answer(turn, branch)})
+    return messages
+
+
+def _write_dataset(folder: Path, rows: Iterable[PreferenceRow]) -> None:
+    """Writes a `save_to_disk` folder: first beside it, then renamed."""
+    import datasets
+    from datasets.arrow_writer import ArrowWriter
+
+    def features(part: str) -> dict[str, datasets.Sequence]:
+        kind = datasets.Value("int8" if part == "attention_mask" else "int32")
+        row = datasets.Sequence(kind)
+        return {
+            **{f"{branch}_{part}": row for branch in ("chosen", "rejected")},
+            **{
+                f"{branch}_{part}": datasets.Sequence(row)
+                for branch in ("ref_chosen", "ref_rejected")
+            },
+        }
+
+    columns: dict[str, object] = {"id": datasets.Value("string")}
+    for part in ("input_ids", "attention_mask", "labels"):
+        columns |= features(part)
+    partial = partial_path(folder)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        digest = hashlib.blake2b(digest_size=8)
+        # A row may hold a million integers, so few are kept in memory at a time.
+        with ArrowWriter(
+            path=str(partial / "rows.arrow"),
+            features=datasets.Features(columns),
+            writer_batch_size=16,
+        ) as writer:
+            for row in rows:
+                values = row_columns(row)
+                digest.update(dump_line(values).encode())
+                writer.write(values)
+            writer.finalize()
+        written = datasets.Dataset.from_file(str(partial / "rows.arrow"))
+        # By default the fingerprint follows the file's time; ours follows the rows.
+        dataset = datasets.Dataset(written.data, info=written.info, fingerprint=digest.hexdigest())
+        dataset.save_to_disk(str(partial / "dataset"))
+        if folder.exists():
+            shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
+        os.replace(partial / "dataset", folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,207 @@
+"""Tokenizers that know a chat template: Hugging Face folders and raw sentencepiece models."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_longpo.errors import UserError
+
+Message = dict[str, str]
+"""`{"role": "system" | "user" | "assistant", "content": text}`."""
+
+SENTENCEPIECE_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %} {{ message['content'] }}{{ eos_token }}"
+    "{% elif message['role'] == 'system' %}{{ message['content'] + '\n\n' }}"
+    "{% else %}[INST] {{ message['content'] }} [/INST]{% endif %}"
+    "{% endfor %}"
+)
+"""Chat template of a raw sentencepiece model where no `chat_template` is set."""
+
+_LONG_TEXT = 4096
+"""Characters from which on a text's ids are remembered until the next such text."""
+
+
+class ChatTokenizer(ABC):
+    """What rows and generation need of a tokenizer; the text of special tokens is read as such."""
+
+    name: str
+    """The path or hub id it came from, for messages."""
+    vocab_size: int
+    eos_ids: tuple[int, ...]
+    """Ids that end a turn or a text."""
+    special_texts: tuple[str, ...]
+    """Texts that `encode` turns into one special token, wherever they stand."""
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, with nothing put before or after it."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
+        """The text of `ids`, spaces as they are."""
+
+    @abstractmethod
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+        """The conversation as text, by the chat template."""
+
+
+class HuggingFaceTokenizer(ChatTokenizer):
+    """A `transformers` tokenizer, fast or slow."""
+
+    def __init__(self, tokenizer: Any, *, name: str, chat_template: str | None = None) -> None:
+        if chat_template is None and not getattr(tokenizer, "chat_template", None):
+            raise UserError(
+                f"{name}: this tokenizer has no chat template; "
+                "give chat_template: the path of a Jinja file"
+            )
+        self._tokenizer = tokenizer
+        self._chat_template = chat_template
+        self._last_long: tuple[str, list[int]] = ("", [])
+        self.name = name
+        self.vocab_size = len(tokenizer)
+        self.eos_ids = () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
+        added = tokenizer.added_tokens_decoder.values()
+        texts = {str(token) for token in added if token.special} | set(tokenizer.all_special_tokens)
+        self.special_texts = tuple(sorted(texts))
+
+    def encode(self, text: str) -> list[int]:
+        # Chosen and rejected ask for the same long document one after the other.
+        if text == self._last_long[0]:
+            return list(self._last_long[1])
+        ids = list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        if len(text) >= _LONG_TEXT:
+            self._last_long = (text, list(ids))
+        return ids
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
+        text = self._tokenizer.decode(
+            list(ids), skip_special_tokens=skip_special, clean_up_tokenization_spaces=False
+        )
+        return str(text)
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            text = self._tokenizer.apply_chat_template(
+                list(messages),
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                chat_template=self._chat_template,
+                # Templates of models that can think aloud (Qwen3) then ask for the plain answer.
+                enable_thinking=False,
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            raise _template_error(self.name, error) from error
+        return str(text)
+
+
+class SentencePieceTokenizer(ChatTokenizer):
+    """A bare sentencepiece model file; control symbols written in a text become their ids."""
+
+    def __init__(self, path: Path, *, chat_template: str | None = None) -> None:
+        import sentencepiece
+
+        try:
+            # The file by itself, not its name: sentencepiece reports a bad file as OSError.
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"{path}: not a sentencepiece model ({error})") from error
+        model = self._model
+        self.name = str(path)
+        self.vocab_size = int(model.vocab_size())
+        self.eos_ids = (model.eos_id(),) if model.eos_id() >= 0 else ()
+        self._control_ids = {
+            model.id_to_piece(i): i for i in range(self.vocab_size) if model.is_control(i)
+        }
+        self.special_texts = tuple(sorted(self._control_ids))
+        self._controls = re.compile(
+            "(" + "|".join(re.escape(text) for text in self.special_texts) + ")"
+        )
+        self._chat_template = chat_template or SENTENCEPIECE_TEMPLATE
+
+    def encode(self, text: str) -> list[int]:
+        if not self._control_ids:
+            return list(self._model.encode(text))
+        ids: list[int] = []
+        for part in self._controls.split(text):
+            if part in self._control_ids:
+                ids.append(self._control_ids[part])
+            elif part:
+                ids.extend(self._model.encode(part))
+        return ids
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
+        parts: list[str] = []
+        plain: list[int] = []
+        for token in [int(token) for token in ids]:
+            if self._model.is_control(token):
+                parts.append(self._model.decode(plain))
+                plain = []
+                if not skip_special:
+                    parts.append(self._model.id_to_piece(token))
+            else:
+                plain.append(token)
+        return "".join([*parts, self._model.decode(plain)])
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+        from jinja2 import TemplateError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        model = self._model
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        try:
+            return environment.from_string(self._chat_template).render(
+                messages=list(messages),
+                add_generation_prompt=add_generation_prompt,
+                bos_token=model.id_to_piece(model.bos_id()) if model.bos_id() >= 0 else "",
+                eos_token=model.id_to_piece(model.eos_id()) if model.eos_id() >= 0 else "",
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            raise _template_error(self.name, error) from error
+
+
+def load_tokenizer(path: str, *, chat_template: str | None = None) -> ChatTokenizer:
+    """Loads a Hugging Face folder or hub id, or a sentencepiece model file.
+
+    `chat_template` is the path of a Jinja file to use in place of the tokenizer's own template.
+    A sentencepiece file has no template of its own; without the setting it gets
+    `SENTENCEPIECE_TEMPLATE`.
+    """
+    template = None if chat_template is None else _read_template(chat_template)
+    local = Path(path).expanduser()
+    if local.is_file():
+        return SentencePieceTokenizer(local, chat_template=template)
+
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(local) if local.is_dir() else path)
+    except Exception as error:  # transformers raises many kinds for a folder it cannot read
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{path}: no tokenizer found there ({reason[:200]}); give a Hugging Face folder, "
+            "a hub id or a sentencepiece model file"
+        ) from error
+    return HuggingFaceTokenizer(tokenizer, name=path, chat_template=template)
+
+
+def _read_template(path: str) -> str:
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"chat_template ({path}): cannot be read ({error})") from error
+
+
+def _template_error(name: str, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())
+    return UserError(
+        f"{name}: its chat template refuses this conversation ({reason}); "
+        "set another with chat_template, or leave out the system prompt"
+    )

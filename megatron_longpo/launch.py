@@ -1,0 +1,70 @@
+"""`longpo train --nproc M`: torchrun on this machine, with exit codes that reach the caller."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+
+from megatron_longpo.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_STOPPED_ON_REQUEST
+
+FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+"""A worker decides what these mean: to save and stop, or to stop."""
+
+
+def run_torchrun(num_processes: int, arguments: Sequence[str]) -> int:
+    """Runs `train` in `num_processes` workers and returns the exit code of the first to fail.
+
+    The same as `torchrun --standalone --nproc-per-node M -m megatron_longpo train ...`, which
+    would turn every failure into exit code 1 and a traceback of its own.
+    """
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig
+
+    # One thread a worker is torchrun's default, with a warning: share the cores instead.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
+    options = ["--standalone", f"--nproc-per-node={num_processes}"]
+    if any(field.name == "signals_to_handle" for field in dataclasses.fields(LaunchConfig)):
+        options.append("--signals-to-handle=SIGHUP,SIGQUIT")
+        for forwarded in FORWARDED_SIGNALS:
+            signal.signal(forwarded, _forward)
+    # Its report of a failed worker repeats what the worker has printed.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL + 1)
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(
+        logging.CRITICAL + 1
+    )
+    try:
+        run.run(run.parse_args([*options, "-m", "megatron_longpo", "train", *arguments]))
+    except ChildFailedError as failed:
+        rank, failure = failed.get_first_failure()
+        return _exit_code(rank, num_processes, failure.exitcode)
+    except SignalException as stopped:
+        return 128 + int(stopped.sigval)
+    return EXIT_DONE
+
+
+def _exit_code(rank: int, num_processes: int, code: int) -> int:
+    """A worker's exit code; one that a signal ended is a negative number to its parent."""
+    if code < 0:
+        name = signal.Signals(-code).name
+        print(f"longpo: process {rank} of {num_processes} was ended by {name}", file=sys.stderr)
+        return 128 - code
+    if code not in (EXIT_BAD_INPUT, EXIT_STOPPED_ON_REQUEST):
+        print(
+            f"longpo: process {rank} of {num_processes} failed with exit code {code}",
+            file=sys.stderr,
+        )
+    return code
+
+
+def _forward(number: int, frame: FrameType | None) -> None:
+    import psutil
+
+    for worker in psutil.Process().children():
+        worker.send_signal(number)

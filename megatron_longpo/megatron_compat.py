@@ -1,0 +1,142 @@
+"""What Megatron-Core's releases lack or get wrong, mended in one place (0.16.1 to 0.19).
+
+- RMSprop: Megatron knows Adam and SGD only. `RMSprop` is put where Megatron builds Adam.
+- The distributed optimizer with torch's Adam (no Transformer Engine, no apex) loses `step` when a
+  checkpoint is loaded, and lets all parameters share one `step` tensor, so that a resumed run
+  drifts silently. `build_optimizer` returns one that does neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import megatron.core.optimizer as megatron_optimizer
+import torch
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import distrib_optimizer as megatron_distrib_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor
+
+_STATE_HOLDS_STEP: bool = not megatron_distrib_optimizer.HAVE_APEX_OR_TE
+"""Where Megatron found neither, it looks for `step` in each parameter's state."""
+
+
+class RMSprop(torch.optim.AdamW):
+    """torch.optim.RMSprop's update, with a state that Megatron takes for Adam's.
+
+    v = alpha v + (1 - alpha) g^2;  p = p - lr g / (sqrt(v) + eps). `v` is stored as `exp_avg_sq`,
+    which is what Megatron's distributed optimizer shards and saves; there is no `exp_avg`.
+    """
+
+    def __init__(self, params: Any, *, alpha: float, eps: float, **settings: Any) -> None:
+        super().__init__(
+            params,
+            lr=settings["lr"],
+            betas=(0.0, alpha),
+            eps=eps,
+            weight_decay=settings["weight_decay"],
+        )
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        assert closure is None, "Megatron steps without a closure"
+        initialize_inner_state(self)
+        for group in self.param_groups:
+            params = [param for param in group["params"] if param.grad is not None]
+            if not params:
+                continue
+            grads = [param.grad for param in params]
+            if group["weight_decay"]:
+                grads = torch._foreach_add(grads, params, alpha=group["weight_decay"])
+            square_averages = [self.state[param]["exp_avg_sq"] for param in params]
+            alpha = group["betas"][1]
+            torch._foreach_mul_(square_averages, alpha)
+            torch._foreach_addcmul_(square_averages, grads, grads, 1 - alpha)
+            denominators = torch._foreach_sqrt(square_averages)
+            torch._foreach_add_(denominators, group["eps"])
+            torch._foreach_addcdiv_(params, grads, denominators, -group["lr"])
+            if _STATE_HOLDS_STEP:
+                torch._foreach_add_([self.state[param]["step"] for param in params], 1)
+
+
+def build_optimizer(
+    config: OptimizerConfig, model: Sequence[Any], *, rmsprop_alpha: float | None = None
+) -> MegatronOptimizer:
+    """Returns Megatron's optimizer over `model`; RMSprop where `rmsprop_alpha` is given."""
+
+    def make_rmsprop(params: Any, **settings: Any) -> RMSprop:
+        assert rmsprop_alpha is not None
+        settings.pop("eps", None)
+        return RMSprop(params, alpha=rmsprop_alpha, eps=config.adam_eps, **settings)
+
+    if rmsprop_alpha is None:
+        optimizer = get_megatron_optimizer(config, list(model))
+    else:
+        # Megatron picks the class by these two names; the state's layout is Adam's.
+        with (
+            mock.patch.object(megatron_optimizer, "Adam", make_rmsprop),
+            mock.patch.object(megatron_optimizer, "USING_PYTORCH_OPTIMIZER", False),
+        ):
+            optimizer = get_megatron_optimizer(config, list(model))
+    for part in _parts(optimizer):
+        part.init_state_fn = initialize_inner_state
+        if isinstance(part, DistributedOptimizer):
+            part.__class__ = _MendedDistributedOptimizer
+    return optimizer
+
+
+def initialize_state(optimizer: MegatronOptimizer) -> None:
+    """Gives every parameter its state, as a first step would: what loading writes into."""
+    for part in _parts(optimizer):
+        initialize_inner_state(part.optimizer)
+
+
+def initialize_inner_state(optimizer: Any, config: OptimizerConfig | None = None) -> None:
+    """Fills the empty states of a torch or Transformer Engine optimizer."""
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            state = optimizer.state[param]
+            if state:
+                continue
+            if not isinstance(optimizer, torch.optim.Adam):
+                optimizer.initialize_state(param)
+                continue
+            if _STATE_HOLDS_STEP:
+                state["step"] = torch.zeros((), dtype=torch.float32)
+            if not isinstance(optimizer, RMSprop):
+                state["exp_avg"] = torch.zeros_like(param.data)
+            state["exp_avg_sq"] = torch.zeros_like(param.data)
+
+
+def _parts(optimizer: MegatronOptimizer) -> Iterator[Any]:
+    yield from getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+class _MendedDistributedOptimizer(DistributedOptimizer):
+    """Keeps `step` through loading, one tensor a parameter; knows a state without `exp_avg`."""
+
+    def _get_main_param_and_optimizer_states(self, model_param: Any) -> dict[str, Tensor]:
+        tensors = dict(super()._get_main_param_and_optimizer_states(model_param))
+        if isinstance(self.optimizer, RMSprop):
+            # Saved as zeros, which take no memory here: Megatron's formats have a place for it.
+            square_average = tensors["exp_avg_sq"]
+            tensors["exp_avg"] = square_average.new_zeros(()).expand_as(square_average)
+        return tensors
+
+    def _set_main_param_and_optimizer_states(
+        self, model_param: Any, tensors: dict[str, Tensor]
+    ) -> None:
+        group_index, group_order = self.model_param_group_index_map[model_param]
+        main_param = self.optimizer.param_groups[group_index]["params"][group_order]
+        kept = {k: v for k, v in self.optimizer.state[main_param].items() if k == "step"}
+        super()._set_main_param_and_optimizer_states(model_param, {**kept, **tensors})
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        for state in self.optimizer.state.values():
+            if isinstance(state.get("step"), Tensor):
+                state["step"] = state["step"].clone()
+            if isinstance(self.optimizer, RMSprop):
+                state.pop("exp_avg", None)

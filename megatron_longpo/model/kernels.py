@@ -1,0 +1,225 @@
+"""Attention kernels: one block of queries against one block of keys, forward and backward.
+
+A kernel returns the log-sum-exp of its scores beside its output, so that blocks over different
+keys can be merged exactly, and takes the merged output and log-sum-exp in backward, which makes
+each block's gradients those of the whole (Milakov and Gimelshein 2018; Dao 2023).
+
+Letters: q queries, k keys, H heads, G key/value heads (H is a multiple of G), D head size.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_longpo.errors import UserError
+
+
+class AttentionKernel(Protocol):
+    """Attention between two blocks; causal blocks are square and start at the same token."""
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """[q,H,D], [k,G,D], [k,G,D] -> output [q,H,D] and log-sum-exp [H,q] in fp32 or better."""
+        ...
+
+    def backward(
+        self,
+        output_grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        output: Tensor,
+        logsumexp: Tensor,
+        *,
+        causal: bool,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of query, key and value; `output` and `logsumexp` are over all keys."""
+        ...
+
+
+class CpuFlashKernel:
+    """The flash kernel behind `scaled_dot_product_attention` on CPUs; fp64, fp32 and bf16."""
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        output, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            _batched(query), _batched(key), _batched(value), 0.0, causal, scale=scale
+        )
+        return _flat(output), logsumexp.squeeze(0)
+
+    def backward(
+        self,
+        output_grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        output: Tensor,
+        logsumexp: Tensor,
+        *,
+        causal: bool,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            _batched(output_grad),
+            _batched(query),
+            _batched(key),
+            _batched(value),
+            _batched(output),
+            logsumexp.unsqueeze(0),
+            0.0,
+            causal,
+            scale=scale,
+        )
+        query_grad, key_grad, value_grad = (_flat(gradient) for gradient in gradients)
+        return query_grad, key_grad, value_grad
+
+
+class CudaFlashKernel:
+    """The flash kernel behind `scaled_dot_product_attention` on GPUs; bf16 and fp16 only."""
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        groups = query.shape[1] // key.shape[1]
+        output, logsumexp, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
+            _batched(query),
+            _batched(_repeated(key, groups)),
+            _batched(_repeated(value, groups)),
+            0.0,
+            causal,
+            scale=scale,
+        )
+        return _flat(output), logsumexp.squeeze(0)
+
+    def backward(
+        self,
+        output_grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        output: Tensor,
+        logsumexp: Tensor,
+        *,
+        causal: bool,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        groups = query.shape[1] // key.shape[1]
+        no_dropout_state = torch.zeros(2, dtype=torch.uint64, device=query.device)
+        gradients = torch.ops.aten._scaled_dot_product_flash_attention_backward(
+            _batched(output_grad),
+            _batched(query),
+            _batched(_repeated(key, groups)),
+            _batched(_repeated(value, groups)),
+            _batched(output),
+            logsumexp.unsqueeze(0),
+            None,
+            None,
+            query.shape[0],
+            key.shape[0],
+            0.0,
+            causal,
+            no_dropout_state,
+            no_dropout_state,
+            scale=scale,
+        )
+        query_grad, key_grad, value_grad = (_flat(gradient) for gradient in gradients)
+        return query_grad, _summed(key_grad, groups), _summed(value_grad, groups)
+
+
+class MathKernel:
+    """Plain matrix products, the scores in memory: for small fp32 runs on GPUs."""
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        groups = query.shape[1] // key.shape[1]
+        scores = self._scores(query, _repeated(key, groups), causal=causal, scale=scale)
+        output = torch.einsum("hqk,khd->qhd", scores.softmax(-1), _repeated(value, groups).float())
+        return output.to(query.dtype), scores.logsumexp(-1)
+
+    def backward(
+        self,
+        output_grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        output: Tensor,
+        logsumexp: Tensor,
+        *,
+        causal: bool,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        groups = query.shape[1] // key.shape[1]
+        keys, values = _repeated(key, groups).float(), _repeated(value, groups).float()
+        grad, queries = output_grad.float(), query.float()
+        weights = (
+            self._scores(query, keys, causal=causal, scale=scale) - logsumexp.unsqueeze(-1)
+        ).exp()
+        value_grad = torch.einsum("hqk,qhd->khd", weights, grad)
+        weight_grad = torch.einsum("qhd,khd->hqk", grad, values)
+        delta = (grad * output.float()).sum(-1).T.unsqueeze(-1)
+        score_grad = weights * (weight_grad - delta) * scale
+        query_grad = torch.einsum("hqk,khd->qhd", score_grad, keys)
+        key_grad = torch.einsum("hqk,qhd->khd", score_grad, queries)
+        return (
+            query_grad.to(query.dtype),
+            _summed(key_grad, groups).to(key.dtype),
+            _summed(value_grad, groups).to(value.dtype),
+        )
+
+    @staticmethod
+    def _scores(query: Tensor, key: Tensor, *, causal: bool, scale: float) -> Tensor:
+        scores = torch.einsum("qhd,khd->hqk", query.float(), key.float()) * scale
+        if causal:
+            future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+            scores = scores.masked_fill(future, float("-inf"))
+        return scores
+
+
+def choose_kernel(setting: str, *, device: torch.device, dtype: torch.dtype) -> AttentionKernel:
+    """Returns the kernel that `model.attention_kernel` names, or the best of this machine.
+
+    Raises:
+        UserError: if the named kernel is not to be had.
+    """
+    if setting in ("auto", "sdpa"):
+        if device.type == "cpu":
+            return CpuFlashKernel()
+        return MathKernel() if dtype == torch.float32 else CudaFlashKernel()
+    packages = {"te": "transformer_engine", "flash_attn": "flash_attn"}
+    package = packages.get(setting)
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise UserError(
+            f"model.attention_kernel ({setting}): the package {package} is not installed; "
+            "install the gpu extra, or use auto"
+        )
+    raise UserError(
+        f"model.attention_kernel ({setting}): not available in this version; use auto or sdpa"
+    )
+
+
+def _batched(tensor: Tensor) -> Tensor:
+    """[t,H,D] -> [1,H,t,D], a view."""
+    return tensor.transpose(0, 1).unsqueeze(0)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """[1,H,t,D] -> [t,H,D], a view."""
+    return tensor.squeeze(0).transpose(0, 1)
+
+
+def _repeated(tensor: Tensor, groups: int) -> Tensor:
+    """[t,G,D] -> [t,H,D]: every key/value head for each of its query heads."""
+    return tensor if groups == 1 else tensor.repeat_interleave(groups, dim=1)
+
+
+def _summed(gradient: Tensor, groups: int) -> Tensor:
+    """[t,H,D] -> [t,G,D]: the gradient of `_repeated`."""
+    return gradient if groups == 1 else gradient.unflatten(1, (-1, groups)).sum(2)

@@ -1,0 +1,179 @@
+"""The one place that builds Megatron's GPTModel and its config from an `Architecture`."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_longpo.errors import UserError
+from megatron_longpo.model.architectures import Architecture
+from megatron_longpo.model.norm import RMSNorm
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+"""Settings' names of the dtypes that parameters and activations may have."""
+
+VOCAB_MULTIPLE = 128
+"""Megatron pads the vocabulary to a multiple of this times the tensor-parallel size."""
+
+
+def padded_vocab_size(arch: Architecture, tensor: int) -> int:
+    """Rows of the embedding over all tensor-parallel ranks together."""
+    multiple = VOCAB_MULTIPLE * tensor
+    return -(-arch.vocab_size // multiple) * multiple
+
+
+def transformer_config(
+    arch: Architecture,
+    *,
+    dtype: Literal["bf16", "fp32"] = "bf16",
+    tensor: int = 1,
+    pipeline: int = 1,
+    virtual_pipeline: int | None = None,
+    context: int = 1,
+    sequence: bool = False,
+    recompute: Literal["none", "selective", "full"] = "none",
+    trainable: bool = True,
+    fusions: bool | None = None,
+) -> TransformerConfig:
+    """Megatron's config of `arch` under these parallel sizes.
+
+    `trainable=False` is for the frozen reference: nothing is recomputed for a backward that never
+    comes. `fusions` are Megatron's jitted elementwise kernels; None = where there is a GPU.
+    Weights are not initialised, since `load_hf_weights` writes every one of them.
+    """
+    _check_sizes(arch, tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual_pipeline)
+    if fusions is None:
+        fusions = torch.cuda.is_available()
+    return TransformerConfig(
+        num_layers=arch.num_layers,
+        hidden_size=arch.hidden_size,
+        ffn_hidden_size=arch.ffn_hidden_size,
+        num_attention_heads=arch.num_heads,
+        num_query_groups=arch.num_kv_heads,
+        kv_channels=arch.head_dim,
+        layernorm_epsilon=arch.norm_eps,
+        normalization="RMSNorm",
+        add_bias_linear=False,
+        add_qkv_bias=arch.qkv_bias,
+        qk_layernorm=arch.qk_norm,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=DTYPES[dtype],
+        pipeline_dtype=DTYPES[dtype],
+        bf16=dtype == "bf16",
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        virtual_pipeline_model_parallel_size=virtual_pipeline,
+        context_parallel_size=context,
+        sequence_parallel=sequence and tensor > 1,
+        # Every microbatch has its own length.
+        variable_seq_lengths=pipeline > 1,
+        # Interleaved stages are silently mis-ordered by the batched exchange on gloo.
+        overlap_p2p_comm=virtual_pipeline is not None,
+        batch_p2p_comm=virtual_pipeline is None,
+        calculate_per_token_loss=True,
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        bias_activation_fusion=fusions,
+        bias_dropout_fusion=fusions,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        **_recompute_settings(recompute if trainable else "none"),
+    )
+
+
+def build_gpt(
+    arch: Architecture,
+    config: TransformerConfig,
+    *,
+    core_attention: type,
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+) -> GPTModel:
+    """This rank's pipeline chunk, with parameters not yet written.
+
+    Needs Megatron's process groups. The model has no rotary embedding of its own: call
+    `.embedding` and `.decoder` with angles from `rope.rotary_angles`, not `.forward`.
+    """
+    pipeline_rank = ProcessGroupCollection.use_mpu_process_groups(["pp"]).pp.rank()
+    layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pipeline_rank)
+    block = TransformerBlockSubmodules(
+        layer_specs=[_layer_spec(arch, core_attention)] * layers, layer_norm=RMSNorm
+    )
+    return GPTModel(
+        config=config,
+        transformer_layer_spec=block,
+        vocab_size=padded_vocab_size(arch, config.tensor_model_parallel_size),
+        max_sequence_length=arch.max_position_embeddings,
+        pre_process=pre_process,
+        post_process=post_process,
+        share_embeddings_and_output_weights=arch.tied_embeddings,
+        position_embedding_type="none",
+        vp_stage=vp_stage,
+    )
+
+
+def _layer_spec(arch: Architecture, core_attention: type) -> ModuleSpec:
+    """Stock local layer, and so stock checkpoint keys, with our norm and core attention."""
+    spec = get_gpt_layer_local_spec(qk_layernorm=arch.qk_norm, normalization="RMSNorm")
+    spec.submodules.input_layernorm = RMSNorm
+    spec.submodules.pre_mlp_layernorm = RMSNorm
+    attention = spec.submodules.self_attention.submodules
+    attention.core_attention = core_attention
+    if arch.qk_norm:
+        attention.q_layernorm = RMSNorm
+        attention.k_layernorm = RMSNorm
+    return spec
+
+
+def _recompute_settings(recompute: str) -> dict[str, Any]:
+    """Norms and MLPs are cheap to compute twice; the core attention of a long row never is."""
+    if recompute == "none":
+        return {}
+    if recompute == "full":
+        return {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        }
+    modules = ["mlp"]
+    # Megatron's recomputation of norms asks Transformer Engine about fp8 even where fp8 is off.
+    if hasattr(tensor_parallel.random, "FP8GlobalStateManager"):
+        modules.append("layernorm")
+    return {"recompute_granularity": "selective", "recompute_modules": modules}
+
+
+def _check_sizes(
+    arch: Architecture, *, tensor: int, pipeline: int, virtual_pipeline: int | None
+) -> None:
+    for name, size in (("heads", arch.num_heads), ("MLP size", arch.ffn_hidden_size)):
+        if size % tensor:
+            raise UserError(
+                f"parallel.tensor ({tensor}) must divide the model's {name} ({size}); use a divisor"
+            )
+    if arch.num_kv_heads % tensor and tensor % arch.num_kv_heads:
+        raise UserError(
+            f"parallel.tensor ({tensor}) must divide the model's key/value heads "
+            f"({arch.num_kv_heads}) or be a multiple of them"
+        )
+    stages = pipeline * (virtual_pipeline or 1)
+    if arch.num_layers % stages:
+        raise UserError(
+            f"parallel.pipeline x virtual_pipeline ({stages}) must divide the model's layers "
+            f"({arch.num_layers}); use a divisor"
+        )

@@ -1,0 +1,107 @@
+"""Process groups: the one place that starts torch.distributed and asks Megatron for groups."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from torch.distributed import ProcessGroup
+
+from megatron_longpo.parallel import cpu
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelSizes:
+    """Degrees of model parallelism; data parallelism takes the rest of the world."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    virtual_pipeline: int | None = None
+    context: int = 1
+    sequence: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Groups:
+    """This rank's process groups. A group of one rank is a group, never None."""
+
+    sizes: ParallelSizes
+    tensor: ProcessGroup
+    pipeline: ProcessGroup
+    context: ProcessGroup
+    data: ProcessGroup
+    """Data-parallel ranks that hold the same tokens' shard, without context parallelism."""
+    data_and_context: ProcessGroup
+    device: torch.device
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank()
+
+    @property
+    def world_size(self) -> int:
+        return dist.get_world_size()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes files and talks to the user."""
+        return self.rank == 0
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pipeline.rank() == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipeline.rank() == self.pipeline.size() - 1
+
+
+def initialize(sizes: ParallelSizes, *, timeout_minutes: float = 60, seed: int = 42) -> Groups:
+    """Starts torch.distributed (under torchrun, or alone) and Megatron's groups, and seeds.
+
+    NCCL with GPUs, else gloo with Megatron's CUDA calls answered on the CPU.
+    """
+    cpu.install()
+    has_cuda = torch.cuda.is_available()
+    if not dist.is_initialized():
+        if has_cuda:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        timeout = timedelta(minutes=timeout_minutes)
+        backend = "nccl" if has_cuda else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(
+                backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+            )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=sizes.tensor,
+        pipeline_model_parallel_size=sizes.pipeline,
+        virtual_pipeline_model_parallel_size=sizes.virtual_pipeline,
+        context_parallel_size=sizes.context,
+        # The distributed optimizer gathers its state for checkpoints over gloo.
+        create_gloo_process_groups=True,
+        distributed_timeout_minutes=int(timeout_minutes),
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return Groups(
+        sizes=sizes,
+        tensor=parallel_state.get_tensor_model_parallel_group(),
+        pipeline=parallel_state.get_pipeline_model_parallel_group(),
+        context=parallel_state.get_context_parallel_group(),
+        data=parallel_state.get_data_parallel_group(),
+        data_and_context=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        device=torch.device("cuda", torch.cuda.current_device()) if has_cuda else cpu.CPU,
+    )
+
+
+def shutdown() -> None:
+    """Ends Megatron's groups and torch.distributed."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

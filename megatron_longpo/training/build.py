@@ -1,0 +1,207 @@
+"""Builds what a run needs from its settings: architectures, pairs, model, optimizer."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.transformer.module import Float16Module
+
+from checkpoints_convert.hf_folder import local_hf_folder
+from checkpoints_convert.hf_weights import load_hf_weights
+from megatron_longpo.config import TrainConfig
+from megatron_longpo.data.catalog import PairCatalog, RowLimits
+from megatron_longpo.data.rows import open_rows
+from megatron_longpo.data.tree import TreeSettings
+from megatron_longpo.model.architectures import Architecture, read_architecture
+from megatron_longpo.model.attention import TreeAttention
+from megatron_longpo.model.kernels import choose_kernel
+from megatron_longpo.model.longpo_model import ChunkModel, LongPOModel
+from megatron_longpo.model.rope import inverse_frequencies
+from megatron_longpo.model.spec import DTYPES, build_gpt, transformer_config
+from megatron_longpo.objectives import Objective, build_objective
+from megatron_longpo.parallel.groups import Groups, ParallelSizes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSources:
+    """Policy and reference as folders and architectures; the reference None where unused."""
+
+    policy_folder: str
+    policy: Architecture
+    reference_folder: str | None
+    reference: Architecture | None
+
+
+def read_models(config: TrainConfig) -> ModelSources:
+    """Finds and checks both models without loading weights.
+
+    The policy takes the settings' RoPE and positions; the reference keeps its own.
+    """
+    model = config.model
+    policy_folder = local_hf_folder(model.hf_path)
+    policy = read_architecture(
+        policy_folder,
+        rope_theta=model.rope_theta,
+        rope_scaling=model.rope_scaling,
+        max_position_embeddings=model.max_position_embeddings,
+    )
+    if (
+        config.data.max_length > policy.max_position_embeddings
+        and model.rope_theta is None
+        and model.rope_scaling is None
+    ):
+        warnings.warn(
+            f"data.max_length ({config.data.max_length}) exceeds the model's positions "
+            f"({policy.max_position_embeddings}) and its RoPE is unchanged: set model.rope_theta "
+            "and model.max_position_embeddings, or lower data.max_length",
+            stacklevel=2,
+        )
+    reference_folder = reference = None
+    if config.reference.mode == "online":
+        assert config.reference.hf_path is not None, "settings are resolved"
+        reference_folder = local_hf_folder(config.reference.hf_path)
+        reference = read_architecture(reference_folder)
+    return ModelSources(
+        policy_folder=policy_folder,
+        policy=policy,
+        reference_folder=reference_folder,
+        reference=reference,
+    )
+
+
+def make_objective(config: TrainConfig) -> Objective:
+    """The objective of resolved settings."""
+    objective = config.objective
+    assert objective.preference_weight is not None and objective.nll_weight is not None
+    assert objective.nll_scope is not None
+    return build_objective(
+        objective.name,
+        beta=objective.beta,
+        preference_weight=objective.preference_weight,
+        nll_weight=objective.nll_weight,
+        nll_scope=objective.nll_scope,
+        turns=objective.turns,
+        label_smoothing=objective.label_smoothing,
+    )
+
+
+def read_pairs(
+    config: TrainConfig,
+    path: str,
+    sources: ModelSources,
+    objective: Objective,
+    *,
+    progress: Callable[[Iterable[int]], Iterable[int]],
+) -> PairCatalog:
+    """Opens rows and checks and measures every one of them."""
+    needs = objective.needs
+    context = config.reference.context if sources.reference is not None else None
+    reference_positions = None
+    vocab_size = sources.policy.vocab_size
+    if sources.reference is not None:
+        reference_positions = sources.reference.max_position_embeddings
+        vocab_size = min(vocab_size, sources.reference.vocab_size)
+    return PairCatalog(
+        open_rows(path),
+        limits=RowLimits(
+            vocab_size=vocab_size,
+            max_length=config.data.max_length,
+            too_long=config.data.too_long,
+            max_reference_length=reference_positions if context == "short" else None,
+        ),
+        settings=TreeSettings(
+            branches=needs.branches,
+            preference=needs.preference,
+            nll=needs.nll,
+            reference=context if needs.reference else None,
+            share_prefix=config.data.share_prefix,
+        ),
+        per_turn=needs.preference and config.objective.turns == "per_turn",
+        progress=progress,
+    )
+
+
+def parallel_sizes(config: TrainConfig) -> ParallelSizes:
+    parallel = config.parallel
+    return ParallelSizes(
+        tensor=parallel.tensor,
+        pipeline=parallel.pipeline,
+        virtual_pipeline=parallel.virtual_pipeline,
+        context=parallel.context,
+        sequence=bool(parallel.sequence),
+    )
+
+
+def build_model(config: TrainConfig, sources: ModelSources, groups: Groups) -> list[Any]:
+    """This rank's chunks with their weights, wrapped by Megatron's DDP."""
+    policy = _chunk(config, sources.policy, sources.policy_folder, groups, trainable=True)
+    reference = None
+    if sources.reference is not None:
+        assert sources.reference_folder is not None
+        reference = _chunk(
+            config, sources.reference, sources.reference_folder, groups, trainable=False
+        )
+    model: Any = LongPOModel(policy=policy, reference=reference, tensor_group=groups.tensor)
+    model.to(groups.device)
+    if config.model.dtype == "bf16":
+        model = Float16Module(model.config, model)
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=config.optimizer.distributed,
+        overlap_grad_reduce=False,
+        overlap_param_gather=False,
+        average_in_collective=False,
+    )
+    wrapped = DistributedDataParallel(model.config, ddp_config, model)
+    # All data-parallel ranks read the same weights, but a rank may have misread them.
+    wrapped.broadcast_params()
+    return [wrapped]
+
+
+def connect(model: list[Any], optimizer: MegatronOptimizer) -> None:
+    """Tells Megatron's schedule how to scale the loss and finish gradients."""
+    for chunk in model:
+        chunk.config.grad_scale_func = optimizer.scale_loss
+        chunk.config.finalize_model_grads_func = finalize_model_grads
+
+
+def _chunk(
+    config: TrainConfig, arch: Architecture, folder: str, groups: Groups, *, trainable: bool
+) -> ChunkModel:
+    sizes = groups.sizes
+    dtype = config.model.dtype
+    kernel = choose_kernel(config.model.attention_kernel, device=groups.device, dtype=DTYPES[dtype])
+    megatron_config = transformer_config(
+        arch,
+        dtype=dtype,
+        tensor=sizes.tensor,
+        pipeline=sizes.pipeline,
+        virtual_pipeline=sizes.virtual_pipeline,
+        context=sizes.context,
+        sequence=sizes.sequence,
+        recompute=config.train.recompute,
+        trainable=trainable,
+    )
+    gpt = build_gpt(
+        arch,
+        megatron_config,
+        core_attention=functools.partial(TreeAttention, kernel=kernel),
+        pre_process=groups.is_first_stage,
+        post_process=groups.is_last_stage,
+    )
+    load_hf_weights(gpt, arch, folder)
+    return ChunkModel(
+        gpt=gpt,
+        inv_freq=inverse_frequencies(arch).to(groups.device),
+        vocab_size=arch.vocab_size,
+    )

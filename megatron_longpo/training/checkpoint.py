@@ -1,0 +1,235 @@
+"""Checkpoints: saving so that a crash at any moment loses nothing, loading, and pruning.
+
+A checkpoint is written under a temporary name, renamed when every rank is done, and only then
+named in `latest_checkpointed_iteration.txt` (contract.md section 6).
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedObject
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+from checkpoints_convert.hf_folder import write_hf_side_files
+from checkpoints_convert.torch_dist import (
+    HF_FOLDER_NAME,
+    TRACKER_NAME,
+    TorchDistReader,
+    find_iteration_folder,
+    iteration_folder,
+)
+from megatron_longpo.data.sampler import PairSampler
+from megatron_longpo.errors import UserError
+from megatron_longpo.megatron_compat import initialize_state
+from megatron_longpo.model.architectures import Architecture, read_architecture
+from megatron_longpo.parallel.groups import Groups
+from megatron_longpo.training.run_folder import package_versions, write_text
+
+PROGRESS_NAME = "progress.json"
+OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
+"""The one format of Megatron's that loads under any other layout."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingState:
+    """What a checkpoint holds and restores, besides the position in the data."""
+
+    model: Sequence[Any]
+    """This rank's chunks; `sharded_state_dict` gives the policy alone."""
+    optimizer: MegatronOptimizer
+    sampler: PairSampler
+    groups: Groups
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """`progress.json`: where training stood, readable without torch."""
+
+    step: int
+    sampler: dict[str, Any]
+    world: dict[str, Any]
+    """Parallel sizes and world size of the run that saved."""
+    versions: dict[str, str]
+
+
+def save(
+    folder: Path,
+    step: int,
+    state: TrainingState,
+    *,
+    hf_source: str,
+    arch: Architecture,
+    dtype: str,
+    keep: int,
+) -> Path:
+    """Saves step `step` under `folder` and deletes all but the `keep` newest checkpoints.
+
+    Args:
+        folder: `checkpoint.dir`.
+        step: optimizer steps done.
+        state: what to save.
+        hf_source: Hugging Face folder whose tokenizer and config go along.
+        arch: the policy, with its changed RoPE, as the saved config has it.
+        dtype: torch's name of the weights' type.
+        keep: how many checkpoints stay.
+
+    Returns:
+        The folder of the checkpoint.
+    """
+    final = iteration_folder(folder, step)
+    temporary = final.with_name(final.name + ".writing")
+    groups = state.groups
+    if groups.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+    dist.barrier()
+    dist_checkpointing.save(_sharded_state(state, is_loading=False), str(temporary))
+    dist.barrier()
+    if groups.is_main:
+        progress = Progress(
+            step=step,
+            sampler=state.sampler.state_dict(),
+            world={**asdict(groups.sizes), "world_size": groups.world_size},
+            versions=package_versions(),
+        )
+        write_text(temporary / PROGRESS_NAME, json.dumps(asdict(progress), indent=2) + "\n")
+        write_hf_side_files(hf_source, temporary / HF_FOLDER_NAME, arch, dtype=dtype)
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        write_text(folder / TRACKER_NAME, f"{step}\n")
+        _prune(folder, keep)
+    dist.barrier()
+    return final
+
+
+def newest(folder: Path) -> Path | None:
+    """The checkpoint that `checkpoint.resume: auto` goes on from, if there is one."""
+    return find_iteration_folder(str(folder)) if (folder / TRACKER_NAME).is_file() else None
+
+
+def check_matches(checkpoint: Path, arch: Architecture) -> None:
+    """Refuses a checkpoint of another model before any weights are loaded."""
+    saved = read_architecture(str(checkpoint / HF_FOLDER_NAME))
+    for field in ("family", "num_layers", "hidden_size", "vocab_size", "num_heads", "num_kv_heads"):
+        ours, theirs = getattr(arch, field), getattr(saved, field)
+        if ours != theirs:
+            raise UserError(
+                f"checkpoint.resume ({checkpoint}): its model has {field} {theirs}, model.hf_path "
+                f"has {ours}; give the checkpoint's own model, or another checkpoint"
+            )
+
+
+def load(checkpoint: Path, state: TrainingState, *, load_optimizer: bool) -> int:
+    """Restores a checkpoint into `state` and returns the step it was saved at.
+
+    An imported checkpoint has weights alone: training starts from them at step 0.
+    """
+    progress = _read_progress(checkpoint)
+    has_optimizer = any(key.startswith("optimizer.") for key in TorchDistReader(checkpoint).keys)
+    with_optimizer = load_optimizer and has_optimizer
+    if with_optimizer:
+        initialize_state(state.optimizer)
+    with_rng = progress is not None and progress.world == {
+        **asdict(state.groups.sizes),
+        "world_size": state.groups.world_size,
+    }
+    wanted = _sharded_state(
+        state, is_loading=True, with_optimizer=with_optimizer, with_rng=with_rng
+    )
+    loaded = dist_checkpointing.load(wanted, str(checkpoint))
+    for index, chunk in enumerate(state.model):
+        policy = _unwrapped(chunk).policy
+        policy.load_state_dict(loaded[_model_key(index, state.model)], strict=True)
+    if with_optimizer:
+        state.optimizer.load_state_dict(loaded["optimizer"])
+    else:
+        # The optimizer's fp32 copies were made from the weights before these were loaded.
+        state.optimizer.reload_model_params()
+    if with_rng:
+        _set_rng_state(loaded["rng"])
+    if progress is None:
+        return 0
+    state.sampler.load_state_dict(progress.sampler)
+    return progress.step
+
+
+def _sharded_state(
+    state: TrainingState, *, is_loading: bool, with_optimizer: bool = True, with_rng: bool = True
+) -> dict[str, Any]:
+    sharded: dict[str, Any] = {
+        _model_key(index, state.model): _unwrapped(chunk).sharded_state_dict()
+        for index, chunk in enumerate(state.model)
+    }
+    if with_optimizer:
+        weights = dict(sharded) if len(state.model) > 1 else sharded["model"]
+        sharded["optimizer"] = state.optimizer.sharded_state_dict(
+            weights, is_loading=is_loading, metadata=OPTIMIZER_FORMAT
+        )
+    if with_rng:
+        rank, world_size = state.groups.rank, state.groups.world_size
+        sharded["rng"] = ShardedObject("rng", _rng_state(), (world_size,), (rank,))
+    if not is_loading:
+        sharded["checkpoint_version"] = 3.0
+    return sharded
+
+
+def _model_key(index: int, model: Sequence[Any]) -> str:
+    """Megatron-LM's names: `model`, or `model0`, `model1` with a virtual pipeline."""
+    return "model" if len(model) == 1 else f"model{index}"
+
+
+def _unwrapped(chunk: Any) -> Any:
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk
+
+
+def _rng_state() -> dict[str, Any]:
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "device": torch.cuda.get_rng_state(),
+        "tracker": get_cuda_rng_tracker().get_states(),
+    }
+
+
+def _set_rng_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    torch.cuda.set_rng_state(state["device"])
+    get_cuda_rng_tracker().set_states(state["tracker"])
+
+
+def _read_progress(checkpoint: Path) -> Progress | None:
+    path = checkpoint / PROGRESS_NAME
+    if not path.is_file():
+        return None
+    try:
+        return Progress(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: not a training checkpoint's progress ({error})") from error
+
+
+def _prune(folder: Path, keep: int) -> None:
+    finished = sorted(
+        (path for path in folder.iterdir() if re.fullmatch(r"iter_\d{7,}", path.name)),
+        key=lambda path: int(path.name.removeprefix("iter_")),
+    )
+    for path in finished[:-keep]:
+        shutil.rmtree(path)

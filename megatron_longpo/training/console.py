@@ -1,0 +1,83 @@
+"""What a run tells the person who watches it: progress bars in a terminal, plain lines in a log."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+SHOWN = {
+    "loss": "loss",
+    "preference_loss": "preference",
+    "nll_loss": "nll",
+    "rewards/accuracies": "accuracy",
+    "rewards/margins": "margin",
+    "grad_norm": "grad norm",
+    "learning_rate": "lr",
+    "tokens_per_second": "tokens/s",
+}
+"""Metrics of a line, with the words that it uses."""
+
+
+class RunConsole:
+    """Speaks on the main rank and is silent on the others."""
+
+    def __init__(self, *, is_main: bool) -> None:
+        self._console = Console(quiet=not is_main, highlight=False, soft_wrap=True)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+            disable=not (is_main and self._console.is_terminal),
+        )
+        quiet_libraries()
+
+    def say(self, text: str) -> None:
+        self._console.print(text, markup=False)
+
+    def track(self, items: Iterable[Any], *, what: str, total: int, done: int = 0) -> Iterator[Any]:
+        """Yields `items` under a progress bar, where there is a terminal to show one."""
+        with self._progress:
+            task = self._progress.add_task(what, total=total, completed=done)
+            for item in items:
+                yield item
+                self._progress.advance(task)
+            self._progress.remove_task(task)
+
+    def say_step(self, metrics: Mapping[str, Any], *, num_steps: int) -> None:
+        numbers = "  ".join(
+            f"{word} {metrics[key]:.4g}"
+            for key, word in SHOWN.items()
+            if metrics.get(key) is not None
+        )
+        self.say(f"step {metrics['step']}/{num_steps}  {numbers}")
+
+    def say_evaluation(self, metrics: Mapping[str, Any]) -> None:
+        numbers = "  ".join(
+            f"{word} {metrics['eval/' + key]:.6g}"
+            for key, word in SHOWN.items()
+            if metrics.get("eval/" + key) is not None
+        )
+        self.say(f"evaluation at step {metrics['step']}  {numbers}")
+
+
+def quiet_libraries() -> None:
+    """Keeps Megatron's start-up remarks, which no user can act on, out of the log."""
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"megatron\..*")
+    warnings.filterwarnings("ignore", module=r"torch\..*")

@@ -1,0 +1,44 @@
+"""Floating-point operations of a step, as contract.md section 5 counts them.
+
+What the model needs, not what the machine did: recomputation and padding are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from megatron_longpo.data.packing import PairSize
+from megatron_longpo.model.architectures import Architecture
+
+FORWARD_SHARE = 1 / 3
+"""A forward pass costs a third of forward and backward."""
+
+
+def step_flops(
+    sizes: Iterable[PairSize], policy: Architecture, reference: Architecture | None
+) -> float:
+    """Operations of one global batch, over all GPUs: policy both ways, reference forward."""
+    total = 0.0
+    for size in sizes:
+        total += _training_flops(
+            policy, size.policy_tokens, size.policy_attended, size.policy_edges
+        )
+        if reference is not None:
+            total += FORWARD_SHARE * _training_flops(
+                reference, size.reference_tokens, size.reference_attended, size.reference_edges
+            )
+    return total
+
+
+def layer_parameters(arch: Architecture) -> int:
+    """Parameters of one layer's matrices: q, k, v, output, gate, up and down projection."""
+    attention_width = arch.num_heads * arch.head_dim
+    kv_width = arch.num_kv_heads * arch.head_dim
+    return arch.hidden_size * (2 * attention_width + 2 * kv_width + 3 * arch.ffn_hidden_size)
+
+
+def _training_flops(arch: Architecture, tokens: int, attended: int, edges: int) -> float:
+    linears = 6 * arch.num_layers * layer_parameters(arch) * tokens
+    attention = 12 * arch.num_layers * arch.num_heads * arch.head_dim * attended
+    head = 6 * arch.hidden_size * arch.vocab_size * edges
+    return float(linears + attention + head)

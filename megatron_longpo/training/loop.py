@@ -1,0 +1,338 @@
+"""`longpo train`: prepare, then one optimizer step after the other."""
+
+from __future__ import annotations
+
+import math
+import resource
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_longpo.config import TrainConfig, check_world
+from megatron_longpo.data.catalog import PairCatalog
+from megatron_longpo.data.sampler import PairSampler
+from megatron_longpo.errors import StopRequested
+from megatron_longpo.model.spec import DTYPES
+from megatron_longpo.objectives import Objective
+from megatron_longpo.parallel import groups as process_groups
+from megatron_longpo.parallel.groups import Groups
+from megatron_longpo.training import build, checkpoint, run_folder
+from megatron_longpo.training.batches import rank_packs
+from megatron_longpo.training.console import RunConsole
+from megatron_longpo.training.flops import step_flops
+from megatron_longpo.training.metrics import Metrics, MetricsWriter, mean_metrics
+from megatron_longpo.training.optimizer import (
+    current_learning_rate,
+    make_optimizer,
+    make_scheduler,
+)
+from megatron_longpo.training.schedule import MetricSums, run_microbatches
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""Slurm sends one of these before a job's time is up: save, stop, exit with 75."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Run:
+    """A run in progress."""
+
+    config: TrainConfig
+    groups: Groups
+    console: RunConsole
+    sources: build.ModelSources
+    objective: Objective
+    pairs: PairCatalog
+    eval_pairs: PairCatalog | None
+    sampler: PairSampler
+    model: list[Any]
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    num_steps: int
+    step: int = 0
+    """Optimizer steps done."""
+    stop_requested: bool = False
+
+    @property
+    def state(self) -> checkpoint.TrainingState:
+        return checkpoint.TrainingState(
+            model=self.model, optimizer=self.optimizer, sampler=self.sampler, groups=self.groups
+        )
+
+    @property
+    def budget_tokens(self) -> int:
+        return self.config.data.pack_tokens or self.pairs.largest_pair_tokens
+
+
+def run_training(config: TrainConfig) -> None:
+    """Trains as `config`, which is resolved, says.
+
+    Raises:
+        UserError: for bad input, before anything expensive where it can be known then.
+        StopRequested: after a signal asked for it and a checkpoint was saved.
+    """
+    try:
+        run = prepare(config)
+        if config.train.dry_run:
+            run.console.say("dry run: settings, data and model are in order")
+            return
+        train(run)
+    finally:
+        process_groups.shutdown()
+
+
+def prepare(config: TrainConfig) -> Run:
+    """Checks everything, cheapest first, builds the model and resumes where there is something."""
+    if config.checkpoint.resume == "never":
+        run_folder.check_is_new(config)
+    sources = build.read_models(config)
+    resume_from = _checkpoint_to_resume(config)
+    if resume_from is not None:
+        checkpoint.check_matches(resume_from, sources.policy)
+    parallel = config.parallel
+    groups = process_groups.initialize(
+        build.parallel_sizes(config),
+        timeout_minutes=parallel.timeout_minutes,
+        seed=config.train.seed,
+    )
+    check_world(config, groups.world_size)
+    console = RunConsole(is_main=groups.is_main)
+    objective = build.make_objective(config)
+    pairs = _read_pairs(config, config.data.path, sources, objective, console)
+    if config.data.pack_tokens is not None:
+        pairs.check_budget(config.data.pack_tokens)
+    eval_pairs = None
+    if config.data.eval_path is not None:
+        eval_pairs = _read_pairs(config, config.data.eval_path, sources, objective, console)
+    sampler = PairSampler(
+        len(pairs),
+        global_batch_pairs=config.train.global_batch_pairs,
+        shuffle=config.data.shuffle,
+        seed=config.data.seed,
+    )
+    num_steps = config.train.steps or config.train.epochs * sampler.steps_per_epoch
+    if sampler.dropped_pairs_per_epoch:
+        console.say(
+            f"the last {sampler.dropped_pairs_per_epoch} pairs of each epoch's order are left out: "
+            f"they do not fill a global batch of {config.train.global_batch_pairs}"
+        )
+    model = build.build_model(config, sources, groups)
+    optimizer = make_optimizer(config.optimizer, model, bf16=config.model.dtype == "bf16")
+    build.connect(model, optimizer)
+    run = Run(
+        config=config,
+        groups=groups,
+        console=console,
+        sources=sources,
+        objective=objective,
+        pairs=pairs,
+        eval_pairs=eval_pairs,
+        sampler=sampler,
+        model=model,
+        optimizer=optimizer,
+        scheduler=make_scheduler(config.optimizer, optimizer, num_steps=num_steps),
+        num_steps=num_steps,
+    )
+    if resume_from is not None:
+        run.step = checkpoint.load(
+            resume_from, run.state, load_optimizer=config.checkpoint.load_optimizer
+        )
+        run.scheduler.step(increment=min(run.step, num_steps))
+        console.say(f"resumed from {resume_from} at step {run.step}")
+    return run
+
+
+def train(run: Run) -> None:
+    """Runs the remaining steps, writing metrics, evaluations and checkpoints as they are due."""
+    config = run.config
+    writer = None
+    if run.groups.is_main:
+        run_folder.write_config(config, {"data": run.pairs.dataset.fingerprint})
+        writer = MetricsWriter(
+            config.logging, resumed_step=run.step, settings=run_folder.settings(config)
+        )
+    _catch_stop_signals(run)
+    if run.step == 0 and config.train.eval_at_start:
+        _evaluate(run, writer)
+    steps = run.console.track(
+        range(run.step, run.num_steps), what="training", total=run.num_steps, done=run.step
+    )
+    for _ in steps:
+        metrics = train_step(run)
+        _log(run, metrics, writer)
+        is_last = run.step == run.num_steps
+        if _is_due(run.step, config.train.eval_interval) or (
+            is_last and config.train.eval_at_start
+        ):
+            _evaluate(run, writer)
+        stop = _stop_agreed(run)
+        if is_last or stop or _is_due(run.step, config.checkpoint.interval):
+            _save(run)
+        if stop and not is_last:
+            if writer is not None:
+                writer.close()
+            raise StopRequested(f"stopped at step {run.step} of {run.num_steps}, checkpoint saved")
+    if writer is not None:
+        writer.close()
+
+
+def train_step(run: Run) -> Metrics:
+    """One global batch: forward, backward, update. Returns the step's row of metrics.jsonl."""
+    started = time.perf_counter()
+    pairs = run.sampler.next_batch()
+    for chunk in run.model:
+        chunk.train()
+        chunk.zero_grad_buffer()
+    run.optimizer.zero_grad()
+    packs = rank_packs(run.pairs, pairs, run.groups, budget_tokens=run.budget_tokens)
+    sums = run_microbatches(run.model, packs, run.objective, run.groups, forward_only=False)
+    _check_finite("loss", sums["loss"], run.step + 1)
+    learning_rate = current_learning_rate(run.optimizer)
+    _, grad_norm, _ = run.optimizer.step()
+    _check_finite("gradient norm", float(grad_norm), run.step + 1)
+    run.scheduler.step(increment=1)
+    run.step += 1
+    step_time = time.perf_counter() - started
+    return {
+        "step": run.step,
+        **mean_metrics(sums),
+        "grad_norm": float(grad_norm),
+        "learning_rate": learning_rate,
+        "consumed_pairs": run.sampler.state.consumed_pairs,
+        **_work_metrics(run, pairs, step_time),
+    }
+
+
+def _work_metrics(run: Run, pairs: list[int], step_time: float) -> Metrics:
+    sizes = run.pairs.sizes_of(pairs)
+    tokens = sum(size.policy_tokens for size in sizes)
+    flops = step_flops(sizes, run.sources.policy, run.sources.reference)
+    return {
+        "tokens": tokens,
+        "unshared_tokens": sum(size.unshared_tokens for size in sizes),
+        "reference_tokens": sum(size.reference_tokens for size in sizes),
+        "step_time_s": step_time,
+        "tokens_per_second": tokens / step_time,
+        "model_tflops_per_gpu": flops / step_time / run.groups.world_size / 1e12,
+        "peak_memory_gib": _peak_memory_gib(),
+    }
+
+
+def evaluate(run: Run) -> Metrics:
+    """Scores every evaluation pair once; means over all of them, under `eval/...`."""
+    assert run.eval_pairs is not None
+    pairs, batch_size = run.eval_pairs, run.config.train.global_batch_pairs
+    budget = max(run.budget_tokens, pairs.largest_pair_tokens)
+    totals: MetricSums = {}
+    for chunk in run.model:
+        chunk.eval()
+    starts = range(0, len(pairs), batch_size)
+    with torch.no_grad():
+        for start in run.console.track(starts, what="evaluating", total=len(starts)):
+            batch = list(range(start, min(start + batch_size, len(pairs))))
+            packs = rank_packs(pairs, batch, run.groups, budget_tokens=budget)
+            sums = run_microbatches(run.model, packs, run.objective, run.groups, forward_only=True)
+            for name, value in sums.items():
+                totals[name] = totals.get(name, 0.0) + value
+    return {f"eval/{name}": value for name, value in mean_metrics(totals).items()}
+
+
+def _evaluate(run: Run, writer: MetricsWriter | None) -> None:
+    if run.eval_pairs is None:
+        return
+    metrics = {"step": run.step, **evaluate(run)}
+    run.console.say_evaluation(metrics)
+    if writer is not None:
+        writer.write(metrics)
+
+
+def _log(run: Run, metrics: Metrics, writer: MetricsWriter | None) -> None:
+    is_paced = _is_due(run.step, run.config.logging.interval) or run.step == run.num_steps
+    if is_paced:
+        run.console.say_step(metrics, num_steps=run.num_steps)
+    if writer is not None:
+        writer.write(metrics, to_trackers=is_paced)
+
+
+def _save(run: Run) -> None:
+    config = run.config
+    assert config.checkpoint.dir is not None, "settings are resolved"
+    folder = checkpoint.save(
+        Path(config.checkpoint.dir),
+        run.step,
+        run.state,
+        hf_source=run.sources.policy_folder,
+        arch=run.sources.policy,
+        dtype=str(DTYPES[config.model.dtype]).removeprefix("torch."),
+        keep=config.checkpoint.keep,
+    )
+    run.console.say(f"saved {folder}")
+
+
+def _checkpoint_to_resume(config: TrainConfig) -> Path | None:
+    assert config.checkpoint.dir is not None, "settings are resolved"
+    resume = config.checkpoint.resume
+    if resume == "never":
+        return None
+    if resume == "auto":
+        return checkpoint.newest(Path(config.checkpoint.dir))
+    return checkpoint.find_iteration_folder(resume)
+
+
+def _read_pairs(
+    config: TrainConfig,
+    path: str,
+    sources: build.ModelSources,
+    objective: Objective,
+    console: RunConsole,
+) -> PairCatalog:
+    def progress(rows: Any) -> Iterator[int]:
+        return console.track(rows, what=f"checking {path}", total=len(rows))
+
+    pairs = build.read_pairs(config, path, sources, objective, progress=progress)
+    dropped = f", {pairs.num_dropped} dropped as too long" if pairs.num_dropped else ""
+    console.say(
+        f"{path}: {len(pairs)} pairs{dropped}, the largest {pairs.largest_pair_tokens} tokens"
+    )
+    return pairs
+
+
+def _catch_stop_signals(run: Run) -> None:
+    def request_stop(number: int, frame: Any) -> None:
+        run.stop_requested = True
+
+    for number in STOP_SIGNALS:
+        signal.signal(number, request_stop)
+
+
+def _stop_agreed(run: Run) -> bool:
+    """Whether any rank was asked to stop: all of them must save the same step."""
+    requested = torch.tensor(int(run.stop_requested), device=run.groups.device)
+    dist.all_reduce(requested, op=dist.ReduceOp.MAX)
+    return bool(requested.item())
+
+
+def _check_finite(name: str, value: float, step: int) -> None:
+    if not math.isfinite(value):
+        raise FloatingPointError(
+            f"the {name} of step {step} is {value}; the last checkpoint is intact. Look at the "
+            "rows of this step, or lower optimizer.lr"
+        )
+
+
+def _is_due(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0
+
+
+def _peak_memory_gib() -> float:
+    """GPU memory, or without one the process's, at its highest since the start."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30

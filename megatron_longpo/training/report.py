@@ -1,0 +1,164 @@
+"""`longpo report`: the curves and the numbers of one or several runs, from metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_longpo.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+METRICS_FILE = "metrics.jsonl"
+
+PANELS = (
+    ("loss", "nats"),
+    ("preference_loss", "nats"),
+    ("nll_loss", "nats a token"),
+    ("rewards/margins", "nats x beta"),
+    ("rewards/accuracies", "share of pairs"),
+    ("grad_norm", ""),
+    ("learning_rate", ""),
+    ("tokens_per_second", "tokens/s"),
+)
+"""Key and unit of each panel; one that no run has is left out."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReportConfig:
+    """What to plot."""
+
+    runs: tuple[str, ...]
+    """One or more logging.dir folders (or metrics.jsonl files)."""
+    output: str | None = None
+    """PNG to write; null = report.png in the first folder."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """The rows of one metrics.jsonl, training and evaluation apart."""
+
+    name: str
+    folder: Path
+    training: list[dict[str, Any]]
+    evaluation: list[dict[str, Any]]
+
+    def series(self, key: str) -> tuple[list[int], list[float]]:
+        """Steps and values of a key, from evaluation rows where it starts with `eval/`."""
+        rows = self.evaluation if key.startswith("eval/") else self.training
+        points = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), (int, float))]
+        return [step for step, _ in points], [value for _, value in points]
+
+
+def run_report(config: ReportConfig) -> None:
+    """Plots the runs into one PNG and prints a summary."""
+    if not config.runs:
+        raise UserError("runs is empty. Give at least one folder that a training run logged to")
+    runs = [read_run(path) for path in config.runs]
+    output = Path(config.output) if config.output else runs[0].folder / "report.png"
+    if output.suffix.lower() != ".png":
+        raise UserError(f"output ({output}) must end in .png")
+    plot(runs, output)
+    print_summary(runs)
+    print(f"plot: {output}")
+
+
+def read_run(path: str) -> Run:
+    """Reads `<path>/metrics.jsonl`; a half-written last line of a live run is left out."""
+    file = Path(path)
+    if file.is_dir():
+        file = file / METRICS_FILE
+    if not file.is_file():
+        raise UserError(
+            f"runs ({path}): no {METRICS_FILE} there. Give the logging.dir of a training run"
+        )
+    rows: list[dict[str, Any]] = []
+    lines = file.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            if number == len(lines):
+                break
+            raise UserError(f"{file}:{number}: not a JSON object. Remove the line") from None
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise UserError(f"{file}:{number}: no integer `step`. Remove the line")
+        rows.append(row)
+    if not rows:
+        raise UserError(f"{file} is empty. The run has not finished a step")
+    return Run(
+        name=path.rstrip("/"),
+        folder=file.parent,
+        training=[row for row in rows if "loss" in row],
+        evaluation=[row for row in rows if any(key.startswith("eval/") for key in row)],
+    )
+
+
+def plot(runs: Sequence[Run], output: Path) -> None:
+    """Draws a panel a metric, a line a run; evaluations are dots in the panel of their metric."""
+    # Figure without pyplot: it draws without a display and leaves no global state.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels = [
+        (key, unit)
+        for key, unit in PANELS
+        if any(run.series(name)[0] for run in runs for name in (key, f"eval/{key}"))
+    ]
+    columns = min(2, len(panels)) or 1
+    rows = max(1, math.ceil(len(panels) / columns))
+    figure = Figure(figsize=(5.5 * columns, 3.0 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    for index, (key, unit) in enumerate(panels):
+        _draw_panel(figure.add_subplot(rows, columns, index + 1), runs, key, unit)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(output.name + ".partial")
+    figure.savefig(partial, format="png", dpi=120)
+    os.replace(partial, output)
+
+
+def _draw_panel(axes: Axes, runs: Sequence[Run], key: str, unit: str) -> None:
+    for number, run in enumerate(runs):
+        color = f"C{number % 10}"
+        axes.plot(*run.series(key), color=color, linewidth=1.2, label=run.name)
+        steps, values = run.series(f"eval/{key}")
+        if steps:
+            axes.plot(steps, values, "o--", color=color, label=f"{run.name}, evaluation")
+    axes.set_title(key, fontsize=10)
+    axes.set_xlabel("step")
+    axes.set_ylabel(unit)
+    axes.grid(alpha=0.3)
+    if len(runs) > 1 or any(run.series(f"eval/{key}")[0] for run in runs):
+        axes.legend(fontsize=7)
+
+
+def print_summary(runs: Sequence[Run]) -> None:
+    """Prints first and last value of each metric, training and evaluation, a table a run."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    for run in runs:
+        table = Table("metric", "first", "last", "change", title=run.name, title_justify="left")
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for key in [*(key for key, _ in PANELS), *_evaluation_keys(run)]:
+            steps, values = run.series(key)
+            if values:
+                first, last = values[0], values[-1]
+                table.add_row(key, f"{first:.4g}", f"{last:.4g}", f"{last - first:+.3g}")
+        console.print(table)
+        steps, _ = run.series("loss")
+        if steps:
+            console.print(f"steps {steps[0]} to {steps[-1]}", highlight=False)
+
+
+def _evaluation_keys(run: Run) -> list[str]:
+    keys = {key: None for row in run.evaluation for key in row if key.startswith("eval/")}
+    return list(keys)

@@ -1,0 +1,77 @@
+"""The folder of a run, `logging.dir`: what is in it before training, and its config.yaml."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_longpo import __version__
+from megatron_longpo.config import TrainConfig
+from megatron_longpo.env import REQUIRED, package_version
+from megatron_longpo.errors import UserError
+
+CONFIG_NAME = "config.yaml"
+METRICS_NAME = "metrics.jsonl"
+
+
+def check_is_new(config: TrainConfig) -> None:
+    """Under `checkpoint.resume: never`, refuses a folder that already holds a run."""
+    assert config.checkpoint.dir is not None, "settings are resolved"
+    metrics, checkpoints = Path(config.logging.dir) / METRICS_NAME, Path(config.checkpoint.dir)
+    held = None
+    if metrics.exists() and metrics.stat().st_size:
+        held = metrics
+    elif checkpoints.is_dir() and any(checkpoints.glob("iter_*")):
+        held = checkpoints
+    if held is not None:
+        raise UserError(
+            f"checkpoint.resume (never): {held} is there from an earlier run; choose another "
+            "logging.dir, or use auto to go on from its newest checkpoint"
+        )
+
+
+def write_config(config: TrainConfig, fingerprints: Mapping[str, str]) -> None:
+    """Writes the resolved settings, with the versions and fingerprints that a rerun needs."""
+    contents = {
+        **settings(config),
+        "versions": package_versions(),
+        "fingerprints": dict(fingerprints),
+    }
+    folder = Path(config.logging.dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / CONFIG_NAME, yaml.safe_dump(contents, sort_keys=False))
+
+
+def settings(config: TrainConfig) -> dict[str, Any]:
+    """The settings as plain mappings and lists."""
+    plain = _plain(dataclasses.asdict(config))
+    assert isinstance(plain, dict)
+    return plain
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of ourselves, Python and the packages that results depend on."""
+    versions = {name: package_version(name) or "missing" for name in REQUIRED}
+    return {"megatron_longpo": __version__, "python": platform.python_version(), **versions}
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file that is there whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _plain(value: Any) -> Any:
+    """YAML's safe types: tuples become lists."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

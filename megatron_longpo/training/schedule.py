@@ -1,0 +1,136 @@
+"""One global batch through Megatron's pipeline schedule: forward step, loss, metric sums.
+
+Letters: N pairs of a microbatch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_longpo.objectives import LossOutput, Objective, PairLogps
+from megatron_longpo.parallel.groups import Groups
+from megatron_longpo.parallel.layout import RankPack
+from megatron_longpo.training.pair_sums import sum_pairs
+
+MetricSums = dict[str, float]
+"""Sums over pairs by metric name; `pairs` is their number."""
+
+LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
+
+
+def run_microbatches(
+    model: Sequence[Any],
+    packs: Sequence[RankPack],
+    objective: Objective,
+    groups: Groups,
+    *,
+    forward_only: bool,
+) -> MetricSums:
+    """Runs a global batch's microbatches and, unless `forward_only`, leaves its gradient.
+
+    The loss is the mean over the pairs of the global batch: microbatches hand Megatron sums and
+    counts of pairs, which it divides once, over all data-parallel ranks, when gradients are
+    finalised (`calculate_per_token_loss`).
+
+    Args:
+        model: this rank's chunks, wrapped by Megatron's DDP.
+        packs: this rank's microbatches, as many as every other rank's.
+        objective: the loss of a pair.
+        groups: process groups.
+        forward_only: whether to score only.
+
+    Returns:
+        Sums of every metric over the global batch, the same on every rank.
+    """
+    stored = get_forward_backward_func()(
+        forward_step_func=partial(_forward_step, objective=objective, groups=groups),
+        data_iterator=[iter(packs) for _ in model] if len(model) > 1 else iter(packs),
+        model=list(model),
+        num_microbatches=len(packs),
+        # Lengths differ: under pipeline parallelism the stages exchange shapes themselves.
+        seq_length=1,
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+    return _summed_over_ranks(stored, groups)
+
+
+def _forward_step(
+    packs: Iterator[RankPack], model: Any, *, objective: Objective, groups: Groups
+) -> tuple[Tensor, LossFunction]:
+    pack = next(packs)
+    return model(pack), partial(_loss, pack=pack, objective=objective, groups=groups)
+
+
+def _loss(
+    logps: Tensor, *, pack: RankPack, objective: Objective, groups: Groups
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Megatron's three outputs: loss sum, count, and what to keep.
+
+    Every context-parallel rank computes the whole loss, so only the first counts the pairs.
+    A filler's pairs weigh 0 but stay in the graph, since every rank must run a backward.
+    """
+    pair_logps = sum_pairs(logps, pack, context_group=groups.context)
+    output = objective(pair_logps)
+    # Not a product with the weights: 0 times an infinite loss would be NaN.
+    loss_sum = torch.where(pack.weights > 0, output.loss_N, 0.0).sum()
+    counts_here = groups.context.rank() == 0
+    num_pairs = (pack.weights.sum() if counts_here else torch.zeros_like(pack.weights).sum()).int()
+    return loss_sum, num_pairs, _metric_sums(output, pair_logps, pack.weights)
+
+
+def _metric_sums(output: LossOutput, logps: PairLogps, weights: Tensor) -> dict[str, Tensor]:
+    """Sums over the microbatch's pairs, fp64 scalars, of everything the objective has."""
+    chosen, rejected = output.chosen_rewards_N, output.rejected_rewards_N
+    margins = None if chosen is None or rejected is None else chosen - rejected
+    per_pair = {
+        "loss": output.loss_N,
+        "preference_loss": output.preference_loss_N,
+        "nll_loss": output.nll_loss_N,
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": margins,
+        "rewards/accuracies": None if margins is None else margins > 0,
+        "pairs": torch.ones_like(weights),
+    }
+    if output.preference_loss_N is not None:
+        per_pair |= {
+            "logps/chosen": _over_turns(logps.policy_chosen_NT),
+            "logps/rejected": _over_turns(logps.policy_rejected_NT),
+            "reference_logps/chosen": _over_turns(logps.reference_chosen_NT),
+            "reference_logps/rejected": _over_turns(logps.reference_rejected_NT),
+        }
+    return {
+        name: torch.where(weights > 0, values.detach().double(), 0.0).sum()
+        for name, values in per_pair.items()
+        if values is not None
+    }
+
+
+def _over_turns(logps_NT: Tensor | None) -> Tensor | None:
+    return None if logps_NT is None else logps_NT.sum(dim=1)
+
+
+def _summed_over_ranks(stored: Sequence[dict[str, Tensor]], groups: Groups) -> MetricSums:
+    """Adds the last stage's microbatches up over data-parallel ranks, and tells every stage."""
+    names: list[str] = sorted(stored[0]) if stored else []
+    if groups.pipeline.size() > 1:
+        last_rank = dist.get_global_rank(groups.pipeline, groups.pipeline.size() - 1)
+        shared: list[Any] = [names]
+        dist.broadcast_object_list(shared, src=last_rank, group=groups.pipeline)
+        names = shared[0]
+    totals = torch.zeros(len(names), dtype=torch.float64, device=groups.device)
+    for sums in stored:
+        totals += torch.stack([sums[name] for name in names])
+    if groups.is_last_stage:
+        dist.all_reduce(totals, group=groups.data)
+    if groups.pipeline.size() > 1:
+        dist.broadcast(totals, src=last_rank, group=groups.pipeline)
+    return dict(zip(names, totals.tolist(), strict=True))

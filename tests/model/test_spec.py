@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from transformers import AutoModelForCausalLM
+
+from checkpoints_convert.hf_weights import load_hf_weights
+from checkpoints_convert.mapping import tensor_rules
+from megatron_longpo.errors import UserError
+from megatron_longpo.model.architectures import read_architecture
+from megatron_longpo.model.norm import RMSNorm
+from megatron_longpo.model.spec import build_gpt, padded_vocab_size, transformer_config
+from tests.model.plain_attention import PlainAttention, forward_logits
+from tests.model.test_norm import TINY
+from tools.tiny_models import FAMILIES, make_tiny_model
+
+INPUT_IDS = torch.tensor([5, 299, 17, 17, 42, 0, 128, 250, 3, 77])
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {"tied": True}),
+        ("llama", {"kv_heads": 4, "head_dim": 24}),
+        (
+            "llama",
+            {
+                "rope_scaling": {
+                    "rope_type": "llama3",
+                    "factor": 8.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 16,
+                }
+            },
+        ),
+        ("mistral", {}),
+        ("qwen2", {"tied": True}),
+        ("qwen2", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
+        ("qwen3", {"tied": True, "head_dim": 16}),
+        ("qwen3", {}),
+    ],
+)
+def test_logits_are_those_of_transformers(
+    tmp_path: Path, single_process: Any, family: str, changes: dict[str, Any]
+) -> None:
+    folder = make_tiny_model(family, tmp_path, tokenizer=False, **changes)
+    arch = read_architecture(folder)
+    model = build_gpt(arch, transformer_config(arch, dtype="fp32"), core_attention=PlainAttention)
+    load_hf_weights(model, arch, folder)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        expected = theirs(INPUT_IDS[None]).logits[0]
+        actual = forward_logits(model, arch, INPUT_IDS)
+    assert expected.std() > 0.05, "logits this flat would hide errors"
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputation_changes_no_gradient(
+    tmp_path: Path, single_process: Any, recompute: Any
+) -> None:
+    folder = make_tiny_model("qwen3", tmp_path, tokenizer=False)
+    arch = read_architecture(folder)
+    gradients = []
+    for setting in ("none", recompute):
+        config = transformer_config(arch, dtype="fp32", recompute=setting)
+        model = build_gpt(arch, config, core_attention=PlainAttention)
+        load_hf_weights(model, arch, folder)
+        forward_logits(model, arch, INPUT_IDS).square().sum().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    for name, expected in gradients[0].items():
+        assert expected is not None and expected.abs().max() > 0, name
+        torch.testing.assert_close(gradients[1][name], expected, rtol=0, atol=0)
+
+
+def test_recomputation_never_repeats_attention() -> None:
+    selective = transformer_config(TINY, recompute="selective")
+    assert selective.recompute_granularity == "selective"
+    assert "mlp" in selective.recompute_modules
+    assert "core_attn" not in selective.recompute_modules
+    frozen = transformer_config(TINY, recompute="full", trainable=False)
+    assert frozen.recompute_granularity is None
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_checkpoint_keys_are_those_of_a_stock_model(single_process: Any, tied: bool) -> None:
+    arch = dataclasses.replace(TINY, qkv_bias=True, qk_norm=True, tied_embeddings=tied)
+    config = transformer_config(arch, dtype="fp32")
+    stock = GPTModel(
+        config=config,
+        transformer_layer_spec=get_gpt_layer_local_spec(
+            qk_layernorm=True, normalization="RMSNorm"
+        ),
+        vocab_size=padded_vocab_size(arch, 1),
+        max_sequence_length=64,
+        share_embeddings_and_output_weights=tied,
+        position_embedding_type="none",
+    )
+    ours = build_gpt(arch, config, core_attention=PlainAttention)
+    assert _tensor_keys(ours) == _tensor_keys(stock)
+    assert set(_tensor_keys(ours)) == {rule.checkpoint_key for rule in tensor_rules(arch)}
+
+
+def test_every_norm_is_ours(single_process: Any) -> None:
+    arch = dataclasses.replace(TINY, qk_norm=True)
+    model = build_gpt(arch, transformer_config(arch), core_attention=PlainAttention)
+    names = {name for name, module in model.named_modules() if isinstance(module, RMSNorm)}
+    weights = [name for name, _ in model.named_parameters() if "layernorm" in name]
+    assert {f"{name}.weight" for name in names} == set(weights)
+    assert len(names) == 5
+
+
+@pytest.mark.parametrize(("tensor", "expected"), [(1, 384), (2, 512), (4, 512), (8, 1024)])
+def test_vocabulary_is_padded_for_every_rank(tensor: int, expected: int) -> None:
+    assert padded_vocab_size(TINY, tensor) == expected
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"tensor": 3}, r"parallel.tensor \(3\) must divide the model's heads \(4\)"),
+        ({"pipeline": 2}, r"\(2\) must divide the model's layers \(1\)"),
+    ],
+)
+def test_sizes_that_do_not_divide_the_model_are_refused(
+    sizes: dict[str, int], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        transformer_config(TINY, **sizes)  # type: ignore[arg-type]
+
+
+def test_families_of_the_tiny_models_are_all_tried() -> None:
+    assert set(FAMILIES) == {"llama", "mistral", "qwen2", "qwen3"}
+
+
+def _tensor_keys(model: GPTModel) -> dict[str, int]:
+    """Checkpoint keys with the number of tensors that share each of them."""
+    keys: dict[str, int] = {}
+    for value in model.sharded_state_dict().values():
+        if isinstance(value, ShardedTensor | ShardedTensorFactory):
+            keys[value.key] = keys.get(value.key, 0) + 1
+    return keys
