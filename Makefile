@@ -26,7 +26,9 @@ $(SETUP_DONE): setup.py constraints.txt
 	  if "$$candidate" -c "$$is_good" 2>/dev/null; then found="$$candidate"; break; fi; \
 	done; \
 	if [ -z "$$found" ]; then \
-	  echo "make setup: needs Python 3.11, 3.12 or 3.13; found $$(python3 --version 2>&1 || echo none)." \
+	  tried=$(or $(PYTHON),python3); \
+	  echo "make setup: needs Python 3.11, 3.12 or 3.13; $$tried is" \
+	    "$$("$$tried" --version 2>/dev/null || echo missing)." \
 	    "Install one, or say where it is: make setup PYTHON=/path/to/python3.11" >&2; \
 	  exit 1; \
 	fi; \
@@ -37,8 +39,8 @@ $(SETUP_DONE): setup.py constraints.txt
 	else \
 	  echo "no GPU found: installing torch for CPUs and the versions of constraints.txt"; \
 	  [ -x $(BIN)/python ] || "$$found" -m venv $(VENV); \
-	  $(BIN)/python -m pip install --quiet --retries 1 --extra-index-url $(TORCH_CPU_INDEX) \
-	    --constraint constraints.txt torch; \
+	  $(BIN)/python -m pip install --quiet --no-deps --retries 1 \
+	    --extra-index-url $(TORCH_CPU_INDEX) --constraint constraints.txt torch; \
 	  $(BIN)/python -m pip install --quiet --constraint constraints.txt \
 	    --editable '.[dev,quickstart]'; \
 	fi

@@ -1,6 +1,6 @@
 """`longpo convert import`: a Hugging Face folder becomes a Megatron checkpoint.
 
-    python -m checkpoints_convert.hf_to_megatron SRC_HF DST_MEGATRON
+python -m checkpoints_convert.hf_to_megatron SRC_HF DST_MEGATRON
 """
 
 from __future__ import annotations

@@ -198,9 +198,7 @@ def _join_qkv(arch: Architecture, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _split_qkv(arch: Architecture, qkv: Tensor) -> list[Tensor]:
     rest = qkv.shape[1:]
     grouped = qkv.reshape(arch.num_kv_heads, arch.heads_per_group + 2, arch.head_dim, *rest)
-    return [
-        part.reshape(-1, *rest) for part in grouped.split([arch.heads_per_group, 1, 1], dim=1)
-    ]
+    return [part.reshape(-1, *rest) for part in grouped.split([arch.heads_per_group, 1, 1], dim=1)]
 
 
 def _vocab_shard(tensor: Tensor, *, rank: int, size: int, padded_rows: int) -> Tensor:

@@ -126,7 +126,11 @@ def _write_weights(
             stored = reader.read(rule.checkpoint_key, layer=rule.layer)
             for hf_name, tensor in zip(rule.hf_names, to_hf(rule, arch, stored), strict=True):
                 tensors[hf_name] = tensor.to(dtype).contiguous()
+        (folder / name).touch()
+        mode = (folder / name).stat().st_mode
         save_file(tensors, folder / name, metadata={"format": "pt"})
+        # safetensors lets only the owner read its files, whatever the umask.
+        (folder / name).chmod(mode)
         weight_map.update(dict.fromkeys(tensors, name))
     if len(files) > 1:
         total = sum(_bytes(rule, arch, dtype) for rules in files for rule in rules)

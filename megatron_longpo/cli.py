@@ -139,7 +139,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"longpo: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except StopRequested as error:
-        print(f"longpo: {' '.join(str(error).split())}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"longpo: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_STOPPED_ON_REQUEST
     except KeyboardInterrupt:
         print("longpo: interrupted", file=sys.stderr)

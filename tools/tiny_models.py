@@ -59,7 +59,11 @@ def make_tiny_model(
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim or hidden // heads,
         "max_position_embeddings": max_positions,
-        "rope_parameters": {"rope_type": "default", **(rope_scaling or {}), "rope_theta": rope_theta},
+        "rope_parameters": {
+            "rope_type": "default",
+            **(rope_scaling or {}),
+            "rope_theta": rope_theta,
+        },
         "tie_word_embeddings": tied,
         "bos_token_id": 1,
         "eos_token_id": 2,

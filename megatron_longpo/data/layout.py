@@ -42,7 +42,7 @@ def shorten_document(
     shorter: str | None = document
     num_chars = 0
     while shorter is not None and (num_tokens := count_tokens(shorter)) > max_tokens:
-        chars_per_token = max(1.0, len(shorter) / num_tokens)
+        chars_per_token = len(shorter) / num_tokens
         num_chars += math.ceil((num_tokens - max_tokens) * chars_per_token)
         shorter = cut_document(document, num_chars, keep=keep, cut_from=cut_from)
     return shorter

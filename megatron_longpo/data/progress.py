@@ -1,4 +1,4 @@
-"""The progress bar of commands that go through documents or examples."""
+"""Progress and drops of commands that go through documents or examples."""
 
 from __future__ import annotations
 
@@ -33,6 +33,10 @@ def track(items: Iterable[T], *, description: str, total: int) -> Iterator[T]:
     )
     with progress:
         yield from progress.track(items, total=total, description=description)
+
+
+class Dropped(Exception):
+    """Something gives no example or row; the message is the reason that is counted."""
 
 
 def format_counts(counts: Counter[str]) -> str:

@@ -188,9 +188,10 @@ def _integers(value: Any, name: str, source: str) -> np.ndarray:
     """[S] int64, or `UserError` where the value is anything but a flat list of integers."""
     try:
         array = np.asarray(value)
-    except (ValueError, OverflowError):
-        array = np.empty(0, dtype=object)
-    if array.ndim != 1 or (array.size > 0 and array.dtype.kind not in "iub"):
+    except (ValueError, OverflowError):  # lists of different lengths, integers beyond 64 bits
+        array = np.empty((), dtype=object)
+    is_empty_list = array.shape == (0,)
+    if not is_empty_list and (array.ndim != 1 or array.dtype.kind not in "iub"):
         raise UserError(f"{source}: {name} must be a flat list of integers")
     return array.astype(np.int64)
 

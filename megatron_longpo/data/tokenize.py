@@ -19,7 +19,7 @@ from megatron_longpo.data.config import TokenizeConfig
 from megatron_longpo.data.examples import Example, ExampleFile, Turn
 from megatron_longpo.data.jsonl import dump_line, partial_path, refuse_existing
 from megatron_longpo.data.layout import opening_messages, shorten_document
-from megatron_longpo.data.progress import format_counts, track
+from megatron_longpo.data.progress import Dropped, format_counts, track
 from megatron_longpo.data.rows import PreferenceRow, TokenRow, row_columns, write_rows_jsonl
 from megatron_longpo.data.tokenizers import ChatTokenizer, load_tokenizer
 from megatron_longpo.errors import UserError
@@ -43,10 +43,6 @@ class TokenizeSummary:
         if self.dropped:
             lines += f"; dropped {self.dropped.total()}: {format_counts(self.dropped)}"
         return lines
-
-
-class Dropped(Exception):
-    """An example gives no row; the message is the reason that is counted."""
 
 
 def run_tokenize(config: TokenizeConfig) -> TokenizeSummary:

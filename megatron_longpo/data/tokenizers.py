@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megatron_longpo.errors import UserError
 
 Message = dict[str, str]
@@ -43,7 +45,7 @@ class ChatTokenizer(ABC):
         """Ids of `text`, with nothing put before or after it."""
 
     @abstractmethod
-    def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
+    def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special: bool = False) -> str:
         """The text of `ids`, spaces as they are."""
 
     @abstractmethod
@@ -79,7 +81,7 @@ class HuggingFaceTokenizer(ChatTokenizer):
             self._last_long = (text, list(ids))
         return ids
 
-    def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
+    def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special: bool = False) -> str:
         text = self._tokenizer.decode(
             list(ids), skip_special_tokens=skip_special, clean_up_tokenization_spaces=False
         )
@@ -137,7 +139,7 @@ class SentencePieceTokenizer(ChatTokenizer):
                 ids.extend(self._model.encode(part))
         return ids
 
-    def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
+    def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special: bool = False) -> str:
         parts: list[str] = []
         plain: list[int] = []
         for token in [int(token) for token in ids]:

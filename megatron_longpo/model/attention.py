@@ -1,6 +1,7 @@
 """Core attention over prefix trees, in the place of Megatron's `core_attention`.
 
-Letters: t tokens on this rank, H heads, G key/value heads, D head size; all of this rank.
+Letters: t tokens on this rank, q queries and k keys of the kernels, H heads, G key/value heads,
+D head size.
 """
 
 from __future__ import annotations
@@ -12,20 +13,22 @@ import torch
 from torch import Tensor, nn
 
 from megatron_longpo.model.kernels import AttentionKernel
-from megatron_longpo.parallel.layout import AttentionPlan, Span
+from megatron_longpo.parallel.context import ContextExchange, QueryKeyValue
+from megatron_longpo.parallel.layout import AttentionPlan, QueryPiece, Span
 
 
 class TreeAttention(nn.Module):
     """Each token attends its ancestors and, causally, its own segment (design.md section 2).
 
-    Built and called as Megatron builds and calls any core attention; the `AttentionPlan` comes as
-    `packed_seq_params`, and no mask is read.
+    Built and called as Megatron builds and calls any core attention, but for `kernel` and
+    `exchange`; the `AttentionPlan` comes as `packed_seq_params`, and no mask is read.
     """
 
     def __init__(
         self,
         *,
         kernel: AttentionKernel,
+        exchange: ContextExchange,
         config: Any,
         layer_number: int,
         attn_mask_type: Any = None,
@@ -37,6 +40,7 @@ class TreeAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.kernel = kernel
+        self.exchange = exchange
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
 
     def forward(
@@ -57,13 +61,14 @@ class TreeAttention(nn.Module):
             value.squeeze(1),
             packed_seq_params,
             self.kernel,
+            self.exchange,
             self.scale,
         )
         return output.flatten(1).unsqueeze(1)
 
 
 class _TreeAttentionFunction(torch.autograd.Function):
-    """Runs a plan block by block; saves what it was given, its output and its log-sum-exp."""
+    """Exchange, attend, exchange back; saves no tensor that is longer than this rank's share."""
 
     @staticmethod
     def forward(
@@ -73,71 +78,115 @@ class _TreeAttentionFunction(torch.autograd.Function):
         value: Tensor,
         plan: AttentionPlan,
         kernel: AttentionKernel,
+        exchange: ContextExchange,
         scale: float,
     ) -> Tensor:
-        # Padding tokens are in no piece: their output is 0 and stays finite.
-        output = torch.zeros_like(query, memory_format=torch.contiguous_format)
-        accumulator = torch.promote_types(query.dtype, torch.float32)
-        logsumexp = torch.zeros(
-            query.shape[1], query.shape[0], dtype=accumulator, device=query.device
-        )
-        for piece in plan.pieces:
-            queries = piece.queries
-            parts = [
-                kernel.forward(
-                    _rows(query, queries),
-                    _rows(key, keys),
-                    _rows(value, keys),
-                    causal=causal,
-                    scale=scale,
-                )
-                for keys, causal in _blocks(piece.context, piece.own_keys)
-            ]
-            merged_output, merged_logsumexp = _merge(parts)
-            output[queries.start : queries.stop] = merged_output
-            logsumexp[:, queries.start : queries.stop] = merged_logsumexp
-        ctx.save_for_backward(query, key, value, output, logsumexp)
-        ctx.plan, ctx.kernel, ctx.scale = plan, kernel, scale
+        local = (query, key, value)
+        entered = exchange.enter(local, plan.order)
+        attended, logsumexp = attend(entered, plan, kernel, scale=scale)
+        output = exchange.leave(attended, plan.order, num_local=len(query))
+        ctx.save_for_backward(*(local if exchange.keeps_local else entered), output, logsumexp)
+        ctx.plan, ctx.kernel, ctx.exchange, ctx.scale = plan, kernel, exchange, scale
         return output
 
     @staticmethod
     def backward(ctx: Any, *output_grads: Tensor) -> tuple[Tensor | None, ...]:
-        (output_grad,) = output_grads
-        query, key, value, output, logsumexp = ctx.saved_tensors
-        # A key is attended from several blocks, whose gradients must not be rounded in between.
-        accumulator = torch.promote_types(query.dtype, torch.float32)
-        query_grad = torch.zeros_like(query, dtype=accumulator)
-        key_grad = torch.zeros_like(key, dtype=accumulator)
-        value_grad = torch.zeros_like(value, dtype=accumulator)
-        for piece in ctx.plan.pieces:
-            queries = piece.queries
-            for keys, causal in _blocks(piece.context, piece.own_keys):
-                block_grads = ctx.kernel.backward(
-                    _rows(output_grad, queries),
-                    _rows(query, queries),
-                    _rows(key, keys),
-                    _rows(value, keys),
-                    _rows(output, queries),
-                    logsumexp[:, queries.start : queries.stop],
-                    causal=causal,
-                    scale=ctx.scale,
-                )
-                query_grad[queries.start : queries.stop] += block_grads[0]
-                key_grad[keys.start : keys.stop] += block_grads[1]
-                value_grad[keys.start : keys.stop] += block_grads[2]
-        return (
-            query_grad.to(query.dtype),
-            key_grad.to(key.dtype),
-            value_grad.to(value.dtype),
-            None,
-            None,
-            None,
+        *kept, output, logsumexp = ctx.saved_tensors
+        plan, exchange = ctx.plan, ctx.exchange
+        query, key, value = kept
+        entered = (query, key, value)
+        if exchange.keeps_local:
+            entered = exchange.enter(entered, plan.order)
+        gradients = attend_backward(
+            exchange.enter_like_query(output_grads[0], plan.order),
+            entered,
+            exchange.enter_like_query(output, plan.order),
+            logsumexp,
+            plan,
+            ctx.kernel,
+            scale=ctx.scale,
         )
+        gradients = exchange.leave_gradients(gradients, plan.order, num_local=len(output))
+        return (*(gradient.to(query.dtype) for gradient in gradients), None, None, None, None)
 
 
-def _blocks(context: tuple[Span, ...], own_keys: Span) -> list[tuple[Span, bool]]:
+def attend(
+    entered: QueryKeyValue, plan: AttentionPlan, kernel: AttentionKernel, *, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Runs a plan block by block.
+
+    Args:
+        entered: query [q,H,D], key and value [k,G,D], as `plan` counts them.
+        plan: what attends what.
+        kernel: runs a block.
+        scale: of the scores.
+
+    Returns:
+        Output [q,H,D] and log-sum-exp [H,q]; 0 for padding, which is in no piece.
+    """
+    query, key, value = entered
+    output = torch.zeros_like(query, memory_format=torch.contiguous_format)
+    accumulator = torch.promote_types(query.dtype, torch.float32)
+    logsumexp = torch.zeros(query.shape[1], query.shape[0], dtype=accumulator, device=query.device)
+    for piece in plan.pieces:
+        queries = piece.queries
+        parts = [
+            kernel.forward(
+                _rows(query, queries),
+                _rows(key, keys),
+                _rows(value, keys),
+                causal=causal,
+                scale=scale,
+            )
+            for keys, causal in _blocks(piece)
+        ]
+        merged_output, merged_logsumexp = _merge(parts)
+        output[queries.start : queries.stop] = merged_output
+        logsumexp[:, queries.start : queries.stop] = merged_logsumexp
+    return output, logsumexp
+
+
+def attend_backward(
+    output_grad: Tensor,
+    entered: QueryKeyValue,
+    output: Tensor,
+    logsumexp: Tensor,
+    plan: AttentionPlan,
+    kernel: AttentionKernel,
+    *,
+    scale: float,
+) -> QueryKeyValue:
+    """Gradients of `attend`'s query, key and value.
+
+    In fp32 at least: a key is attended from several blocks, whose gradients must not be rounded
+    in between.
+    """
+    query, key, value = entered
+    query_grad, key_grad, value_grad = (
+        torch.zeros_like(tensor, dtype=logsumexp.dtype) for tensor in entered
+    )
+    for piece in plan.pieces:
+        queries = piece.queries
+        for keys, causal in _blocks(piece):
+            block_grads = kernel.backward(
+                _rows(output_grad, queries),
+                _rows(query, queries),
+                _rows(key, keys),
+                _rows(value, keys),
+                _rows(output, queries),
+                logsumexp[:, queries.start : queries.stop],
+                causal=causal,
+                scale=scale,
+            )
+            query_grad[queries.start : queries.stop] += block_grads[0]
+            key_grad[keys.start : keys.stop] += block_grads[1]
+            value_grad[keys.start : keys.stop] += block_grads[2]
+    return query_grad, key_grad, value_grad
+
+
+def _blocks(piece: QueryPiece) -> list[tuple[Span, bool]]:
     """The key spans a piece attends, each with whether it does so causally."""
-    return [*((span, False) for span in context), (own_keys, True)]
+    return [*((span, False) for span in piece.context), (piece.own_keys, True)]
 
 
 def _rows(tensor: Tensor, span: Span) -> Tensor:

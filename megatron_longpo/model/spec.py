@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -56,51 +58,56 @@ def transformer_config(
     _check_sizes(arch, tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual_pipeline)
     if fusions is None:
         fusions = torch.cuda.is_available()
-    return TransformerConfig(
-        num_layers=arch.num_layers,
-        hidden_size=arch.hidden_size,
-        ffn_hidden_size=arch.ffn_hidden_size,
-        num_attention_heads=arch.num_heads,
-        num_query_groups=arch.num_kv_heads,
-        kv_channels=arch.head_dim,
-        layernorm_epsilon=arch.norm_eps,
-        normalization="RMSNorm",
-        add_bias_linear=False,
-        add_qkv_bias=arch.qkv_bias,
-        qk_layernorm=arch.qk_norm,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        params_dtype=DTYPES[dtype],
-        pipeline_dtype=DTYPES[dtype],
-        bf16=dtype == "bf16",
-        tensor_model_parallel_size=tensor,
-        pipeline_model_parallel_size=pipeline,
-        virtual_pipeline_model_parallel_size=virtual_pipeline,
-        context_parallel_size=context,
-        sequence_parallel=sequence and tensor > 1,
-        # Every microbatch has its own length.
-        variable_seq_lengths=pipeline > 1,
-        # Interleaved stages are silently mis-ordered by the batched exchange on gloo.
-        overlap_p2p_comm=virtual_pipeline is not None,
-        batch_p2p_comm=virtual_pipeline is None,
-        calculate_per_token_loss=True,
-        use_cpu_initialization=True,
-        perform_initialization=False,
-        bias_activation_fusion=fusions,
-        bias_dropout_fusion=fusions,
-        masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
-        **_recompute_settings(recompute if trainable else "none"),
-    )
+    with warnings.catch_warnings():
+        # Megatron warns about a default of its own.
+        warnings.filterwarnings("ignore", message="full scope is deprecated")
+        return TransformerConfig(
+            num_layers=arch.num_layers,
+            hidden_size=arch.hidden_size,
+            ffn_hidden_size=arch.ffn_hidden_size,
+            num_attention_heads=arch.num_heads,
+            num_query_groups=arch.num_kv_heads,
+            kv_channels=arch.head_dim,
+            layernorm_epsilon=arch.norm_eps,
+            normalization="RMSNorm",
+            add_bias_linear=False,
+            add_qkv_bias=arch.qkv_bias,
+            qk_layernorm=arch.qk_norm,
+            gated_linear_unit=True,
+            activation_func=F.silu,
+            hidden_dropout=0.0,
+            attention_dropout=0.0,
+            params_dtype=DTYPES[dtype],
+            pipeline_dtype=DTYPES[dtype],
+            bf16=dtype == "bf16",
+            tensor_model_parallel_size=tensor,
+            pipeline_model_parallel_size=pipeline,
+            virtual_pipeline_model_parallel_size=virtual_pipeline,
+            context_parallel_size=context,
+            sequence_parallel=sequence and tensor > 1,
+            # Every microbatch has its own length.
+            variable_seq_lengths=pipeline > 1,
+            # Megatron checks this against variable lengths even for a model without experts.
+            moe_token_dispatcher_type="alltoall",
+            # Interleaved stages are silently mis-ordered by the batched exchange on gloo.
+            overlap_p2p_comm=virtual_pipeline is not None,
+            batch_p2p_comm=virtual_pipeline is None,
+            calculate_per_token_loss=True,
+            use_cpu_initialization=True,
+            perform_initialization=False,
+            bias_activation_fusion=fusions,
+            bias_dropout_fusion=fusions,
+            masked_softmax_fusion=False,
+            gradient_accumulation_fusion=False,
+            **_recompute_settings(recompute if trainable else "none"),
+        )
 
 
 def build_gpt(
     arch: Architecture,
     config: TransformerConfig,
     *,
-    core_attention: type,
+    core_attention: Callable[..., torch.nn.Module],
     pre_process: bool = True,
     post_process: bool = True,
     vp_stage: int | None = None,
@@ -115,7 +122,7 @@ def build_gpt(
     block = TransformerBlockSubmodules(
         layer_specs=[_layer_spec(arch, core_attention)] * layers, layer_norm=RMSNorm
     )
-    return GPTModel(
+    model = GPTModel(
         config=config,
         transformer_layer_spec=block,
         vocab_size=padded_vocab_size(arch, config.tensor_model_parallel_size),
@@ -126,9 +133,33 @@ def build_gpt(
         position_embedding_type="none",
         vp_stage=vp_stage,
     )
+    _mark_sharded_weights(model)
+    return model
 
 
-def _layer_spec(arch: Architecture, core_attention: type) -> ModuleSpec:
+def _mark_sharded_weights(model: GPTModel) -> None:
+    """Marks the weights that tensor-parallel ranks hold parts of.
+
+    Megatron does so where it initialises weights, which we leave out. Without the marks, the
+    gradient norm would count the first rank's part alone.
+    """
+    for module in model.modules():
+        if isinstance(module, tensor_parallel.RowParallelLinear):
+            partition_dim = 1
+        elif isinstance(
+            module, tensor_parallel.ColumnParallelLinear | tensor_parallel.VocabParallelEmbedding
+        ):
+            partition_dim = 0
+        else:
+            continue
+        weight = module.weight
+        if weight is not None and not hasattr(weight, "tensor_model_parallel"):
+            tensor_parallel.set_tensor_model_parallel_attributes(
+                tensor=weight, is_parallel=True, dim=partition_dim, stride=1
+            )
+
+
+def _layer_spec(arch: Architecture, core_attention: Callable[..., torch.nn.Module]) -> ModuleSpec:
     """Stock local layer, and so stock checkpoint keys, with our norm and core attention."""
     spec = get_gpt_layer_local_spec(qk_layernorm=arch.qk_norm, normalization="RMSNorm")
     spec.submodules.input_layernorm = RMSNorm

@@ -60,11 +60,21 @@ class Groups:
         return self.pipeline.rank() == self.pipeline.size() - 1
 
 
+_started: Groups | None = None
+
+
 def initialize(sizes: ParallelSizes, *, timeout_minutes: float = 60, seed: int = 42) -> Groups:
     """Starts torch.distributed (under torchrun, or alone) and Megatron's groups, and seeds.
 
-    NCCL with GPUs, else gloo with Megatron's CUDA calls answered on the CPU.
+    NCCL with GPUs, else gloo with Megatron's CUDA calls answered on the CPU. Called again, it
+    seeds again, and makes new groups where the sizes are others.
     """
+    global _started
+    if _started is not None and _started.sizes == sizes:
+        tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+        return _started
+    if _started is not None:
+        parallel_state.destroy_model_parallel()
     cpu.install()
     has_cuda = torch.cuda.is_available()
     if not dist.is_initialized():
@@ -87,8 +97,8 @@ def initialize(sizes: ParallelSizes, *, timeout_minutes: float = 60, seed: int =
         create_gloo_process_groups=True,
         distributed_timeout_minutes=int(timeout_minutes),
     )
-    tensor_parallel.model_parallel_cuda_manual_seed(seed)
-    return Groups(
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    _started = Groups(
         sizes=sizes,
         tensor=parallel_state.get_tensor_model_parallel_group(),
         pipeline=parallel_state.get_pipeline_model_parallel_group(),
@@ -97,10 +107,13 @@ def initialize(sizes: ParallelSizes, *, timeout_minutes: float = 60, seed: int =
         data_and_context=parallel_state.get_data_parallel_group(with_context_parallel=True),
         device=torch.device("cuda", torch.cuda.current_device()) if has_cuda else cpu.CPU,
     )
+    return _started
 
 
 def shutdown() -> None:
     """Ends Megatron's groups and torch.distributed."""
+    global _started
+    _started = None
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():

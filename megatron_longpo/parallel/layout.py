@@ -10,6 +10,8 @@ Letters: t tokens on this rank, padding included; e edges whose source is on thi
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -47,6 +49,9 @@ class AttentionPlan:
     """What attends what. Rides through Megatron's layers as their `packed_seq_params`."""
 
     pieces: tuple[QueryPiece, ...]
+    order: torch.Tensor | None
+    """[T] int64: where each token of the flat forest stands in the ranks' tokens one behind the
+    other, padding included; None where there is one rank."""
     qkv_format: str = field(default="sbhd", init=False)
     """Megatron then takes our positions as they are, instead of deriving some from lengths."""
 
@@ -83,36 +88,134 @@ class RankTokens:
         return len(self.input_ids)
 
 
-def lay_out(forest: Forest, *, multiple: int, device: torch.device) -> RankTokens:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenLayout:
+    """How a forest's tokens are dealt to the ranks of a context-parallel group.
+
+    Each segment is cut into twice as many chunks as there are ranks; rank r takes chunks r and
+    2 * ranks - 1 - r, an early one and its late counterpart, so that causal work balances in every
+    segment. Dealing the flat pack instead would put all answers on one rank.
+    """
+
+    spans: tuple[tuple[Span, ...], ...]
+    """For every rank its spans of the flat forest, ascending; neighbours are one span."""
+    num_local: int
+    """Tokens that every rank holds, padding included."""
+
+    @staticmethod
+    def of(forest: Forest, *, num_ranks: int, multiple: int) -> TokenLayout:
+        """Deals the tokens; each rank's are padded to equal numbers, a multiple of `multiple`."""
+        dealt: list[list[Span]] = [[] for _ in range(num_ranks)]
+        for start, length in zip(
+            forest.segment_starts.tolist(), forest.segment_lengths.tolist(), strict=True
+        ):
+            cuts = [start + length * i // (2 * num_ranks) for i in range(2 * num_ranks + 1)]
+            for rank, spans in enumerate(dealt):
+                for chunk in (rank, 2 * num_ranks - 1 - rank):
+                    _append(spans, Span(cuts[chunk], cuts[chunk + 1]))
+        longest = max(sum(map(len, spans)) for spans in dealt)
+        return TokenLayout(
+            spans=tuple(map(tuple, dealt)), num_local=-(-longest // multiple) * multiple
+        )
+
+    def tokens(self, rank: int) -> np.ndarray:
+        """Flat indices of a rank's tokens, in its order, without padding."""
+        ranges = [np.arange(span.start, span.stop) for span in self.spans[rank]]
+        return np.concatenate([np.empty(0, dtype=np.int64), *ranges])
+
+    def order(self) -> np.ndarray:
+        """See `AttentionPlan.order`."""
+        per_rank = [self.tokens(rank) for rank in range(len(self.spans))]
+        order = np.empty(sum(map(len, per_rank)), dtype=np.int64)
+        for rank, tokens in enumerate(per_rank):
+            order[tokens] = rank * self.num_local + np.arange(len(tokens))
+        return order
+
+
+def lay_out(
+    forest: Forest,
+    *,
+    device: torch.device,
+    multiple: int = 1,
+    context_rank: int = 0,
+    context_size: int = 1,
+    scatter_heads: bool = False,
+) -> RankTokens:
     """Gives a rank its tokens of a forest.
 
     Args:
         forest: a pack's policy or reference forest.
-        multiple: the number of tokens is padded to a multiple of it (sequence parallelism).
         device: where the tensors go.
+        multiple: the number of tokens is padded to a multiple of it (sequence parallelism).
+        context_rank: this rank in its context-parallel group.
+        context_size: ranks of that group.
+        scatter_heads: whether attention sees all tokens (of some heads) rather than this rank's.
     """
-    padding = -forest.num_tokens % multiple
+    layout = TokenLayout.of(forest, num_ranks=context_size, multiple=multiple)
+    tokens = layout.tokens(context_rank)
+    padding = layout.num_local - len(tokens)
+    local_index = np.full(forest.num_tokens, -1, dtype=np.int64)
+    local_index[tokens] = np.arange(len(tokens))
+    edge_sources = local_index[forest.edge_sources]
+    is_here = edge_sources >= 0
 
-    def on_device(array: np.ndarray, pad: int = 0) -> torch.Tensor:
-        return torch.from_numpy(np.pad(array, (0, pad))).to(device, non_blocking=True)
+    def on_device(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(device, non_blocking=True)
 
+    runs = attention_runs(forest)
+    if scatter_heads or context_size == 1:
+        pieces = [QueryPiece(queries=run, own_keys=run, context=context) for run, context in runs]
+    else:
+        pieces = _rank_pieces(runs, layout.spans[context_rank])
     return RankTokens(
-        input_ids=on_device(forest.input_ids, padding),
-        position_ids=on_device(forest.position_ids, padding),
+        input_ids=on_device(np.pad(forest.input_ids[tokens], (0, padding))),
+        position_ids=on_device(np.pad(forest.position_ids[tokens], (0, padding))),
         attention=AttentionPlan(
-            pieces=tuple(
-                QueryPiece(queries=run, own_keys=run, context=context)
-                for run, context in attention_runs(forest)
-            )
+            pieces=tuple(pieces),
+            order=on_device(layout.order()) if context_size > 1 else None,
         ),
         edges=RankEdges(
-            sources=on_device(forest.edge_sources),
-            targets=on_device(forest.edge_targets),
-            pairs=on_device(forest.edge_pairs),
-            turns=on_device(forest.edge_turns),
-            terms=on_device(forest.edge_terms),
+            sources=on_device(edge_sources[is_here]),
+            targets=on_device(forest.edge_targets[is_here]),
+            pairs=on_device(forest.edge_pairs[is_here]),
+            turns=on_device(forest.edge_turns[is_here]),
+            terms=on_device(forest.edge_terms[is_here]),
         ),
     )
+
+
+def _rank_pieces(
+    runs: Sequence[tuple[Span, tuple[Span, ...]]], spans: Sequence[Span]
+) -> list[QueryPiece]:
+    """This rank's spans of each run as query pieces over the keys of the flat forest."""
+    pieces = []
+    num_before = 0
+    for span in spans:
+        for run, context in runs:
+            keys = Span(max(run.start, span.start), min(run.stop, span.stop))
+            if keys.start >= keys.stop:
+                continue
+            earlier = (Span(run.start, keys.start),) if keys.start > run.start else ()
+            start = num_before + keys.start - span.start
+            pieces.append(
+                QueryPiece(
+                    queries=Span(start, start + len(keys)),
+                    own_keys=keys,
+                    context=(*context, *earlier),
+                )
+            )
+        num_before += len(span)
+    return pieces
+
+
+def _append(spans: list[Span], span: Span) -> None:
+    """Adds a span, joined with the last one where it follows directly."""
+    if not len(span):
+        return
+    if spans and spans[-1].stop == span.start:
+        spans[-1] = Span(spans[-1].start, span.stop)
+    else:
+        spans.append(span)
 
 
 def attention_runs(forest: Forest) -> list[tuple[Span, tuple[Span, ...]]]:
@@ -156,18 +259,32 @@ class RankPack:
     """[N] int64; 0 for a filler's pair, else 1."""
 
 
-def lay_out_pack(pack: Pack, *, multiple: int, device: torch.device) -> RankPack:
-    """Gives a rank its part of a microbatch; see `lay_out`.
+def lay_out_pack(
+    pack: Pack,
+    *,
+    device: torch.device,
+    multiple: int = 1,
+    context_rank: int = 0,
+    context_size: int = 1,
+    scatter_heads: bool = False,
+) -> RankPack:
+    """Gives a rank its part of a microbatch; the arguments are those of `lay_out`.
 
-    Policy and reference are padded apart, since a pipeline stage sends them side by side and
-    sequence parallelism shards each.
+    Policy and reference are dealt and padded apart, since a pipeline stage sends them side by
+    side and sequence parallelism shards each.
     """
+    place = functools.partial(
+        lay_out,
+        device=device,
+        multiple=multiple,
+        context_rank=context_rank,
+        context_size=context_size,
+        scatter_heads=scatter_heads,
+    )
     turns = np.arange(int(pack.turn_counts.max()))
     return RankPack(
-        policy=lay_out(pack.policy, multiple=multiple, device=device),
-        reference=None
-        if pack.reference is None
-        else lay_out(pack.reference, multiple=multiple, device=device),
+        policy=place(pack.policy),
+        reference=None if pack.reference is None else place(pack.reference),
         turn_mask=torch.from_numpy(turns < pack.turn_counts[:, None]).to(device),
         nll_counts=torch.from_numpy(pack.nll_counts).to(device),
         weights=torch.from_numpy(pack.weights).to(device),

@@ -29,6 +29,7 @@ from megatron_longpo.model.longpo_model import ChunkModel, LongPOModel
 from megatron_longpo.model.rope import inverse_frequencies
 from megatron_longpo.model.spec import DTYPES, build_gpt, transformer_config
 from megatron_longpo.objectives import Objective, build_objective
+from megatron_longpo.parallel.context import make_exchange
 from megatron_longpo.parallel.groups import Groups, ParallelSizes
 
 
@@ -181,6 +182,12 @@ def _chunk(
     sizes = groups.sizes
     dtype = config.model.dtype
     kernel = choose_kernel(config.model.attention_kernel, device=groups.device, dtype=DTYPES[dtype])
+    exchange = make_exchange(
+        config.parallel.context_comm,
+        groups.context,
+        num_heads=arch.num_heads // sizes.tensor,
+        num_kv_heads=max(1, arch.num_kv_heads // sizes.tensor),
+    )
     megatron_config = transformer_config(
         arch,
         dtype=dtype,
@@ -195,7 +202,7 @@ def _chunk(
     gpt = build_gpt(
         arch,
         megatron_config,
-        core_attention=functools.partial(TreeAttention, kernel=kernel),
+        core_attention=functools.partial(TreeAttention, kernel=kernel, exchange=exchange),
         pre_process=groups.is_first_stage,
         post_process=groups.is_last_stage,
     )

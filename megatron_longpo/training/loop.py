@@ -191,7 +191,13 @@ def train_step(run: Run) -> Metrics:
         chunk.train()
         chunk.zero_grad_buffer()
     run.optimizer.zero_grad()
-    packs = rank_packs(run.pairs, pairs, run.groups, budget_tokens=run.budget_tokens)
+    packs = rank_packs(
+        run.pairs,
+        pairs,
+        run.groups,
+        budget_tokens=run.budget_tokens,
+        context_comm=run.config.parallel.context_comm,
+    )
     sums = run_microbatches(run.model, packs, run.objective, run.groups, forward_only=False)
     _check_finite("loss", sums["loss"], run.step + 1)
     learning_rate = current_learning_rate(run.optimizer)
@@ -237,7 +243,13 @@ def evaluate(run: Run) -> Metrics:
     with torch.no_grad():
         for start in run.console.track(starts, what="evaluating", total=len(starts)):
             batch = list(range(start, min(start + batch_size, len(pairs))))
-            packs = rank_packs(pairs, batch, run.groups, budget_tokens=budget)
+            packs = rank_packs(
+                pairs,
+                batch,
+                run.groups,
+                budget_tokens=budget,
+                context_comm=run.config.parallel.context_comm,
+            )
             sums = run_microbatches(run.model, packs, run.objective, run.groups, forward_only=True)
             for name, value in sums.items():
                 totals[name] = totals.get(name, 0.0) + value

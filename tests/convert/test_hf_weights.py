@@ -148,6 +148,7 @@ def test_gradients_under_hugging_face_names(
     assert set(gradients) == set(expected_weights)
     for name, weight in expected_weights.items():
         assert weight.grad is not None
-        torch.testing.assert_close(
-            gradients[name], weight.grad, rtol=1e-4, atol=1e-6, msg=lambda text, n=name: n + text
-        )
+        scale = weight.grad.abs().max().item()
+        error = (gradients[name] - weight.grad).abs().max().item()
+        # The key bias has no true gradient: both sides hold rounding noise there.
+        assert error <= 1e-5 * scale + 1e-8, (name, error, scale)

@@ -104,9 +104,7 @@ def test_a_changed_theta_is_in_the_exported_config(tmp_path: Path, single_proces
 
 
 @pytest.mark.parametrize("where", ["import", "export"])
-def test_dtype_is_converted_where_asked(
-    tmp_path: Path, single_process: Any, where: str
-) -> None:
+def test_dtype_is_converted_where_asked(tmp_path: Path, single_process: Any, where: str) -> None:
     hf = make_tiny_model("qwen3", tmp_path / "hf", tokenizer=False)
     megatron, out = str(tmp_path / "megatron"), tmp_path / "out"
     on_import, on_export = ("bf16", None) if where == "import" else (None, "bf16")

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AddedToken
 
 from megatron_longpo.data.chat import TemplateChangesText, conversation_row, prompt_ids
 from megatron_longpo.data.rows import IGNORED_LABEL, TokenRow
@@ -93,6 +95,18 @@ def test_ids_are_those_of_the_stock_template(shape: str) -> None:
     # What the template writes after the last end of turn is left out: nothing follows it.
     assert row.input_ids.tolist() == stock[: len(row)]
     assert len(stock) - len(row) == (1 if shape == "chatml" else 0)
+
+
+def test_end_of_turn_that_takes_the_space_after_it_is_as_in_the_stock_template() -> None:
+    backend = copy.deepcopy(CHATML_TOKENIZER)
+    backend.add_tokens(AddedToken("<|eot|>", rstrip=True, special=True), special_tokens=True)
+    template = small.CHATML.replace("<|im_end|>", "<|eot|>")
+    messages = conversation("The ledger.\n\nWhat?", "It says seven.", "And?", "None.")
+    stock = backend.apply_chat_template(
+        messages, chat_template=template, tokenize=True, return_dict=False
+    )
+    tokenizer = HuggingFaceTokenizer(backend, name="rstrip", chat_template=template)
+    assert conversation_row(tokenizer, messages).input_ids.tolist() == stock
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -223,8 +237,12 @@ def test_broken_sentencepiece_file(tmp_path: Any) -> None:
 
 FRAGMENTS = st.lists(
     st.sampled_from(
-        [*small.CHATML_SPECIAL, *small.LLAMA3_SPECIAL, "<s>", "</s>", "[INST]", "[/INST]", "<|im_"]
-        + ["<think>", "x", "y", " ", "\n", "\n\n", ".", "assistant", "user", "é", "日本", "ledger "]
+        [
+            *small.CHATML_SPECIAL,
+            *small.LLAMA3_SPECIAL,
+            *("<s>", "</s>", "[INST]", "[/INST]", "<|im_", "<think>", "x", "y", " ", "\n", "\n\n"),
+            *(".", "assistant", "user", "é", "日本", "ledger "),
+        ]
     ),
     max_size=8,
 ).map("".join)

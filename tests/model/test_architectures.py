@@ -142,9 +142,7 @@ def test_changed_positions_do_not_move_the_length_that_llama3_starts_from(tmp_pa
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_window"),
     ],
 )
-def test_refuses_what_is_not_modelled(
-    tmp_path: Path, change: dict[str, Any], message: str
-) -> None:
+def test_refuses_what_is_not_modelled(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         read_architecture(write(tmp_path, {**LLAMA, **change}))
     assert "\n" not in str(caught.value)
@@ -157,7 +155,7 @@ def test_a_window_that_is_switched_off_is_no_window(tmp_path: Path) -> None:
 
 
 def test_refuses_a_folder_that_is_no_model(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no config.json"):
+    with pytest.raises(UserError, match=r"no config\.json"):
         read_architecture(str(tmp_path))
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):

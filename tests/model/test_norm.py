@@ -48,9 +48,7 @@ def test_forward_is_that_of_transformers_and_backward_agrees(
     grad = torch.randn(5, 2, 32, generator=generator).to(dtype)
     for output in outputs:
         output.backward(grad)
-    torch.testing.assert_close(
-        inputs[0].grad, inputs[1].grad, rtol=tolerance, atol=tolerance
-    )
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=tolerance, atol=tolerance)
     # The sum over rows is ours in float32 and theirs in the weight's dtype.
     torch.testing.assert_close(
         ours.weight.grad, theirs.weight.grad, rtol=tolerance, atol=5 * tolerance
@@ -72,4 +70,5 @@ def test_derivatives_are_right_in_double_precision() -> None:
 @pytest.mark.parametrize("sequence", [False, True])
 def test_weight_tells_megatron_about_sequence_parallelism(sequence: bool) -> None:
     config = transformer_config(TINY, tensor=2, sequence=sequence)
-    assert RMSNorm(config, hidden_size=32).weight.sequence_parallel is sequence
+    weight = RMSNorm(config, hidden_size=32).weight
+    assert weight.sequence_parallel is sequence  # type: ignore[attr-defined]

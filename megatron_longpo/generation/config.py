@@ -1,0 +1,66 @@
+"""Settings of `longpo generate`; imports neither torch nor transformers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(kw_only=True)
+class GenerateConfig:
+    """A model writes its own preference examples: answers from a chunk and from the whole text."""
+
+    model: str
+    """The model's Hugging Face folder or hub id."""
+    documents: str
+    """A folder or file of text, Markdown or code (UTF-8), or a JSONL file with `text`."""
+    output: str
+    """The examples file; until it is complete, they are in output.partial, which is resumed."""
+    instructions: str = "model"
+    """Who asks: `model` (the model writes questions), `template` (questions about facts found in a
+    chunk, for models too small to ask well), or a text file with one instruction a line."""
+    require_fact: bool = False
+    """With `template`: keep a turn only where the chosen answer holds the fact asked for."""
+    chat_template: str | None = None
+    """Path of a Jinja file to use in place of the tokenizer's own chat template."""
+    system: str | None = None
+    """System prompt; give `longpo tokenize` the same."""
+    turns: int = 4
+    """Most turns of an example; each asks about another chunk."""
+    chunk_min_tokens: int | None = None
+    """Shorter chunks are dropped; null = half of the model's context."""
+    chunk_max_tokens: int | None = None
+    """Most tokens of a chunk; null = 30,000 for each 32,768 of the model's context."""
+    max_document_tokens: int | None = None
+    """Longer documents are cut at their end, in the example too; null = no bound."""
+    max_prompt_tokens: int | None = None
+    """Most tokens the model reads for a rejected answer; null = its context less max_new_tokens.
+    A longer document is cut for that prompt (not in the example), never in a chunk asked about."""
+    max_new_tokens: int = 1024
+    """Most tokens of an answer."""
+    unfinished: Literal["keep", "drop"] = "keep"
+    """What happens to a turn whose answer reached max_new_tokens before its end."""
+    chosen_temperature: float = 0.0
+    """Sampling temperature of chosen answers; 0 = greedy."""
+    chosen_top_p: float = 1.0
+    """Nucleus of chosen answers."""
+    rejected_temperature: float = 0.0
+    """Sampling temperature of rejected answers; 0 = greedy, as in the paper."""
+    rejected_top_p: float = 1.0
+    """Nucleus of rejected answers."""
+    question_temperature: float = 0.7
+    """Sampling temperature of questions that the model writes."""
+    question_top_p: float = 0.9
+    """Nucleus of questions that the model writes."""
+    limit: int | None = None
+    """Most documents read; null = all."""
+    seed: int = 42
+    """Of every choice and sample; the same inputs give the same file on a CPU."""
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """Number format of the model."""
+    device: str = "auto"
+    """`cpu`, `cuda`, or `auto` = cuda where there is one."""
+    num_threads: int | None = None
+    """CPU threads of torch; null = torch's own choice."""
+    overwrite: bool = False
+    """Replace an output that exists, and begin anew rather than resume."""

@@ -1,0 +1,166 @@
+"""Facts that can be read off a chunk without a model, each with the question that asks for it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+Found = tuple[str, str, tuple[str, ...]]
+"""(text that names the fact and must be unique in the document, question, words of the answer)"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fact:
+    """A question with one answer, which stands in the chunk and nowhere else in the document."""
+
+    kind: str
+    question: str
+    answer: tuple[str, ...]
+    """Words that a right answer holds, all of them; empty where it cannot be told so simply."""
+
+
+def find_facts(chunk: str, document: str) -> list[Fact]:
+    """All facts of a chunk whose name occurs once in the document, in the order of their kinds."""
+    facts = []
+    for kind, finder in FINDERS.items():
+        for name, question, answer in finder(chunk):
+            if document.count(name) == 1:
+                facts.append(Fact(kind=kind, question=question, answer=answer))
+    return facts
+
+
+def holds_fact(text: str, answer: tuple[str, ...]) -> bool:
+    """Whether a text holds every word of the answer, letter case and spacing aside."""
+    squeezed = re.sub(r"\s+", "", text).lower()
+    return all(re.sub(r"\s+", "", word).lower() in squeezed for word in answer)
+
+
+# ---------------------------------------------------------------- Python
+
+_FUNCTION = re.compile(r"^[ \t]*def ((?!__)[a-z_]\w*)\(([^()]*)\)[^\n]*:", re.MULTILINE)
+_DOCSTRING = re.compile(
+    r'^[ \t]*def ((?!__)[a-z_]\w*)\([^()]*\)[^\n]*:\n\s+r?"""([A-Z][^"\n]{15,120})', re.MULTILINE
+)
+_CLASS = re.compile(r"^class (\w+)\(([A-Za-z_][\w.]*)\):", re.MULTILINE)
+_CONSTANT = re.compile(
+    r"^([A-Z_][A-Z0-9_]{3,}) *= *(-?\d[\w.]*|'[^'\n\\]{1,40}'|\"[^\"\n\\]{1,40}\")[ \t]*$",
+    re.MULTILINE,
+)
+
+
+def _parameters(text: str) -> list[tuple[str, str | None]]:
+    """(name, default) of each parameter; nothing where the list is no plain one."""
+    parameters = []
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*(\w+)\s*(?::[^=]+)?(?:=\s*(\S.*?))?\s*", part, re.DOTALL)
+        if found is None:
+            return []
+        if found.group(1) not in ("self", "cls"):
+            parameters.append((found.group(1), found.group(2)))
+    return parameters
+
+
+def _function_parameters(chunk: str) -> Iterator[Found]:
+    for found in _FUNCTION.finditer(chunk):
+        names = tuple(name for name, _ in _parameters(found.group(2)))
+        if 2 <= len(names) <= 5:
+            yield (
+                f"def {found.group(1)}(",
+                f"Which line defines the function `{found.group(1)}`? Quote it with its parameters.",
+                names,
+            )
+
+
+def _parameter_defaults(chunk: str) -> Iterator[Found]:
+    for found in _FUNCTION.finditer(chunk):
+        for name, default in _parameters(found.group(2)):
+            if default is not None and re.fullmatch(r"-?\d+|'[^']+'|\"[^\"]+\"|True", default):
+                yield (
+                    f"def {found.group(1)}(",
+                    f"What is the default value of the parameter `{name}` of the function "
+                    f"`{found.group(1)}`?",
+                    (default.strip("'\""),),
+                )
+
+
+def _function_purpose(chunk: str) -> Iterator[Found]:
+    for found in _DOCSTRING.finditer(chunk):
+        words = sorted(re.findall(r"[a-z]{5,}", found.group(2).lower()), key=len)
+        yield (
+            f"def {found.group(1)}(",
+            f"Which sentence describes the function `{found.group(1)}`? Quote it.",
+            tuple(words[-2:]),
+        )
+
+
+def _class_base(chunk: str) -> Iterator[Found]:
+    for found in _CLASS.finditer(chunk):
+        yield (
+            f"class {found.group(1)}(",
+            f"Which class does the class `{found.group(1)}` inherit from?",
+            (found.group(2),),
+        )
+
+
+def _constant_value(chunk: str) -> Iterator[Found]:
+    for found in _CONSTANT.finditer(chunk):
+        yield (
+            f"\n{found.group(1)} ",
+            f"What value is assigned to `{found.group(1)}`?",
+            (found.group(2).strip("'\""),),
+        )
+
+
+# ---------------------------------------------------------------- prose
+
+_MARKDOWN_HEADING = re.compile(
+    r"^#{1,6} ([A-Z][^\n#`]{4,60}[^\s.:,;#])[ \t]*\n\s*\n?", re.MULTILINE
+)
+_UNDERLINED_HEADING = re.compile(r"^([A-Z][^\n]{4,60})\n([=~^*-])\2{3,}[ \t]*$", re.MULTILINE)
+_KEY_VALUE = re.compile(r"^[ \t*-]*([A-Z][A-Za-z -]{2,30}): +(\S[^\n:]{2,60})$", re.MULTILINE)
+_SENTENCE = re.compile(r"(?:(?<=[.!?]\s)|(?<=\n\n))[A-Z][^.!?]{30,160}[.!?](?=\s)")
+_NUMBER = re.compile(r"(?<![\w.,-])\d{2,}(?:[.,]\d+)*(?![\w.,-]*\w)")
+_CODE_LINE = re.compile(r"^(?:def|class|import|from|#!)\b", re.MULTILINE)
+
+
+def _section_content(chunk: str) -> Iterator[Found]:
+    found_headings = list(_UNDERLINED_HEADING.finditer(chunk))
+    if not _CODE_LINE.search(chunk):  # there, `# ` begins a comment
+        found_headings += list(_MARKDOWN_HEADING.finditer(chunk))
+    for found in found_headings:
+        title = found.group(1).strip()
+        yield found.group(0), f'What does the section "{title}" say?', ()
+
+
+def _key_value(chunk: str) -> Iterator[Found]:
+    if _CODE_LINE.search(chunk):
+        return
+    for found in _KEY_VALUE.finditer(chunk):
+        key, value = found.group(1).strip(), found.group(2).strip()
+        yield f"{found.group(1)}:", f'What is stated for "{key}"?', (value.rstrip("."),)
+
+
+def _missing_number(chunk: str) -> Iterator[Found]:
+    for found in _SENTENCE.finditer(chunk):
+        sentence = " ".join(found.group(0).split())
+        numbers = _NUMBER.findall(sentence)
+        if len(numbers) == 1:
+            gapped = sentence.replace(numbers[0], "____", 1)
+            yield (
+                found.group(0),
+                f'Which number is missing in the sentence "{gapped}"?',
+                (numbers[0],),
+            )
+
+
+FINDERS: dict[str, Callable[[str], Iterator[Found]]] = {
+    "function_parameters": _function_parameters,
+    "parameter_default": _parameter_defaults,
+    "function_purpose": _function_purpose,
+    "class_base": _class_base,
+    "constant_value": _constant_value,
+    "section_content": _section_content,
+    "key_value": _key_value,
+    "missing_number": _missing_number,
+}

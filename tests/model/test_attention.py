@@ -1,0 +1,205 @@
+"""Attention over random forests equals a dense mask built token by token from the parents."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from megatron_longpo.data.tree import NO_PARENT, Forest
+from megatron_longpo.model.attention import TreeAttention, attend, attend_backward
+from megatron_longpo.model.kernels import CpuFlashKernel
+from megatron_longpo.parallel.context import NoExchange
+from megatron_longpo.parallel.layout import TokenLayout, lay_out
+from tests.data.forests import check_layout
+from tests.model.dense_attention import dense_attention, dense_gradients
+
+quick = settings(max_examples=80, deadline=None, derandomize=True)
+
+CPU = torch.device("cpu")
+HEADS, GROUPS, HEAD_DIM = 4, 2, 8
+
+
+def make_forest(parents: list[int], lengths: list[int]) -> Forest:
+    """A forest without edges, from the two columns that attention depends on."""
+    starts = np.cumsum([0, *lengths])[:-1]
+    ends_of_rows: list[int] = []
+    positions = []
+    for parent, length in zip(parents, lengths, strict=True):
+        begin = 0 if parent == NO_PARENT else ends_of_rows[parent]
+        positions.append(np.arange(begin, begin + length))
+        ends_of_rows.append(begin + length)
+    nothing = np.empty(0, dtype=np.int64)
+    return Forest(
+        input_ids=np.zeros(sum(lengths), dtype=np.int64),
+        position_ids=np.concatenate(positions),
+        segment_starts=starts.astype(np.int64),
+        segment_lengths=np.array(lengths, dtype=np.int64),
+        segment_parents=np.array(parents, dtype=np.int64),
+        edge_sources=nothing,
+        edge_targets=nothing,
+        edge_pairs=nothing,
+        edge_turns=nothing,
+        edge_terms=nothing,
+    )
+
+
+@st.composite
+def forests(draw: st.DrawFn) -> Forest:
+    """Several roots and any depth: a segment hangs on any segment of the chain before it."""
+    parents: list[int] = []
+    for segment in range(draw(st.integers(1, 9))):
+        chain = [NO_PARENT]
+        ancestor = segment - 1
+        while ancestor != NO_PARENT:
+            chain.append(ancestor)
+            ancestor = parents[ancestor]
+        parents.append(draw(st.sampled_from(chain)))
+    lengths = draw(st.lists(st.integers(1, 5), min_size=len(parents), max_size=len(parents)))
+    return make_forest(parents, lengths)
+
+
+def tree_mask(forest: Forest, num_tokens: int) -> Tensor:
+    """[t,t] bool: who attends whom, by walking from each segment to its root."""
+    mask = torch.zeros(num_tokens, num_tokens, dtype=torch.bool)
+    starts, lengths = forest.segment_starts.tolist(), forest.segment_lengths.tolist()
+    for start, length, parent in zip(
+        starts, lengths, forest.segment_parents.tolist(), strict=True
+    ):
+        queries = slice(start, start + length)
+        mask[queries, queries] = torch.ones(length, length, dtype=torch.bool).tril()
+        while parent != NO_PARENT:
+            mask[queries, starts[parent] : starts[parent] + lengths[parent]] = True
+            parent = int(forest.segment_parents[parent])
+    return mask
+
+
+def tree_attention(kernel: Any = None, **settings: Any) -> TreeAttention:
+    return TreeAttention(
+        kernel=kernel or CpuFlashKernel(),
+        exchange=NoExchange(),
+        config=SimpleNamespace(kv_channels=HEAD_DIM),
+        layer_number=1,
+        **settings,
+    )
+
+
+def random_inputs(num_tokens: int, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+    """Query, key, value as Megatron hands them over, [t,1,heads,D], and an output gradient."""
+    generator = torch.Generator().manual_seed(num_tokens)
+    *inputs, grad = [
+        torch.randn(num_tokens, heads, HEAD_DIM, generator=generator, dtype=torch.float64).to(dtype)
+        for heads in (HEADS, GROUPS, GROUPS, HEADS)
+    ]
+    return [tensor.unsqueeze(1) for tensor in inputs], grad
+
+
+@quick
+@given(forests(), st.sampled_from([1, 4]))
+def test_every_forest_is_its_dense_mask(forest: Forest, multiple: int) -> None:
+    check_layout(forest)
+    tokens = lay_out(forest, multiple=multiple, device=CPU)
+    inputs, grad = random_inputs(tokens.num_tokens, torch.float64)
+    mask = tree_mask(forest, tokens.num_tokens)
+    scale = HEAD_DIM**-0.5
+    flat = [tensor.squeeze(1) for tensor in inputs]
+    expected, _ = dense_attention(*flat, mask, scale)
+    expected_grads = dense_gradients(
+        lambda q, k, v: dense_attention(q, k, v, mask, scale)[0], flat, grad
+    )
+
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+    output = tree_attention()(*leaves, packed_seq_params=tokens.attention)
+    assert output.shape == (tokens.num_tokens, 1, HEADS * HEAD_DIM)
+    torch.testing.assert_close(output.reshape(expected.shape), expected, rtol=1e-11, atol=1e-11)
+    grads = torch.autograd.grad(output, leaves, grad.reshape(output.shape))
+    for actual, wanted in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(actual.squeeze(1), wanted, rtol=1e-10, atol=1e-11)
+
+    padding = slice(forest.num_tokens, None)
+    assert output[padding].eq(0).all()
+    assert all(gradient[padding].eq(0).all() for gradient in grads)
+
+
+@settings(quick, max_examples=30)
+@given(forests(), st.integers(2, 4))
+def test_ranks_with_gathered_keys_make_up_the_whole(forest: Forest, num_ranks: int) -> None:
+    """Each rank's queries over all keys; key gradients add up over the ranks."""
+    (query, key, value), grad = random_inputs(forest.num_tokens, torch.float64)
+    flat = [tensor.squeeze(1) for tensor in (query, key, value)]
+    mask, scale = tree_mask(forest, forest.num_tokens), HEAD_DIM**-0.5
+    expected, _ = dense_attention(*flat, mask, scale)
+    expected_grads = dense_gradients(
+        lambda q, k, v: dense_attention(q, k, v, mask, scale)[0], flat, grad
+    )
+    layout = TokenLayout.of(forest, num_ranks=num_ranks, multiple=1)
+    key_grads, value_grads = torch.zeros_like(flat[1]), torch.zeros_like(flat[2])
+    for rank in range(num_ranks):
+        here = layout.tokens(rank)
+        plan = lay_out(forest, device=CPU, context_rank=rank, context_size=num_ranks).attention
+        entered = (flat[0][here], flat[1], flat[2])
+        output, logsumexp = attend(entered, plan, CpuFlashKernel(), scale=scale)
+        torch.testing.assert_close(output, expected[here], rtol=1e-11, atol=1e-11)
+        query_grad, key_grad, value_grad = attend_backward(
+            grad[here], entered, output, logsumexp, plan, CpuFlashKernel(), scale=scale
+        )
+        torch.testing.assert_close(query_grad, expected_grads[0][here], rtol=1e-10, atol=1e-11)
+        key_grads += key_grad
+        value_grads += value_grad
+    torch.testing.assert_close(key_grads, expected_grads[1], rtol=1e-10, atol=1e-11)
+    torch.testing.assert_close(value_grads, expected_grads[2], rtol=1e-10, atol=1e-11)
+
+
+def test_attended_pairs_is_what_the_mask_lets_through() -> None:
+    forest = make_forest([NO_PARENT, 0, 1, 0, NO_PARENT, 4], [3, 2, 2, 4, 1, 2])
+    assert int(tree_mask(forest, forest.num_tokens).sum()) == forest.attended_pairs
+
+
+def test_derivatives_are_those_of_finite_differences() -> None:
+    """Roots with branches of branches."""
+    forest = make_forest([NO_PARENT, 0, 1, 1, 0, NO_PARENT], [2, 1, 1, 1, 1, 1])
+    plan = lay_out(forest, multiple=1, device=CPU).attention
+    inputs, _ = random_inputs(forest.num_tokens, torch.float64)
+
+    def run(*qkv: Tensor) -> Tensor:
+        output: Tensor = tree_attention()(*qkv, packed_seq_params=plan)
+        return output
+
+    leaves = [tensor.requires_grad_() for tensor in inputs]
+    assert torch.autograd.gradcheck(run, leaves, atol=1e-7, fast_mode=True)
+
+
+def test_bf16_keys_of_a_shared_prefix_gather_gradients_in_fp32() -> None:
+    """Forty branches attend one prefix; rounding their gradients one by one would show."""
+    forest = make_forest([NO_PARENT, *[0] * 40], [4, *[3] * 40])
+    tokens = lay_out(forest, multiple=1, device=CPU)
+    inputs, grad = random_inputs(tokens.num_tokens, torch.bfloat16)
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+    output = tree_attention()(*leaves, packed_seq_params=tokens.attention)
+    assert output.dtype == torch.bfloat16
+    grads = torch.autograd.grad(output, leaves, grad.reshape(output.shape))
+    exact = [tensor.squeeze(1).double() for tensor in inputs]
+    mask = tree_mask(forest, tokens.num_tokens)
+    wanted = dense_gradients(
+        lambda q, k, v: dense_attention(q, k, v, mask, HEAD_DIM**-0.5)[0], exact, grad.double()
+    )
+    for actual, expected in zip(grads, wanted, strict=True):
+        assert actual.dtype == torch.bfloat16
+        error = (actual.squeeze(1).double() - expected).norm() / expected.norm()
+        assert error < 5e-3
+
+
+def test_the_softmax_scale_is_taken() -> None:
+    forest = make_forest([NO_PARENT], [3])
+    plan = lay_out(forest, multiple=1, device=CPU).attention
+    (query, key, value), _ = random_inputs(3, torch.float64)
+    half = tree_attention(softmax_scale=0.5 * HEAD_DIM**-0.5)
+    torch.testing.assert_close(
+        half(query, key, value, packed_seq_params=plan),
+        tree_attention()(0.5 * query, key, value, packed_seq_params=plan),
+    )

@@ -1,0 +1,249 @@
+"""What the parity tests run: models, rows and settings of one optimizer step, as plain data.
+
+A `Case` says nothing of processes or parallel sizes, so that the same case can be run in one
+process and on many ranks and must give the same numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from megatron_longpo.config import ObjectiveConfig
+from megatron_longpo.data.rows import PreferenceRow
+from tests.random_rows import random_row
+
+VOCAB = 300
+
+LLAMA3_SCALING = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+"""Short original positions, so that rows of a hundred tokens reach all three ranges."""
+
+LINEAR_SCALING = {"rope_type": "linear", "factor": 2.0}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TinyModel:
+    """A model folder by what is in it; see tools/tiny_models.py."""
+
+    family: str = "llama"
+    tied: bool = False
+    seed: int = 1
+    layers: int = 2
+    head_dim: int | None = None
+    """None = hidden size / heads."""
+    kv_heads: int = 2
+    vocab_size: int = VOCAB
+    rope_theta: float = 10000.0
+    scaling: tuple[tuple[str, Any], ...] = ()
+    """Items of rope_scaling; empty = plain RoPE."""
+
+
+REFERENCE = TinyModel(seed=2)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowShape:
+    """A pair of rows by its lengths; see tests/random_rows.py."""
+
+    common_prefix_length: int | None = None
+    """None = the prompt."""
+    prompt_length: int = 40
+    chosen_answer_lengths: tuple[int, ...] = (5,)
+    rejected_answer_lengths: tuple[int, ...] = (4,)
+    chunk_lengths: tuple[int, ...] | None = None
+    question_length: int = 2
+    trailing_length: int = 0
+
+
+ROW_SHAPES = {
+    "one_turn": RowShape(),
+    "three_turns": RowShape(
+        chosen_answer_lengths=(4, 1, 6), rejected_answer_lengths=(3, 5, 2), chunk_lengths=(9, 4, 7)
+    ),
+    "nothing_shared": RowShape(common_prefix_length=0, prompt_length=20),
+    "one_token_shared": RowShape(common_prefix_length=1, prompt_length=20),
+    "prompt_of_one_token": RowShape(prompt_length=1),
+    "shared_into_answers": RowShape(
+        common_prefix_length=43, chosen_answer_lengths=(7, 2), rejected_answer_lengths=(8, 4)
+    ),
+    # The second answers begin at different tokens of the shared part.
+    "shared_past_an_answer": RowShape(
+        common_prefix_length=48, chosen_answer_lengths=(3, 6), rejected_answer_lengths=(5, 7)
+    ),
+    "row_within_a_row": RowShape(
+        common_prefix_length=43, chosen_answer_lengths=(3,), rejected_answer_lengths=(6,)
+    ),
+    "identical_rows": RowShape(
+        common_prefix_length=45, chosen_answer_lengths=(5,), rejected_answer_lengths=(5,)
+    ),
+    "tokens_after_answers": RowShape(
+        trailing_length=3, chosen_answer_lengths=(2, 2), rejected_answer_lengths=(1, 6)
+    ),
+}
+ALL_SHAPES = tuple(ROW_SHAPES.values())
+FEW_SHAPES = tuple(
+    ROW_SHAPES[name] for name in ("one_turn", "three_turns", "nothing_shared", "shared_into_answers")
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """One optimizer step. What is left out is LongPO with both terms large enough to see."""
+
+    name: str
+    shapes: tuple[RowShape, ...] = FEW_SHAPES
+    """One pair each; together the global batch."""
+    policy: TinyModel = field(default_factory=TinyModel)
+    reference: TinyModel | None = REFERENCE
+    """None = `reference.mode` none."""
+    rope_theta: float | None = 50000.0
+    """`model.rope_theta`: the policy's own override."""
+    rope_scaling: tuple[tuple[str, Any], ...] = ()
+    """Items of `model.rope_scaling`; empty = the policy's own."""
+    objective: ObjectiveConfig = field(
+        default_factory=lambda: ObjectiveConfig(beta=0.1, preference_weight=0.5)
+    )
+    reference_context: Literal["short", "long"] | None = None
+    share_prefix: bool = True
+    pack_tokens: int | None = None
+    """None = the largest pair: most microbatches hold one or two pairs."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    distributed_optimizer: bool = True
+    seed: int = 0
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def rows(self) -> list[PreferenceRow]:
+        """The global batch, the same for the same seed."""
+        rng = np.random.default_rng(self.seed)
+        vocab_size = self.policy.vocab_size
+        if self.reference is not None:
+            vocab_size = min(vocab_size, self.reference.vocab_size)
+        return [
+            random_row(rng, vocab_size, **asdict(shape), id=f"pair{index}")
+            for index, shape in enumerate(self.shapes)
+        ]
+
+
+ONE_PACK = 10_000
+"""A budget that all pairs of any case fit into."""
+
+
+def _family_cases() -> list[Case]:
+    cases = []
+    for family in ("llama", "mistral", "qwen2", "qwen3"):
+        for tied in (False, True):
+            name = f"{family}-{'tied' if tied else 'untied'}"
+            # Wider heads than hidden / heads, as Qwen3 and Mistral Nemo have.
+            head_dim = 16 if tied else None
+            policy = TinyModel(family=family, tied=tied, head_dim=head_dim)
+            reference = TinyModel(family=family, tied=not tied, seed=2)
+            for share in (True, False):
+                cases.append(
+                    Case(
+                        name=f"{name}-{'shared' if share else 'two_rows'}",
+                        policy=policy,
+                        reference=reference,
+                        share_prefix=share,
+                    )
+                )
+    return cases
+
+
+FAMILY_CASES = _family_cases()
+
+SHAPE_CASES = [
+    Case(name=name, shapes=(shape,), policy=TinyModel(family="qwen2"))
+    for name, shape in ROW_SHAPES.items()
+]
+
+PACKING_CASES = [
+    Case(name="largest_pair", shapes=ALL_SHAPES),
+    Case(name="one_pack", shapes=ALL_SHAPES, pack_tokens=ONE_PACK),
+    Case(name="one_pack_of_two_rows", shapes=ALL_SHAPES, pack_tokens=ONE_PACK, share_prefix=False),
+]
+
+MODEL_CASES = [
+    Case(
+        name="llama3_scaling",
+        policy=TinyModel(scaling=tuple(LLAMA3_SCALING.items())),
+        reference=TinyModel(seed=2, scaling=tuple(LLAMA3_SCALING.items())),
+    ),
+    Case(name="llama3_scaling_asked_for", rope_scaling=tuple(LLAMA3_SCALING.items())),
+    Case(name="linear_scaling", rope_scaling=tuple(LINEAR_SCALING.items()), rope_theta=None),
+    Case(
+        name="linear_reference",
+        reference=TinyModel(family="qwen3", seed=3, scaling=tuple(LINEAR_SCALING.items())),
+    ),
+    Case(
+        name="reference_of_another_shape",
+        reference=TinyModel(
+            family="mistral", seed=5, layers=3, kv_heads=4, head_dim=4, rope_theta=500.0,
+            vocab_size=290,
+        ),
+    ),
+    Case(name="one_kv_head", policy=TinyModel(kv_heads=1), reference=TinyModel(kv_heads=1, seed=2)),
+    Case(name="no_padding_rows", policy=TinyModel(vocab_size=384)),
+    Case(name="plain_optimizer", distributed_optimizer=False),
+    Case(name="recompute_selective", recompute="selective", policy=TinyModel(family="qwen3")),
+    Case(name="recompute_full", recompute="full", policy=TinyModel(family="qwen2")),
+    Case(name="recompute_full_tied", recompute="full", policy=TinyModel(tied=True)),
+]
+
+OBJECTIVE_CASES = [
+    Case(name="longpo_as_published", objective=ObjectiveConfig()),
+    Case(
+        name="longpo_per_turn",
+        objective=ObjectiveConfig(beta=0.1, preference_weight=0.5, turns="per_turn"),
+    ),
+    Case(
+        name="longpo_smoothed",
+        objective=ObjectiveConfig(beta=0.1, preference_weight=0.5, label_smoothing=0.2),
+    ),
+    Case(
+        name="longpo_nll_of_answers",
+        objective=ObjectiveConfig(beta=0.1, preference_weight=0.5, nll_scope="chosen_answers"),
+    ),
+    Case(
+        name="longpo_without_nll",
+        objective=ObjectiveConfig(beta=0.1, preference_weight=1.0, nll_weight=0.0),
+    ),
+    Case(name="longpo_nll_alone", objective=ObjectiveConfig(preference_weight=0.0)),
+    Case(
+        name="longpo_long_reference",
+        reference_context="long",
+        objective=ObjectiveConfig(beta=0.1, preference_weight=0.5),
+    ),
+    Case(name="longpo_without_reference", reference=None),
+    Case(name="longpo_same_model", reference=TinyModel()),
+    Case(name="dpo", objective=ObjectiveConfig(name="dpo")),
+    Case(
+        name="dpo_per_turn_smoothed",
+        objective=ObjectiveConfig(name="dpo", turns="per_turn", label_smoothing=0.1),
+    ),
+    Case(
+        name="dpo_short_reference",
+        reference_context="short",
+        objective=ObjectiveConfig(name="dpo", nll_weight=0.3),
+    ),
+    Case(name="sft", reference=None, objective=ObjectiveConfig(name="sft")),
+    Case(
+        name="sft_of_the_row",
+        reference=None,
+        objective=ObjectiveConfig(name="sft", nll_scope="chosen_row", nll_weight=0.7),
+    ),
+    Case(name="sft_rejected", reference=None, objective=ObjectiveConfig(name="sft_rejected")),
+]
+
+CASES = [*FAMILY_CASES, *SHAPE_CASES, *PACKING_CASES, *MODEL_CASES, *OBJECTIVE_CASES]

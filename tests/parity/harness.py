@@ -1,0 +1,249 @@
+"""Runs a `Case` the way `longpo train` would, runs the oracle on it, and compares the two."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.utils import unwrap_model
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from checkpoints_convert.megatron_to_hf import hf_named_gradients, hf_named_tensors
+from megatron_longpo.config import (
+    CheckpointConfig,
+    DataConfig,
+    LoggingConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    ReferenceConfig,
+    RunConfig,
+    TrainConfig,
+    resolve,
+)
+from megatron_longpo.data.rows import write_rows_jsonl
+from megatron_longpo.parallel.groups import Groups
+from megatron_longpo.training import loop
+from megatron_longpo.training.metrics import LOSS_KEYS, Metrics
+from tests.oracle import OracleResult, oracle_step
+from tests.parity.cases import Case, TinyModel
+from tools.tiny_models import make_tiny_model
+
+RELATIVE = 1e-5
+"""Of every logged sum and loss, fp32 against fp32."""
+GRADIENT = 1e-5
+"""Norm of the difference over the norm."""
+NOISE = 1e-6
+"""What a tensor's gradient may be off by, as a part of the whole gradient's norm: a key's bias
+has a true gradient of 0."""
+
+
+class Shelf:
+    """Model folders, rows and HF models of a test session, each made once."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._models: dict[Any, Any] = {}
+
+    def hf_folder(self, model: TinyModel) -> str:
+        # The same name in every process, unlike `hash`.
+        folder = self.root / f"{model.family}-{zlib.crc32(repr(model).encode()):x}"
+        if not folder.exists():
+            settings = asdict(model)
+            settings["rope_scaling"] = dict(settings.pop("scaling")) or None
+            make_tiny_model(folder=folder, **settings)
+        return str(folder)
+
+    def rows_file(self, case: Case) -> str:
+        path = self.root / f"rows-{case.name}.jsonl"
+        if not path.exists():
+            write_rows_jsonl(path, case.rows)
+        return str(path)
+
+    def oracle_policy(self, case: Case) -> Any:
+        """The policy in transformers; `oracle_step` clears the gradients it finds."""
+        key = (case.policy, case.rope_theta, case.rope_scaling)
+        if key not in self._models:
+            self._models[key] = load_policy(self, case)
+        return self._models[key]
+
+    def oracle_reference(self, case: Case) -> Any | None:
+        if case.reference is None:
+            return None
+        key = (case.reference, "reference")
+        if key not in self._models:
+            self._models[key] = load_hf(self.hf_folder(case.reference))
+        return self._models[key]
+
+
+def load_policy(shelf: Shelf, case: Case) -> Any:
+    """The policy of a case in transformers, freshly read, with the case's RoPE."""
+    folder = shelf.hf_folder(case.policy)
+    config = AutoConfig.from_pretrained(folder)
+    rope = dict(case.rope_scaling) if case.rope_scaling else dict(config.rope_parameters)
+    rope["rope_theta"] = case.rope_theta or config.rope_parameters["rope_theta"]
+    config.rope_parameters = rope
+    return load_hf(folder, config=config)
+
+
+def load_hf(folder: str, **settings: Any) -> Any:
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **settings)
+    # transformers drops the embedding gradient of the pad token, also where that token is text
+    # (here it is the end of a turn as well). The true gradient has it.
+    model.get_input_embeddings().padding_idx = None
+    return model.eval()
+
+
+def train_config(
+    case: Case, shelf: Shelf, *, parallel: ParallelConfig | None = None, **sections: Any
+) -> TrainConfig:
+    """The resolved settings of a case; `sections` replaces whole sections."""
+    is_sft = case.objective.name.startswith("sft")
+    reference = ReferenceConfig(
+        mode="online" if case.reference is not None else "none",
+        hf_path=None if case.reference is None else shelf.hf_folder(case.reference),
+        context=case.reference_context,
+    )
+    settings: dict[str, Any] = {
+        "model": ModelConfig(
+            hf_path=shelf.hf_folder(case.policy),
+            rope_theta=case.rope_theta,
+            rope_scaling=dict(case.rope_scaling) or None,
+            dtype=case.dtype,
+        ),
+        "reference": ReferenceConfig() if is_sft else reference,
+        "data": DataConfig(
+            path=shelf.rows_file(case),
+            max_length=2000,
+            pack_tokens=case.pack_tokens,
+            share_prefix=case.share_prefix,
+            shuffle=False,
+        ),
+        "objective": case.objective,
+        "parallel": parallel or ParallelConfig(),
+        # A learning rate of 0: the step is whole, and the gradient it leaves is not clipped.
+        "optimizer": OptimizerConfig(
+            lr=0.0, clip_grad=0.0, distributed=case.distributed_optimizer
+        ),
+        "train": RunConfig(global_batch_pairs=len(case.shapes), recompute=case.recompute),
+        "checkpoint": CheckpointConfig(interval=0),
+        "logging": LoggingConfig(dir=str(shelf.root / f"run-{case.name}"), tensorboard=False),
+    }
+    return resolve(TrainConfig(**{**settings, **sections}))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CaseResult:
+    metrics: Metrics
+    """The step's row of metrics.jsonl."""
+    gradients: dict[str, Tensor]
+    """By Hugging Face name, as `OracleResult` has them."""
+
+
+def run_case(case: Case, shelf: Shelf, groups: Groups) -> CaseResult:
+    """One optimizer step through everything that `longpo train` runs, on the groups of this rank.
+
+    `groups` are those that `parallel.groups.initialize` has made in this process.
+    """
+    sizes = groups.sizes
+    parallel = ParallelConfig(
+        tensor=sizes.tensor,
+        pipeline=sizes.pipeline,
+        virtual_pipeline=sizes.virtual_pipeline,
+        context=sizes.context,
+        sequence=sizes.sequence,
+    )
+    run = loop.prepare(train_config(case, shelf, parallel=parallel))
+    assert run.groups is groups
+    metrics = loop.train_step(run)
+    return CaseResult(metrics=metrics, gradients=policy_gradients(run))
+
+
+def policy_gradients(run: loop.Run) -> dict[str, Tensor]:
+    """The gradient that the last step left, whole, by Hugging Face name."""
+    assert run.groups.world_size == 1, "gradients of several ranks are not put together yet"
+    (chunk,) = unwrap_model(run.model)
+    return {
+        name: gradient.float().clone()
+        for name, gradient in hf_named_gradients(chunk.policy, run.sources.policy)
+    }
+
+
+def policy_parameters(run: loop.Run) -> dict[str, Tensor]:
+    """The policy's weights by Hugging Face name, copied."""
+    assert run.groups.world_size == 1, "weights of several ranks are not put together yet"
+    (chunk,) = unwrap_model(run.model)
+    return {
+        name: tensor.float().clone()
+        for name, tensor in hf_named_tensors(chunk.policy, run.sources.policy)
+    }
+
+
+def oracle_for(case: Case, shelf: Shelf) -> OracleResult:
+    """The same step in plain transformers and torch."""
+    is_sft = case.objective.name.startswith("sft")
+    return oracle_step(
+        shelf.oracle_policy(case),
+        None if is_sft else shelf.oracle_reference(case),
+        case.rows,
+        **oracle_settings(train_config(case, shelf)),
+    )
+
+
+def oracle_settings(config: TrainConfig) -> dict[str, Any]:
+    """The objective of resolved settings as keyword arguments of the oracle."""
+    return {**asdict(config.objective), "reference_context": config.reference.context}
+
+
+def compare(ours: CaseResult, oracle: OracleResult, *, beta: float) -> None:
+    """Raises AssertionError where a metric or a gradient is not the oracle's."""
+    compare_metrics(ours.metrics, oracle, beta=beta)
+    assert set(ours.gradients) == set(oracle.gradients)
+    squared_difference = 0.0
+    for name, expected in oracle.gradients.items():
+        actual = ours.gradients[name]
+        assert torch.isfinite(actual).all(), name
+        difference = float((actual.double() - expected.double()).norm())
+        allowed = GRADIENT * float(expected.norm()) + NOISE * oracle.grad_norm
+        assert difference <= allowed, f"{name}: off by {difference:.3g}, allowed {allowed:.3g}"
+        squared_difference += difference**2
+    assert squared_difference**0.5 <= GRADIENT * oracle.grad_norm
+
+
+def compare_metrics(
+    ours: Metrics, oracle: OracleResult, *, beta: float, relative: float = RELATIVE
+) -> None:
+    """Compares what the oracle has too, and wants null for what the objective has not."""
+    expected = oracle.metrics
+    for key in (*LOSS_KEYS, "grad_norm"):
+        actual = ours[key]
+        # SFT logs no sums of answers, though the oracle knows them.
+        if key not in expected or (key.startswith("logps/") and "preference_loss" not in expected):
+            assert actual is None, f"{key} is {actual}, and the objective has none"
+            continue
+        assert isinstance(actual, float) and math.isfinite(actual), f"{key} is {actual}"
+        difference = abs(actual - expected[key])
+        allowed = relative * abs(expected[key]) + _slack(key, oracle, beta=beta, relative=relative)
+        assert difference <= allowed, f"{key}: {actual}, not {expected[key]} (within {allowed:.3g})"
+
+
+def _slack(key: str, oracle: OracleResult, *, beta: float, relative: float) -> float:
+    """What rounding leaves of a difference of large sums, which may itself be next to 0."""
+    if not key.startswith("rewards/"):
+        return 0.0
+    rounding = relative * sum(
+        abs(value) for name, value in oracle.metrics.items() if "logps/" in name
+    )
+    if key != "rewards/accuracies":
+        return beta * rounding
+    margins = [
+        (sum(pair.policy_chosen) - sum(pair.reference_chosen))
+        - (sum(pair.policy_rejected) - sum(pair.reference_rejected))
+        for pair in oracle.pairs
+    ]
+    return sum(abs(margin) <= rounding for margin in margins) / len(margins)

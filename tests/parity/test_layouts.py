@@ -1,0 +1,106 @@
+"""How pairs are put into microbatches is nobody's business but the scheduler's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_longpo.data.packing import make_pack
+from megatron_longpo.parallel.groups import Groups
+from megatron_longpo.parallel.layout import RankPack, lay_out_pack
+from megatron_longpo.training import loop
+from megatron_longpo.training.batches import rank_packs
+from megatron_longpo.training.schedule import MetricSums, run_microbatches
+from tests.parity.cases import ALL_SHAPES, ONE_PACK, REFERENCE, Case, TinyModel
+from tests.parity.harness import Shelf, oracle_for, policy_gradients, run_case, train_config
+
+
+def lay_out_pairs(
+    run: loop.Run, microbatches: Sequence[Sequence[int]], *, is_filler: bool = False
+) -> list[RankPack]:
+    return [
+        lay_out_pack(
+            make_pack([run.pairs.trees(pair) for pair in pairs], is_filler=is_filler),
+            multiple=1,
+            device=run.groups.device,
+        )
+        for pairs in microbatches
+    ]
+
+
+def step(run: loop.Run, packs: list[RankPack]) -> tuple[MetricSums, dict[str, Tensor]]:
+    for chunk in run.model:
+        chunk.train()
+        chunk.zero_grad_buffer()
+    sums = run_microbatches(run.model, packs, run.objective, run.groups, forward_only=False)
+    return sums, policy_gradients(run)
+
+
+@pytest.fixture(scope="module")
+def run(shelf: Shelf, single_process: Groups) -> loop.Run:
+    case = Case(name="layouts", shapes=ALL_SHAPES, pack_tokens=ONE_PACK)
+    return loop.prepare(train_config(case, shelf))
+
+
+def test_fillers_change_nothing_to_the_last_bit(run: loop.Run) -> None:
+    batch = lay_out_pairs(run, [[0, 1, 2], [3, 4]])
+    fillers = lay_out_pairs(run, [[6], [2]], is_filler=True)
+    expected_sums, expected = step(run, batch)
+    # In training they come last; their place must not matter either.
+    for packs in ([*batch, *fillers], [fillers[0], batch[0], fillers[1], batch[1]]):
+        sums, gradients = step(run, packs)
+        assert sums == expected_sums and sums["pairs"] == 5
+        assert all(torch.equal(gradients[name], expected[name]) for name in expected)
+    assert sum(float(gradient.norm()) for gradient in expected.values()) > 0
+
+
+def test_the_budget_decides_the_number_of_microbatches(run: loop.Run) -> None:
+    """What the packing cases of test_one_step.py rely on."""
+    pairs = list(range(len(ALL_SHAPES)))
+
+    def packs(budget_tokens: int) -> list[RankPack]:
+        return rank_packs(
+            run.pairs,
+            pairs,
+            run.groups,
+            budget_tokens=budget_tokens,
+            context_comm=run.config.parallel.context_comm,
+        )
+
+    assert len(packs(ONE_PACK)) == 1
+    assert 3 <= len(packs(run.pairs.largest_pair_tokens)) < len(pairs)
+
+
+def test_one_microbatch_or_many_is_the_same_step(run: loop.Run) -> None:
+    pairs = range(len(ALL_SHAPES))
+    sums, gradients = step(run, lay_out_pairs(run, [pairs]))
+    norm = sum(float(gradient.norm()) ** 2 for gradient in gradients.values()) ** 0.5
+    for microbatches in ([[pair] for pair in pairs], [[9, 3, 0], [1, 8, 2, 7], [6, 5, 4]]):
+        other_sums, other = step(run, lay_out_pairs(run, microbatches))
+        assert other_sums == pytest.approx(sums, rel=1e-6, abs=1e-5)
+        for name, gradient in gradients.items():
+            assert float((gradient - other[name]).norm()) <= 1e-6 * norm, name
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_bf16_stays_near_the_oracle(
+    recompute: str, shelf: Shelf, single_process: Groups
+) -> None:
+    case = Case(
+        name=f"bf16_{recompute}",
+        dtype="bf16",
+        recompute=recompute,  # type: ignore[arg-type]
+        policy=TinyModel(family="qwen2", tied=True),
+        reference=REFERENCE,
+    )
+    ours, oracle = run_case(case, shelf, single_process), oracle_for(case, shelf)
+    for key in ("loss", "nll_loss", "logps/chosen", "logps/rejected", "reference_logps/rejected"):
+        assert ours.metrics[key] == pytest.approx(oracle.metrics[key], rel=5e-3), key
+    squared_difference = sum(
+        float((ours.gradients[name] - expected).norm()) ** 2
+        for name, expected in oracle.gradients.items()
+    )
+    assert squared_difference**0.5 <= 0.03 * oracle.grad_norm
