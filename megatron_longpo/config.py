@@ -100,7 +100,7 @@ class ParallelConfig:
     """How the work is spread; data parallel = world size / (tensor x pipeline x context)."""
 
     tensor: int = field(default=1, metadata=limits(at_least=1))
-    """Tensor-parallel size. Sizes over 1 are not available yet, here and in the next keys."""
+    """Tensor-parallel size: ranks that share every matrix; at most a node's GPUs."""
     pipeline: int = field(default=1, metadata=limits(at_least=1))
     """Pipeline-parallel size."""
     virtual_pipeline: int | None = field(default=None, metadata=limits(at_least=1))
@@ -126,7 +126,7 @@ class OptimizerConfig:
     lr: float = field(default=5e-7, metadata=limits(at_least=0))
     """Highest learning rate."""
     weight_decay: float = field(default=0.0, metadata=limits(at_least=0))
-    """Decoupled weight decay; norms and biases are left out."""
+    """Weight decay, decoupled in adam, part of the gradient in rmsprop (as in torch)."""
     clip_grad: float = field(default=1.0, metadata=limits(at_least=0))
     """Largest gradient norm; 0 = off."""
     alpha: float = field(default=0.99, metadata=limits(at_least=0, below=1))

@@ -125,9 +125,6 @@ def _check_available(config: TrainConfig) -> None:
     not_yet = {
         "reference.mode": (config.reference.mode, config.reference.mode == "cached", "online"),
         "reference.offload": (config.reference.offload, config.reference.offload, "false"),
-        "parallel.tensor": (parallel.tensor, parallel.tensor > 1, "1"),
-        "parallel.pipeline": (parallel.pipeline, parallel.pipeline > 1, "1"),
-        "parallel.context": (parallel.context, parallel.context > 1, "1"),
         "parallel.virtual_pipeline": (
             parallel.virtual_pipeline,
             parallel.virtual_pipeline is not None,

@@ -49,7 +49,7 @@ class RMSprop(torch.optim.AdamW):
                 continue
             grads = [param.grad for param in params]
             if group["weight_decay"]:
-                grads = torch._foreach_add(grads, params, alpha=group["weight_decay"])
+                grads = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
             square_averages = [self.state[param]["exp_avg_sq"] for param in params]
             alpha = group["betas"][1]
             torch._foreach_mul_(square_averages, alpha)

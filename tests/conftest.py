@@ -4,11 +4,16 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 
 from megatron_longpo.parallel.groups import Groups
 
 if TYPE_CHECKING:
     from tests.parity.harness import Shelf
+
+
+# For tensors as small as the tests' a second thread only costs, most of all on a busy machine.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -325,9 +325,6 @@ def test_what_is_required_is_asked_for() -> None:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--parallel.tensor=2"], "parallel.tensor (2) is not available yet. Use 1"),
-        (["--parallel.pipeline=2"], "parallel.pipeline (2) is not available yet"),
-        (["--parallel.context=2"], "parallel.context (2) is not available yet"),
         (["--parallel.virtual_pipeline=2"], "parallel.virtual_pipeline (2) is not available yet"),
         (["--parallel.context_inner=2"], "parallel.context_inner (2) is not available yet"),
         (["--parallel.context_comm=a2a+all_gather"], "(a2a+all_gather) is not available yet"),

@@ -48,8 +48,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output", type=Path)
     parser.add_argument("--number", type=int, default=4)
-    parser.add_argument("--min-chars", type=int, default=7000, help="about 1,800 tokens")
-    parser.add_argument("--max-chars", type=int, default=9500, help="about 2,500 tokens")
+    parser.add_argument("--min-chars", type=int, default=10000, help="about 2,400 tokens")
+    parser.add_argument("--max-chars", type=int, default=13000, help="about 3,200 tokens")
     arguments = parser.parse_args()
     files = standard_library_files(arguments.min_chars, arguments.max_chars)
     if len(files) < arguments.number:

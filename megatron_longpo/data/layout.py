@@ -17,7 +17,7 @@ CutFrom = Literal["middle", "tail"]
 
 def user_message(context: str, question: str) -> str:
     """The user's message: a document or a chunk, an empty line, the question."""
-    return f"{context}\n\n{question}"
+    return f"{context.rstrip()}\n\n{question}"
 
 
 def opening_messages(system: str | None, context: str, question: str) -> list[Message]:

@@ -210,8 +210,9 @@ def fit_row(
     """The row as a model of `vocab_size` takes it, or None where it is too long and dropped.
 
     `max_length` bounds the long rows, `max_reference_length` the short ones. `too_long` is `error`,
-    `drop` or `truncate_document` (`data.too_long` of the settings): the last cuts tokens out of the middle of the document that chosen and rejected share; short rows are
-    never cut, since their chunk is the evidence.
+    `drop` or `truncate_document` (`data.too_long` of the settings): the last cuts tokens out of the
+    middle of the document that chosen and rejected share; short rows are never cut, since their
+    chunk is the evidence.
     """
     for name, tokens in row.named_rows():
         wrong = np.flatnonzero((tokens.input_ids < 0) | (tokens.input_ids >= vocab_size))

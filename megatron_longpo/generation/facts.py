@@ -52,8 +52,10 @@ _CONSTANT = re.compile(
 def _parameters(text: str) -> list[tuple[str, str | None]]:
     """(name, default) of each parameter; nothing where the list is no plain one."""
     parameters = []
-    for part in text.split(","):
-        found = re.fullmatch(r"\s*(\w+)\s*(?::[^=]+)?(?:=\s*(\S.*?))?\s*", part, re.DOTALL)
+    for part in text.rstrip().removesuffix(",").split(","):
+        if part.strip() in ("*", "/"):
+            continue
+        found = re.fullmatch(r"\s*\*{0,2}(\w+)\s*(?::[^=]+)?(?:=\s*(\S.*?))?\s*", part, re.DOTALL)
         if found is None:
             return []
         if found.group(1) not in ("self", "cls"):
@@ -64,10 +66,10 @@ def _parameters(text: str) -> list[tuple[str, str | None]]:
 def _function_parameters(chunk: str) -> Iterator[Found]:
     for found in _FUNCTION.finditer(chunk):
         names = tuple(name for name, _ in _parameters(found.group(2)))
-        if 2 <= len(names) <= 5:
+        if 2 <= len(names) <= 5 and "\n" not in found.group(2):
             yield (
                 f"def {found.group(1)}(",
-                f"Which line defines the function `{found.group(1)}`? Quote it with its parameters.",
+                f"Copy the line that begins with `def {found.group(1)}(`.",
                 names,
             )
 
@@ -117,7 +119,9 @@ def _constant_value(chunk: str) -> Iterator[Found]:
 _MARKDOWN_HEADING = re.compile(
     r"^#{1,6} ([A-Z][^\n#`]{4,60}[^\s.:,;#])[ \t]*\n\s*\n?", re.MULTILINE
 )
-_UNDERLINED_HEADING = re.compile(r"^([A-Z][^\n]{4,60})\n([=~^*-])\2{3,}[ \t]*$", re.MULTILINE)
+_UNDERLINED_HEADING = re.compile(
+    r"^([A-Z][^\n]{3,59}[^\s.:,;])\n([=~^*-])\2{3,}[ \t]*$", re.MULTILINE
+)
 _KEY_VALUE = re.compile(r"^[ \t*-]*([A-Z][A-Za-z -]{2,30}): +(\S[^\n:]{2,60})$", re.MULTILINE)
 _SENTENCE = re.compile(r"(?:(?<=[.!?]\s)|(?<=\n\n))[A-Z][^.!?]{30,160}[.!?](?=\s)")
 _NUMBER = re.compile(r"(?<![\w.,-])\d{2,}(?:[.,]\d+)*(?![\w.,-]*\w)")
@@ -145,7 +149,7 @@ def _missing_number(chunk: str) -> Iterator[Found]:
     for found in _SENTENCE.finditer(chunk):
         sentence = " ".join(found.group(0).split())
         numbers = _NUMBER.findall(sentence)
-        if len(numbers) == 1:
+        if len(numbers) == 1 and len(re.findall(r"\d[\d.,]*", sentence)) == 1:
             gapped = sentence.replace(numbers[0], "____", 1)
             yield (
                 found.group(0),

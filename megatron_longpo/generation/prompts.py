@@ -63,9 +63,14 @@ def parse_questions(text: str) -> list[str] | None:
     return questions if all(len(question.split()) >= 3 for question in questions) else None
 
 
-def choose_fact(chunk: str, document: str, rng: random.Random) -> Fact | None:
-    """One fact of the chunk: a kind at random first, so that frequent kinds do not crowd out."""
-    facts = find_facts(chunk, document)
+def choose_fact(
+    chunk: str, document: str, rng: random.Random, *, checkable: bool = False
+) -> Fact | None:
+    """One fact of the chunk: a kind at random first, so that frequent kinds do not crowd out.
+
+    `checkable` leaves out facts whose answer cannot be told by its words.
+    """
+    facts = [fact for fact in find_facts(chunk, document) if fact.answer or not checkable]
     if not facts:
         return None
     kind = rng.choice(sorted({fact.kind for fact in facts}))

@@ -149,7 +149,7 @@ class ExampleWriter:
         if self._instructions is not None:
             kind, question = "file", rng.choice(self._instructions)
         elif kind == "template":
-            found = choose_fact(chunk.text, document, rng)
+            found = choose_fact(chunk.text, document, rng, checkable=self._config.require_fact)
             if found is None:
                 raise Dropped("chunk without a fact to ask for")
             kind, question, fact = found.kind, found.question, found.answer

@@ -55,7 +55,7 @@ def transformer_config(
     comes. `fusions` are Megatron's jitted elementwise kernels; None = where there is a GPU.
     Weights are not initialised, since `load_hf_weights` writes every one of them.
     """
-    _check_sizes(arch, tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual_pipeline)
+    check_sizes(arch, tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual_pipeline)
     if fusions is None:
         fusions = torch.cuda.is_available()
     with warnings.catch_warnings():
@@ -189,22 +189,33 @@ def _recompute_settings(recompute: str) -> dict[str, Any]:
     return {"recompute_granularity": "selective", "recompute_modules": modules}
 
 
-def _check_sizes(
-    arch: Architecture, *, tensor: int, pipeline: int, virtual_pipeline: int | None
+def check_sizes(
+    arch: Architecture, *, tensor: int, pipeline: int, virtual_pipeline: int | None = None
 ) -> None:
-    for name, size in (("heads", arch.num_heads), ("MLP size", arch.ffn_hidden_size)):
-        if size % tensor:
-            raise UserError(
-                f"parallel.tensor ({tensor}) must divide the model's {name} ({size}); use a divisor"
-            )
-    if arch.num_kv_heads % tensor and tensor % arch.num_kv_heads:
+    """Refuses parallel sizes that cannot split this model, naming those that can."""
+    fitting = [size for size in range(1, arch.num_heads + 1) if _tensor_fits(arch, size)]
+    if tensor not in fitting:
         raise UserError(
-            f"parallel.tensor ({tensor}) must divide the model's key/value heads "
-            f"({arch.num_kv_heads}) or be a multiple of them"
+            f"parallel.tensor ({tensor}) cannot split {arch.num_heads} heads, "
+            f"{arch.num_kv_heads} key/value heads and an MLP of {arch.ffn_hidden_size} evenly; "
+            f"use {_listed(fitting)}"
         )
     stages = pipeline * (virtual_pipeline or 1)
     if arch.num_layers % stages:
+        fitting = [size for size in range(1, arch.num_layers + 1) if arch.num_layers % size == 0]
+        name = "parallel.pipeline" + (" x virtual_pipeline" if virtual_pipeline else "")
         raise UserError(
-            f"parallel.pipeline x virtual_pipeline ({stages}) must divide the model's layers "
-            f"({arch.num_layers}); use a divisor"
+            f"{name} ({stages}) must divide the model's {arch.num_layers} layers; use "
+            f"{_listed(fitting)}"
         )
+
+
+def _tensor_fits(arch: Architecture, tensor: int) -> bool:
+    kv_heads_fit = arch.num_kv_heads % tensor == 0 or tensor % arch.num_kv_heads == 0
+    return arch.num_heads % tensor == 0 and arch.ffn_hidden_size % tensor == 0 and kv_heads_fit
+
+
+def _listed(sizes: list[int]) -> str:
+    """`1`, or `1, 2 or 4`."""
+    *others, last = map(str, sizes)
+    return f"{', '.join(others)} or {last}" if others else last

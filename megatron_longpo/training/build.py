@@ -27,9 +27,9 @@ from megatron_longpo.model.attention import TreeAttention
 from megatron_longpo.model.kernels import choose_kernel
 from megatron_longpo.model.longpo_model import ChunkModel, LongPOModel
 from megatron_longpo.model.rope import inverse_frequencies
-from megatron_longpo.model.spec import DTYPES, build_gpt, transformer_config
+from megatron_longpo.model.spec import DTYPES, build_gpt, check_sizes, transformer_config
 from megatron_longpo.objectives import Objective, build_objective
-from megatron_longpo.parallel.context import make_exchange
+from megatron_longpo.parallel.context import kv_repeats, make_exchange
 from megatron_longpo.parallel.groups import Groups, ParallelSizes
 
 
@@ -78,6 +78,21 @@ def read_models(config: TrainConfig) -> ModelSources:
         reference_folder=reference_folder,
         reference=reference,
     )
+
+
+def check_layout(config: TrainConfig, sources: ModelSources) -> None:
+    """Refuses parallel sizes that either model cannot be split by."""
+    parallel = config.parallel
+    for arch in filter(None, (sources.policy, sources.reference)):
+        check_sizes(
+            arch,
+            tensor=parallel.tensor,
+            pipeline=parallel.pipeline,
+            virtual_pipeline=parallel.virtual_pipeline,
+        )
+        if parallel.context > 1 and parallel.context_comm == "a2a":
+            heads, kv_heads = _heads_per_rank(arch, parallel.tensor)
+            kv_repeats(heads, kv_heads, parallel.context)
 
 
 def make_objective(config: TrainConfig) -> Objective:
@@ -182,11 +197,9 @@ def _chunk(
     sizes = groups.sizes
     dtype = config.model.dtype
     kernel = choose_kernel(config.model.attention_kernel, device=groups.device, dtype=DTYPES[dtype])
+    heads, kv_heads = _heads_per_rank(arch, sizes.tensor)
     exchange = make_exchange(
-        config.parallel.context_comm,
-        groups.context,
-        num_heads=arch.num_heads // sizes.tensor,
-        num_kv_heads=max(1, arch.num_kv_heads // sizes.tensor),
+        config.parallel.context_comm, groups.context, num_heads=heads, num_kv_heads=kv_heads
     )
     megatron_config = transformer_config(
         arch,
@@ -212,3 +225,8 @@ def _chunk(
         inv_freq=inverse_frequencies(arch).to(groups.device),
         vocab_size=arch.vocab_size,
     )
+
+
+def _heads_per_rank(arch: Architecture, tensor: int) -> tuple[int, int]:
+    """Heads and key/value heads of one tensor-parallel rank; one of those at least."""
+    return arch.num_heads // tensor, max(1, arch.num_kv_heads // tensor)

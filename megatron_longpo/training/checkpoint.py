@@ -42,6 +42,19 @@ PROGRESS_NAME = "progress.json"
 OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
 """The one format of Megatron's that loads under any other layout."""
 
+SHAPE_FIELDS = (
+    "family",
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "vocab_size",
+    "tied_embeddings",
+)
+"""What of an architecture a checkpoint's tensors depend on."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingState:
@@ -111,7 +124,7 @@ def save(
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
         write_text(folder / TRACKER_NAME, f"{step}\n")
-        _prune(folder, keep)
+        _prune(folder, keep, step)
     dist.barrier()
     return final
 
@@ -124,7 +137,7 @@ def newest(folder: Path) -> Path | None:
 def check_matches(checkpoint: Path, arch: Architecture) -> None:
     """Refuses a checkpoint of another model before any weights are loaded."""
     saved = read_architecture(str(checkpoint / HF_FOLDER_NAME))
-    for field in ("family", "num_layers", "hidden_size", "vocab_size", "num_heads", "num_kv_heads"):
+    for field in SHAPE_FIELDS:
         ours, theirs = getattr(arch, field), getattr(saved, field)
         if ours != theirs:
             raise UserError(
@@ -226,10 +239,18 @@ def _read_progress(checkpoint: Path) -> Progress | None:
         raise UserError(f"{path}: not a training checkpoint's progress ({error})") from error
 
 
-def _prune(folder: Path, keep: int) -> None:
-    finished = sorted(
-        (path for path in folder.iterdir() if re.fullmatch(r"iter_\d{7,}", path.name)),
-        key=lambda path: int(path.name.removeprefix("iter_")),
+def _prune(folder: Path, keep: int, step: int) -> None:
+    """Deletes all but the `keep` newest checkpoints, of which `step` is the newest.
+
+    One of a later step is older: a run that went on from an earlier checkpoint left it behind.
+    """
+    steps = sorted(
+        (
+            int(path.name.removeprefix("iter_"))
+            for path in folder.iterdir()
+            if re.fullmatch(r"iter_\d{7,}", path.name)
+        ),
+        key=lambda other: (other <= step, other),
     )
-    for path in finished[:-keep]:
-        shutil.rmtree(path)
+    for old in steps[:-keep]:
+        shutil.rmtree(iteration_folder(folder, old))

@@ -51,13 +51,22 @@ class RunConsole:
         self._console.print(text, markup=False)
 
     def track(self, items: Iterable[Any], *, what: str, total: int, done: int = 0) -> Iterator[Any]:
-        """Yields `items` under a progress bar, where there is a terminal to show one."""
-        with self._progress:
-            task = self._progress.add_task(what, total=total, completed=done)
+        """Yields `items` under a progress bar, where there is a terminal to show one.
+
+        Bars may be shown inside another's loop, as evaluation is inside training.
+        """
+        is_outermost = not self._progress.tasks
+        task = self._progress.add_task(what, total=total, completed=done)
+        if is_outermost:
+            self._progress.start()
+        try:
             for item in items:
                 yield item
                 self._progress.advance(task)
+        finally:
             self._progress.remove_task(task)
+            if is_outermost:
+                self._progress.stop()
 
     def say_step(self, metrics: Mapping[str, Any], *, num_steps: int) -> None:
         numbers = "  ".join(
@@ -81,3 +90,5 @@ def quiet_libraries() -> None:
     logging.getLogger("megatron").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"megatron\..*")
     warnings.filterwarnings("ignore", module=r"torch\..*")
+    # The same remarks, where they reach torch through the shim.
+    warnings.filterwarnings("ignore", module=r"megatron_longpo\.parallel\.cpu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import resource
 import signal
 import time
@@ -28,7 +29,7 @@ from megatron_longpo.training import build, checkpoint, run_folder
 from megatron_longpo.training.batches import rank_packs
 from megatron_longpo.training.console import RunConsole
 from megatron_longpo.training.flops import step_flops
-from megatron_longpo.training.metrics import Metrics, MetricsWriter, mean_metrics
+from megatron_longpo.training.metrics import Metrics, MetricsWriter, check_trackers, mean_metrics
 from megatron_longpo.training.optimizer import (
     current_learning_rate,
     make_optimizer,
@@ -90,9 +91,13 @@ def run_training(config: TrainConfig) -> None:
 
 def prepare(config: TrainConfig) -> Run:
     """Checks everything, cheapest first, builds the model and resumes where there is something."""
+    run_folder.check_writable(config)
+    check_trackers(config.logging)
     if config.checkpoint.resume == "never":
         run_folder.check_is_new(config)
+    check_world(config, int(os.environ.get("WORLD_SIZE", 1)))
     sources = build.read_models(config)
+    build.check_layout(config, sources)
     resume_from = _checkpoint_to_resume(config)
     if resume_from is not None:
         checkpoint.check_matches(resume_from, sources.policy)
@@ -102,7 +107,6 @@ def prepare(config: TrainConfig) -> Run:
         timeout_minutes=parallel.timeout_minutes,
         seed=config.train.seed,
     )
-    check_world(config, groups.world_size)
     console = RunConsole(is_main=groups.is_main)
     objective = build.make_objective(config)
     pairs = _read_pairs(config, config.data.path, sources, objective, console)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -35,6 +36,20 @@ def mean_metrics(sums: Mapping[str, float]) -> Metrics:
     return {key: sums[key] / sums["pairs"] if key in sums else None for key in LOSS_KEYS}
 
 
+def check_trackers(config: LoggingConfig) -> None:
+    """Refuses a tracker whose package is missing, before anything is built for the run."""
+    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UserError(
+            "logging.tensorboard (true): the package tensorboard is not installed; "
+            "pip install tensorboard, or set it to false"
+        )
+    if config.wandb is not None and importlib.util.find_spec("wandb") is None:
+        raise UserError(
+            "logging.wandb: the package wandb is not installed; install the wandb extra, or set it "
+            "to null"
+        )
+
+
 class MetricsWriter:
     """Writes every step to metrics.jsonl and the paced ones to the trackers that were asked for.
 
@@ -46,7 +61,8 @@ class MetricsWriter:
         self.folder = Path(config.dir)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path = self.folder / "metrics.jsonl"
-        keep_rows_until(self.path, resumed_step)
+        # A run that begins anew writes its evaluation of step 0 again.
+        keep_rows_until(self.path, resumed_step or -1)
         self._file = self.path.open("a", encoding="utf-8")
         self._trackers: list[Any] = []
         if config.tensorboard:
@@ -97,13 +113,8 @@ def _finite_only(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 class _Tensorboard:
     def __init__(self, folder: Path, *, purge_step: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise UserError(
-                "logging.tensorboard (true): the package tensorboard is not installed; "
-                "pip install tensorboard, or set it to false"
-            ) from error
+        from torch.utils.tensorboard import SummaryWriter
+
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
 
     def write(self, scalars: Mapping[str, Any], step: int) -> None:
@@ -116,21 +127,21 @@ class _Tensorboard:
 
 class _Wandb:
     def __init__(self, config: LoggingConfig, settings: Any) -> None:
+        import wandb
+
         assert config.wandb is not None
         try:
-            import wandb
-        except ImportError as error:
+            self._run = wandb.init(
+                project=config.wandb.project,
+                name=config.wandb.name,
+                mode=config.wandb.mode,
+                dir=config.dir,
+                config=settings,
+            )
+        except wandb.Error as error:
             raise UserError(
-                "logging.wandb: the package wandb is not installed; install the wandb extra, or "
-                "set it to null"
+                f"logging.wandb: {error}; log in, or set logging.wandb.mode to offline"
             ) from error
-        self._run = wandb.init(
-            project=config.wandb.project,
-            name=config.wandb.name,
-            mode=config.wandb.mode,
-            dir=config.dir,
-            config=settings,
-        )
 
     def write(self, scalars: Mapping[str, Any], step: int) -> None:
         self._run.log(dict(scalars), step=step)

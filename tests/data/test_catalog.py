@@ -96,7 +96,9 @@ def test_a_pair_past_the_budget_is_named(tmp_path: Path) -> None:
     catalog = make_catalog(tmp_path, [row(5, "small"), row(30, "book-17"), row(40, "larger")])
     catalog.check_budget(47)
     # 30 of the prompt, answers of 3 and 4.
-    with refused(r"data\.pack_tokens \(36\): pair 'book-17' \(.*rows\.jsonl:2\) has 37 .* least 47"):
+    with refused(
+        r"data\.pack_tokens \(36\): pair 'book-17' \(.*rows\.jsonl:2\) has 37 .* least 47"
+    ):
         catalog.check_budget(36)
 
 
@@ -125,7 +127,7 @@ def with_references_twice(of: PreferenceRow) -> PreferenceRow:
 def test_turn_by_turn_needs_all_of_a_turn(
     tmp_path: Path, damage: Callable[[PreferenceRow], PreferenceRow], found: str
 ) -> None:
-    two_turns = {"chosen_answer_lengths": (1, 2), "rejected_answer_lengths": (3, 3)}
+    two_turns: dict[str, Any] = {"chosen_answer_lengths": (1, 2), "rejected_answer_lengths": (3, 3)}
     rows = [row(6, **two_turns), damage(row(5, **two_turns))]
     with refused(rf"rows\.jsonl:2: objective\.turns=per_turn .* {found}; use .*summed"):
         make_catalog(tmp_path, rows, per_turn=True)

@@ -14,7 +14,9 @@ from megatron_longpo.errors import UserError
 quick = settings(max_examples=60, deadline=None, derandomize=True)
 
 
-def make(num_pairs: int = 10, batch: int = 3, *, shuffle: bool = True, seed: int = 5) -> PairSampler:
+def make(
+    num_pairs: int = 10, batch: int = 3, *, shuffle: bool = True, seed: int = 5
+) -> PairSampler:
     return PairSampler(num_pairs, global_batch_pairs=batch, shuffle=shuffle, seed=seed)
 
 

@@ -1,20 +1,19 @@
-"""Attention with the whole score matrix and a mask, in fp64: what kernels and trees must equal."""
+"""Attention with the whole score matrix and a mask: what kernels and trees must equal."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 
-def dense_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """[q,H,D], [k,G,D], [k,G,D], [q,k] bool (True = attended) -> [q,H,D] and log-sum-exp [H,q].
+def dense_attention(inputs: Sequence[Tensor], mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Query [q,H,D], key and value [k,G,D], [q,k] bool (True = attended) -> [q,H,D], [H,q].
 
-    A query that attends nothing gives 0.
+    The second is the log-sum-exp of the scores. A query that attends nothing gives 0.
     """
+    query, key, value = inputs
     groups = query.shape[1] // key.shape[1]
     keys, values = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = torch.einsum("qhd,khd->hqk", query, keys) * scale
@@ -24,13 +23,14 @@ def dense_attention(
 
 
 def dense_gradients(
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: list[Tensor], output_grad: Tensor
-) -> list[Tensor]:
-    """Gradients of query, key and value of any attention function."""
+    inputs: Sequence[Tensor], mask: Tensor, scale: float, output_grad: Tensor
+) -> tuple[Tensor, ...]:
+    """Gradients of query, key and value by autograd."""
     leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
-    return list(torch.autograd.grad(attend(*leaves), leaves, output_grad))
+    output, _ = dense_attention(leaves, mask, scale)
+    return torch.autograd.grad(output, leaves, output_grad)
 
 
-def causal_mask(queries: int, keys: int, *, causal: bool) -> Tensor:
+def block_mask(queries: int, keys: int, *, causal: bool) -> Tensor:
     whole = torch.ones(queries, keys, dtype=torch.bool)
     return whole.tril() if causal else whole

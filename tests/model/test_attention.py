@@ -68,9 +68,7 @@ def tree_mask(forest: Forest, num_tokens: int) -> Tensor:
     """[t,t] bool: who attends whom, by walking from each segment to its root."""
     mask = torch.zeros(num_tokens, num_tokens, dtype=torch.bool)
     starts, lengths = forest.segment_starts.tolist(), forest.segment_lengths.tolist()
-    for start, length, parent in zip(
-        starts, lengths, forest.segment_parents.tolist(), strict=True
-    ):
+    for start, length, parent in zip(starts, lengths, forest.segment_parents.tolist(), strict=True):
         queries = slice(start, start + length)
         mask[queries, queries] = torch.ones(length, length, dtype=torch.bool).tril()
         while parent != NO_PARENT:
@@ -108,10 +106,8 @@ def test_every_forest_is_its_dense_mask(forest: Forest, multiple: int) -> None:
     mask = tree_mask(forest, tokens.num_tokens)
     scale = HEAD_DIM**-0.5
     flat = [tensor.squeeze(1) for tensor in inputs]
-    expected, _ = dense_attention(*flat, mask, scale)
-    expected_grads = dense_gradients(
-        lambda q, k, v: dense_attention(q, k, v, mask, scale)[0], flat, grad
-    )
+    expected, _ = dense_attention(flat, mask, scale)
+    expected_grads = dense_gradients(flat, mask, scale, grad)
 
     leaves = [tensor.clone().requires_grad_() for tensor in inputs]
     output = tree_attention()(*leaves, packed_seq_params=tokens.attention)
@@ -133,10 +129,8 @@ def test_ranks_with_gathered_keys_make_up_the_whole(forest: Forest, num_ranks: i
     (query, key, value), grad = random_inputs(forest.num_tokens, torch.float64)
     flat = [tensor.squeeze(1) for tensor in (query, key, value)]
     mask, scale = tree_mask(forest, forest.num_tokens), HEAD_DIM**-0.5
-    expected, _ = dense_attention(*flat, mask, scale)
-    expected_grads = dense_gradients(
-        lambda q, k, v: dense_attention(q, k, v, mask, scale)[0], flat, grad
-    )
+    expected, _ = dense_attention(flat, mask, scale)
+    expected_grads = dense_gradients(flat, mask, scale, grad)
     layout = TokenLayout.of(forest, num_ranks=num_ranks, multiple=1)
     key_grads, value_grads = torch.zeros_like(flat[1]), torch.zeros_like(flat[2])
     for rank in range(num_ranks):
@@ -185,9 +179,7 @@ def test_bf16_keys_of_a_shared_prefix_gather_gradients_in_fp32() -> None:
     grads = torch.autograd.grad(output, leaves, grad.reshape(output.shape))
     exact = [tensor.squeeze(1).double() for tensor in inputs]
     mask = tree_mask(forest, tokens.num_tokens)
-    wanted = dense_gradients(
-        lambda q, k, v: dense_attention(q, k, v, mask, HEAD_DIM**-0.5)[0], exact, grad.double()
-    )
+    wanted = dense_gradients(exact, mask, HEAD_DIM**-0.5, grad.double())
     for actual, expected in zip(grads, wanted, strict=True):
         assert actual.dtype == torch.bfloat16
         error = (actual.squeeze(1).double() - expected).norm() / expected.norm()

@@ -16,7 +16,7 @@ from megatron_longpo.model.kernels import (
     MathKernel,
     choose_kernel,
 )
-from tests.model.dense_attention import causal_mask, dense_attention, dense_gradients
+from tests.model.dense_attention import block_mask, dense_attention, dense_gradients
 
 SCALE = 0.3
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}
@@ -47,21 +47,20 @@ def check_kernel(
     kernel: AttentionKernel, inputs: list[Tensor], grad: Tensor, *, causal: bool, tolerance: float
 ) -> None:
     """`inputs` and `grad` may be on any device; the truth is computed from them in fp64."""
-    query, key, value = exact = [tensor.cpu().double() for tensor in inputs]
-    mask = causal_mask(len(query), len(key), causal=causal)
-    expected, expected_logsumexp = dense_attention(query, key, value, mask, SCALE)
-    expected_grads = dense_gradients(
-        lambda q, k, v: dense_attention(q, k, v, mask, SCALE)[0], exact, grad.cpu().double()
-    )
+    query, key, value = inputs
+    exact = [tensor.cpu().double() for tensor in inputs]
+    mask = block_mask(len(query), len(key), causal=causal)
+    expected, expected_logsumexp = dense_attention(exact, mask, SCALE)
+    expected_grads = dense_gradients(exact, mask, SCALE, grad.cpu().double())
 
-    output, logsumexp = kernel.forward(*inputs, causal=causal, scale=SCALE)
+    output, logsumexp = kernel.forward(query, key, value, causal=causal, scale=SCALE)
     assert output.dtype == inputs[0].dtype and output.shape == inputs[0].shape
     assert logsumexp.dtype in (torch.float32, torch.float64)
     torch.testing.assert_close(output.cpu().double(), expected, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(
         logsumexp.cpu().double(), expected_logsumexp, rtol=tolerance, atol=tolerance
     )
-    grads = kernel.backward(grad, *inputs, output, logsumexp, causal=causal, scale=SCALE)
+    grads = kernel.backward(grad, query, key, value, output, logsumexp, causal=causal, scale=SCALE)
     for actual, expected_grad, of in zip(grads, expected_grads, inputs, strict=True):
         assert actual.dtype == of.dtype and actual.shape == of.shape
         room = tolerance * max(1.0, float(expected_grad.abs().max()))
@@ -95,9 +94,9 @@ def test_tensors_may_be_slices_of_larger_ones(kernel: AttentionKernel) -> None:
 @pytest.mark.parametrize("kernel", [CpuFlashKernel(), MathKernel()], ids=["flash", "math"])
 def test_steep_scores_stay_finite(kernel: AttentionKernel) -> None:
     (query, key, value), grad = random_block(6, 6, 2, 2, 8, dtype=torch.float32)
-    steep = [100 * query, 100 * key, value]
-    output, logsumexp = kernel.forward(*steep, causal=True, scale=SCALE)
-    grads = kernel.backward(grad, *steep, output, logsumexp, causal=True, scale=SCALE)
+    query, key = 100 * query, 100 * key
+    output, logsumexp = kernel.forward(query, key, value, causal=True, scale=SCALE)
+    grads = kernel.backward(grad, query, key, value, output, logsumexp, causal=True, scale=SCALE)
     for tensor in (output, logsumexp, *grads):
         assert torch.isfinite(tensor).all()
 
@@ -105,11 +104,9 @@ def test_steep_scores_stay_finite(kernel: AttentionKernel) -> None:
 def test_one_blocks_gradient_is_its_share_of_the_whole() -> None:
     """With output and log-sum-exp over all keys, each block's gradients are those of the whole."""
     (query, key, value), grad = random_block(4, 11, 4, 2, 8, dtype=torch.float64)
-    mask = causal_mask(4, 11, causal=False)
-    output, logsumexp = dense_attention(query, key, value, mask, SCALE)
-    expected = dense_gradients(
-        lambda q, k, v: dense_attention(q, k, v, mask, SCALE)[0], [query, key, value], grad
-    )
+    mask = block_mask(4, 11, causal=False)
+    output, logsumexp = dense_attention([query, key, value], mask, SCALE)
+    expected = dense_gradients([query, key, value], mask, SCALE, grad)
     kernel, whole_query_grad = CpuFlashKernel(), torch.zeros_like(query)
     for keys in (slice(0, 3), slice(3, 11)):
         query_grad, key_grad, value_grad = kernel.backward(

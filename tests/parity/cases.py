@@ -39,6 +39,7 @@ class TinyModel:
     layers: int = 2
     head_dim: int | None = None
     """None = hidden size / heads."""
+    heads: int = 4
     kv_heads: int = 2
     vocab_size: int = VOCAB
     rope_theta: float = 10000.0
@@ -89,8 +90,11 @@ ROW_SHAPES = {
     ),
 }
 ALL_SHAPES = tuple(ROW_SHAPES.values())
-FEW_SHAPES = tuple(
-    ROW_SHAPES[name] for name in ("one_turn", "three_turns", "nothing_shared", "shared_into_answers")
+FEW_SHAPES = (
+    ROW_SHAPES["one_turn"],
+    ROW_SHAPES["three_turns"],
+    ROW_SHAPES["nothing_shared"],
+    ROW_SHAPES["shared_into_answers"],
 )
 
 
@@ -189,7 +193,12 @@ MODEL_CASES = [
     Case(
         name="reference_of_another_shape",
         reference=TinyModel(
-            family="mistral", seed=5, layers=3, kv_heads=4, head_dim=4, rope_theta=500.0,
+            family="mistral",
+            seed=5,
+            layers=3,
+            kv_heads=4,
+            head_dim=4,
+            rope_theta=500.0,
             vocab_size=290,
         ),
     ),

@@ -6,14 +6,12 @@ import math
 import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from megatron.core.utils import unwrap_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from checkpoints_convert.megatron_to_hf import hf_named_gradients, hf_named_tensors
 from megatron_longpo.config import (
     CheckpointConfig,
     DataConfig,
@@ -32,6 +30,7 @@ from megatron_longpo.training import loop
 from megatron_longpo.training.metrics import LOSS_KEYS, Metrics
 from tests.oracle import OracleResult, oracle_step
 from tests.parity.cases import Case, TinyModel
+from tests.parity.gather import gathered
 from tools.tiny_models import make_tiny_model
 
 RELATIVE = 1e-5
@@ -127,9 +126,7 @@ def train_config(
         "objective": case.objective,
         "parallel": parallel or ParallelConfig(),
         # A learning rate of 0: the step is whole, and the gradient it leaves is not clipped.
-        "optimizer": OptimizerConfig(
-            lr=0.0, clip_grad=0.0, distributed=case.distributed_optimizer
-        ),
+        "optimizer": OptimizerConfig(lr=0.0, clip_grad=0.0, distributed=case.distributed_optimizer),
         "train": RunConfig(global_batch_pairs=len(case.shapes), recompute=case.recompute),
         "checkpoint": CheckpointConfig(interval=0),
         "logging": LoggingConfig(dir=str(shelf.root / f"run-{case.name}"), tensorboard=False),
@@ -145,7 +142,13 @@ class CaseResult:
     """By Hugging Face name, as `OracleResult` has them."""
 
 
-def run_case(case: Case, shelf: Shelf, groups: Groups) -> CaseResult:
+def run_case(
+    case: Case,
+    shelf: Shelf,
+    groups: Groups,
+    *,
+    context_comm: Literal["a2a", "all_gather"] = "all_gather",
+) -> CaseResult:
     """One optimizer step through everything that `longpo train` runs, on the groups of this rank.
 
     `groups` are those that `parallel.groups.initialize` has made in this process.
@@ -156,6 +159,7 @@ def run_case(case: Case, shelf: Shelf, groups: Groups) -> CaseResult:
         pipeline=sizes.pipeline,
         virtual_pipeline=sizes.virtual_pipeline,
         context=sizes.context,
+        context_comm=context_comm,
         sequence=sizes.sequence,
     )
     run = loop.prepare(train_config(case, shelf, parallel=parallel))
@@ -166,22 +170,12 @@ def run_case(case: Case, shelf: Shelf, groups: Groups) -> CaseResult:
 
 def policy_gradients(run: loop.Run) -> dict[str, Tensor]:
     """The gradient that the last step left, whole, by Hugging Face name."""
-    assert run.groups.world_size == 1, "gradients of several ranks are not put together yet"
-    (chunk,) = unwrap_model(run.model)
-    return {
-        name: gradient.float().clone()
-        for name, gradient in hf_named_gradients(chunk.policy, run.sources.policy)
-    }
+    return gathered(run, lambda parameter: parameter.main_grad)
 
 
 def policy_parameters(run: loop.Run) -> dict[str, Tensor]:
     """The policy's weights by Hugging Face name, copied."""
-    assert run.groups.world_size == 1, "weights of several ranks are not put together yet"
-    (chunk,) = unwrap_model(run.model)
-    return {
-        name: tensor.float().clone()
-        for name, tensor in hf_named_tensors(chunk.policy, run.sources.policy)
-    }
+    return gathered(run, lambda parameter: parameter)
 
 
 def oracle_for(case: Case, shelf: Shelf) -> OracleResult:

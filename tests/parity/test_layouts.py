@@ -86,9 +86,7 @@ def test_one_microbatch_or_many_is_the_same_step(run: loop.Run) -> None:
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-def test_bf16_stays_near_the_oracle(
-    recompute: str, shelf: Shelf, single_process: Groups
-) -> None:
+def test_bf16_stays_near_the_oracle(recompute: str, shelf: Shelf, single_process: Groups) -> None:
     case = Case(
         name=f"bf16_{recompute}",
         dtype="bf16",

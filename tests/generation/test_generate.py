@@ -1,0 +1,414 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_longpo.data.chat import prompt_ids
+from megatron_longpo.data.config import TokenizeConfig
+from megatron_longpo.data.examples import ExampleFile
+from megatron_longpo.data.layout import opening_messages
+from megatron_longpo.data.tokenize import run_tokenize
+from megatron_longpo.data.tokenizers import ChatTokenizer, HuggingFaceTokenizer
+from megatron_longpo.errors import UserError
+from megatron_longpo.generation import generate
+from megatron_longpo.generation.backends import Completion, Sampling, TransformersBackend
+from megatron_longpo.generation.config import GenerateConfig
+from tests import small_tokenizers as small
+
+PARTS = [
+    f"class Thing{number}(Base{number}):\n    '''Part {number} of the document.'''\n"
+    for number in range(12)
+]
+DOCUMENT = "\n\n".join(PARTS)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A random Llama of two layers with a byte-level tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = small.byte_level(tuple(small.CHATML_SPECIAL), "<|im_end|>")
+    tokenizer.save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text(small.CHATML)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        eos_token_id=tokenizer.eos_token_id,
+        initializer_range=0.6,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def documents(tmp_path: Path) -> str:
+    folder = tmp_path / "documents"
+    folder.mkdir()
+    for name in ("a", "b", "c"):
+        (folder / f"{name}.txt").write_text(DOCUMENT.replace("Thing", f"Thing{name}"))
+    (folder / "short.txt").write_text("Too short.")
+    return str(folder)
+
+
+def settings(model: str, documents: str, tmp_path: Path, **changes: Any) -> GenerateConfig:
+    values: dict[str, Any] = {
+        "instructions": "template",
+        "chunk_min_tokens": 60,
+        "chunk_max_tokens": 150,
+        "turns": 2,
+        "max_new_tokens": 12,
+        "dtype": "fp32",
+        "num_threads": 1,
+        "output": str(tmp_path / "examples.jsonl"),
+        **changes,
+    }
+    return GenerateConfig(model=model, documents=documents, **values)
+
+
+class Scripted:
+    """A backend whose answers are looked up; it records what it was asked."""
+
+    context_length = 2048
+
+    def __init__(self, answer: Callable[[str], str], *, finished: bool = True) -> None:
+        self.tokenizer: ChatTokenizer = HuggingFaceTokenizer(
+            small.byte_level(tuple(small.CHATML_SPECIAL), "<|im_end|>"),
+            name="scripted",
+            chat_template=small.CHATML,
+        )
+        self.answer, self.finished = answer, finished
+        self.prompts: list[str] = []
+        self.samplings: list[Sampling] = []
+        self.seeds: list[int] = []
+
+    def complete(self, prompt: list[int], sampling: Sampling, *, seed: int) -> Completion:
+        text = self.tokenizer.decode(prompt)
+        self.prompts.append(text)
+        self.samplings.append(sampling)
+        self.seeds.append(seed)
+        return Completion(text=self.answer(text), finished=self.finished)
+
+    def forget(self) -> None:
+        pass
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Scripted]:
+    def install(answer: Callable[[str], str], **more: Any) -> Scripted:
+        backend = Scripted(answer, **more)
+        monkeypatch.setattr(generate, "TransformersBackend", lambda *_, **__: backend)
+        return backend
+
+    return install
+
+
+def is_long(prompt: str) -> bool:
+    return all(f"Base{number}" in prompt for number in (0, 11))
+
+
+def by_length(prompt: str) -> str:
+    return "A long and wrong answer." if is_long(prompt) else "A short and right answer."
+
+
+# ---------------------------------------------------------------- with a real model
+
+
+def test_a_real_model_writes_examples_that_tokenize(
+    model: str, documents: str, tmp_path: Path
+) -> None:
+    config = settings(model, documents, tmp_path, rejected_temperature=1.5)
+    summary = generate.run_generate(config)
+    assert summary.num_examples >= 1
+    assert summary.num_documents == 4
+    examples = list(ExampleFile(config.output))
+    assert len(examples) == summary.num_examples
+    assert not (tmp_path / "examples.jsonl.partial").exists()
+    for example in examples:
+        for turn in example.turns:
+            start, end = turn.chunk_span or (0, 0)
+            assert example.document[start:end] == turn.chunk
+            assert turn.chosen and turn.rejected and turn.chosen != turn.rejected
+    rows = run_tokenize(
+        TokenizeConfig(examples=config.output, output=str(tmp_path / "r.jsonl"), tokenizer=model)
+    )
+    assert rows.num_rows == len(examples)
+
+
+def test_same_seed_same_file(model: str, documents: str, tmp_path: Path) -> None:
+    outputs = []
+    for name, seed in (("one", 1), ("two", 1), ("three", 2)):
+        config = settings(
+            model,
+            documents,
+            tmp_path,
+            output=str(tmp_path / name),
+            seed=seed,
+            rejected_temperature=1.0,
+            rejected_top_p=0.9,
+            limit=2,
+        )
+        generate.run_generate(config)
+        outputs.append([(e.document, e.turns) for e in ExampleFile(config.output)])
+    assert outputs[0] == outputs[1] != outputs[2]
+
+
+def test_reused_keys_change_nothing(model: str) -> None:
+    backend = TransformersBackend(model, dtype="fp32", device="cpu", num_threads=1)
+    sampling = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=16)
+    prompts = [
+        prompt_ids(backend.tokenizer, opening_messages(None, context, question))
+        for context, question in (
+            (DOCUMENT, "What is Thing1?"),
+            (DOCUMENT, "What is Thing1?"),
+            (DOCUMENT, "And Thing2, what?"),
+            (PARTS[0], "Other?"),
+            (DOCUMENT, "What is Thing1?"),
+        )
+    ]
+    reusing = [backend.complete(prompt, sampling, seed=0) for prompt in prompts]
+    fresh = []
+    for prompt in prompts:
+        backend.forget()
+        fresh.append(backend.complete(prompt, sampling, seed=0))
+    assert reusing == fresh
+    assert len({completion.text for completion in fresh}) > 1
+
+
+def test_model_that_cannot_be_loaded(documents: str, tmp_path: Path, model: str) -> None:
+    (tmp_path / "hollow").mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (tmp_path / "hollow" / name).write_bytes((Path(model) / name).read_bytes())
+    with pytest.raises(UserError, match=r"model \(.*hollow\): cannot be loaded"):
+        generate.run_generate(settings(str(tmp_path / "hollow"), documents, tmp_path))
+
+
+# ---------------------------------------------------------------- with scripted answers
+
+
+def test_chosen_reads_the_chunk_and_rejected_the_document(
+    documents: str, tmp_path: Path, scripted: Callable[..., Scripted]
+) -> None:
+    backend = scripted(by_length)
+    config = settings("m", documents, tmp_path, system="Sir.", rejected_temperature=0.7)
+    summary = generate.run_generate(config)
+    assert (summary.num_examples, summary.num_turns) == (3, 6)
+    assert summary.dropped == {"document without a chunk of the right length": 1}
+    first = ExampleFile(config.output)[0]
+    for number, turn in enumerate(first.turns):
+        assert (turn.chosen, turn.rejected) == (
+            "A short and right answer.",
+            "A long and wrong answer.",
+        )
+        for prompt, context in (
+            (backend.prompts[number], turn.chunk),
+            (backend.prompts[2 + number], first.document),
+        ):
+            assert prompt == (
+                f"<|im_start|>system\nSir.<|im_end|>\n<|im_start|>user\n"
+                f"{context.strip()}\n\n{turn.question}<|im_end|>\n<|im_start|>assistant\n"
+            )
+        assert f"`{first.meta['facts'][number][0]}`" not in turn.question
+        assert first.meta["facts"][number][0] in turn.chunk
+    assert first.turns[0].chunk != first.turns[1].chunk
+    assert [s.temperature for s in backend.samplings[:4]] == [0.0, 0.0, 0.7, 0.7]
+
+
+def test_document_is_cut_for_the_model_but_never_the_question_or_chunks(
+    documents: str, tmp_path: Path, scripted: Callable[..., Scripted]
+) -> None:
+    backend = scripted(lambda prompt: f"An answer of {len(prompt)} characters.")
+    config = settings("m", documents, tmp_path, max_prompt_tokens=450)
+    generate.run_generate(config)
+    for number, example in enumerate(ExampleFile(config.output)):
+        assert example.document == DOCUMENT.replace("Thing", f"Thing{'abc'[number]}")
+        rejected = backend.prompts[4 * number + 2 : 4 * number + 4]
+        for prompt, turn in zip(rejected, example.turns, strict=True):
+            assert 400 < len(backend.tokenizer.encode(prompt)) <= 450
+            assert turn.question in prompt
+            for other in example.turns:
+                assert other.chunk in prompt
+            assert example.document not in prompt
+
+
+def test_long_documents_are_bounded(
+    documents: str, tmp_path: Path, scripted: Callable[..., Scripted]
+) -> None:
+    backend = scripted(lambda prompt: f"An answer of {len(prompt)} characters.")
+    config = settings("m", documents, tmp_path, max_document_tokens=400)
+    generate.run_generate(config)
+    for example in ExampleFile(config.output):
+        assert 350 < len(backend.tokenizer.encode(example.document)) <= 400
+        assert example.document.startswith("class Thing")
+
+
+def test_drops_are_counted(
+    documents: str, tmp_path: Path, scripted: Callable[..., Scripted]
+) -> None:
+    def answer(prompt: str) -> str:
+        if not is_long(prompt):
+            return "A right answer."
+        return "a right ANSWER." if "Thinga" in prompt else "I'm sorry, no."
+
+    scripted(answer)
+    with pytest.raises(UserError, match=r"gave no example \(dropped: .*4 rejected answer a refus"):
+        generate.run_generate(settings("m", documents, tmp_path))
+    assert not (tmp_path / "examples.jsonl.partial").exists()
+
+    scripted(by_length, finished=False)
+    with pytest.raises(UserError, match=r"\d+ chosen answer unfinished"):
+        generate.run_generate(settings("m", documents, tmp_path, unfinished="drop"))
+    scripted(by_length)
+    with pytest.raises(UserError, match=r"\d+ chosen answer without the fact"):
+        generate.run_generate(settings("m", documents, tmp_path, require_fact=True))
+
+
+def test_required_fact_is_in_the_chosen_answer(
+    documents: str, tmp_path: Path, scripted: Callable[..., Scripted]
+) -> None:
+    scripted(lambda prompt: "None of it." if is_long(prompt) else prompt[-4000:])
+    config = settings("m", documents, tmp_path, require_fact=True)
+    assert generate.run_generate(config).num_turns == 6
+
+
+def test_the_model_writes_questions(
+    documents: str, tmp_path: Path, scripted: Callable[..., Scripted]
+) -> None:
+    def answer(prompt: str) -> str:
+        if "numbered 1 to 4" in prompt:
+            bad = "Thingb" in prompt
+            return "No." if bad else "\n".join(f"{n}. What about {n}, then?" for n in range(1, 5))
+        return by_length(prompt)
+
+    backend = scripted(answer)
+    config = settings("m", documents, tmp_path, instructions="model")
+    summary = generate.run_generate(config)
+    assert summary.num_examples == 2
+    assert summary.dropped["chunk whose questions did not parse"] >= 2
+    questions = {turn.question for e in ExampleFile(config.output) for turn in e.turns}
+    assert all("What about" in question for question in questions)
+    assert (backend.samplings[0].temperature, backend.samplings[0].top_p) == (0.7, 0.9)
+    assert len(set(backend.seeds)) == len(backend.seeds)
+
+
+def test_instructions_from_a_file(
+    documents: str, tmp_path: Path, scripted: Callable[..., Scripted]
+) -> None:
+    scripted(by_length)
+    (tmp_path / "q.txt").write_text("Sum it up.\n")
+    config = settings("m", documents, tmp_path, instructions=str(tmp_path / "q.txt"))
+    generate.run_generate(config)
+    assert all("Sum it up." in t.question for e in ExampleFile(config.output) for t in e.turns)
+
+
+def test_interrupted_run_goes_on_and_gives_the_same_file(
+    documents: str, tmp_path: Path, scripted: Callable[..., Scripted]
+) -> None:
+    config = settings("m", documents, tmp_path)
+    scripted(by_length)
+    generate.run_generate(config)
+    whole = (tmp_path / "examples.jsonl").read_bytes()
+
+    calls = 0
+
+    def interrupted(prompt: str) -> str:
+        nonlocal calls
+        calls += 1
+        if calls == 7:
+            raise KeyboardInterrupt
+        return by_length(prompt)
+
+    config.output = str(tmp_path / "again.jsonl")
+    scripted(interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        generate.run_generate(config)
+    partial = tmp_path / "again.jsonl.partial"
+    assert len(partial.read_text().splitlines()) == 1
+    with open(partial, "ab") as file:
+        file.write(b'{"id": "cut sho')
+    backend = scripted(by_length)
+    summary = generate.run_generate(config)
+    assert (summary.num_examples, summary.num_resumed) == (3, 1)
+    assert len(backend.prompts) == 8
+    assert (tmp_path / "again.jsonl").read_bytes() == whole
+
+
+def test_resuming_with_other_settings_is_refused(
+    documents: str, tmp_path: Path, scripted: Callable[..., Scripted]
+) -> None:
+    config = settings("m", documents, tmp_path)
+    scripted(by_length)
+    generate.run_generate(config)
+    (tmp_path / "examples.jsonl").rename(tmp_path / "examples.jsonl.partial")
+    config.seed = 43
+    with pytest.raises(UserError, match=r"partial:1: was made with other settings; give --overw"):
+        generate.run_generate(config)
+    config.overwrite = True
+    assert generate.run_generate(config).num_resumed == 0
+
+
+def test_existing_output_is_refused(documents: str, tmp_path: Path) -> None:
+    (tmp_path / "examples.jsonl").write_text("precious\n")
+    with pytest.raises(UserError, match=r"output \(.*\): exists and is not empty"):
+        generate.run_generate(settings("m", documents, tmp_path))
+    assert (tmp_path / "examples.jsonl").read_text() == "precious\n"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"turns": 0}, r"turns \(0\): must be at least 1"),
+        ({"rejected_top_p": 0.0}, r"rejected_top_p \(0.0\): must be above 0"),
+        ({"chosen_temperature": -1.0}, r"chosen_temperature \(-1.0\): must be 0"),
+        ({"chunk_min_tokens": 200}, r"chunk_min_tokens \(200\): must not exceed chunk_max_tok"),
+        ({"chunk_max_tokens": 3000}, r"chunk_max_tokens \(3000\): must be below max_prompt_tokens"),
+        (
+            {"instructions": "model", "require_fact": True},
+            r"require_fact \(true\): only questions of instructions: template",
+        ),
+    ],
+)
+def test_bad_settings_are_named(
+    changes: dict[str, Any],
+    message: str,
+    documents: str,
+    tmp_path: Path,
+    scripted: Callable[..., Scripted],
+) -> None:
+    scripted(by_length)
+    with pytest.raises(UserError, match=message):
+        generate.run_generate(settings("m", documents, tmp_path, **changes))
+
+
+def test_examples_are_valid_json_lines(
+    documents: str, tmp_path: Path, scripted: Callable[..., Scripted]
+) -> None:
+    scripted(by_length)
+    config = settings("m", documents, tmp_path)
+    generate.run_generate(config)
+    for line in Path(config.output).read_text().splitlines():
+        assert set(json.loads(line)) == {"id", "document", "turns", "meta"}
+
+
+def test_quickstart_documents(tmp_path: Path) -> None:
+    script = Path(__file__).parents[2] / "examples" / "quickstart" / "documents.py"
+    outputs = []
+    for name in ("one", "two"):
+        subprocess.run([sys.executable, str(script), str(tmp_path / name)], check=True)
+        outputs.append({p.name: p.read_text() for p in (tmp_path / name).iterdir()})
+    assert outputs[0] == outputs[1]
+    assert len(outputs[0]) == 4
+    assert all(9000 < len(text) <= 13000 for text in outputs[0].values())

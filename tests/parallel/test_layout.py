@@ -1,0 +1,172 @@
+"""How a forest's tokens and edges lie on ranks; what they attend is in test_attention.py."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_longpo.data.packing import make_pack
+from megatron_longpo.data.rows import PreferenceRow
+from megatron_longpo.data.tree import Forest, TreeSettings, build_forest, pair_trees
+from megatron_longpo.parallel.layout import (
+    RankTokens,
+    Span,
+    TokenLayout,
+    attention_runs,
+    lay_out,
+    lay_out_pack,
+)
+from tests.data.forests import branches, preference_rows
+from tests.random_rows import random_rows
+
+quick = settings(max_examples=60, deadline=None, derandomize=True)
+CPU = torch.device("cpu")
+
+random_forests = st.builds(
+    lambda rows, share: build_forest(rows, share=share),
+    st.lists(branches(), min_size=1, max_size=5),
+    st.booleans(),
+)
+
+
+def test_runs_follow_first_children() -> None:
+    """`0 -> 1 -> 2`, then 3 below 1 and 4 below 0: one run of three segments and two branches."""
+    forest = Forest(
+        input_ids=np.arange(11),
+        position_ids=np.arange(11),
+        segment_starts=np.array([0, 3, 5, 6, 8]),
+        segment_lengths=np.array([3, 2, 1, 2, 3]),
+        segment_parents=np.array([-1, 0, 1, 1, 0]),
+        edge_sources=np.empty(0, dtype=np.int64),
+        edge_targets=np.empty(0, dtype=np.int64),
+        edge_pairs=np.empty(0, dtype=np.int64),
+        edge_turns=np.empty(0, dtype=np.int64),
+        edge_terms=np.empty(0, dtype=np.int64),
+    )
+    assert attention_runs(forest) == [
+        (Span(0, 6), ()),
+        # Its ancestors are neighbours and so one span.
+        (Span(6, 8), (Span(0, 5),)),
+        (Span(8, 11), (Span(0, 3),)),
+    ]
+
+
+@quick
+@given(random_forests)
+def test_runs_cover_the_forest_and_know_each_tokens_row(forest: Forest) -> None:
+    runs = attention_runs(forest)
+    assert [run.start for run, _ in runs] == [0, *(run.stop for run, _ in runs)][:-1]
+    assert runs[-1][0].stop == forest.num_tokens
+    for run, context in runs:
+        before = [token for span in context for token in range(span.start, span.stop)]
+        row = [*before, *range(run.start, run.stop)]
+        assert forest.position_ids[row].tolist() == list(range(len(row)))
+        assert all(left.stop < right.start for left, right in itertools.pairwise(context))
+
+
+@quick
+@given(random_forests, st.integers(1, 4), st.integers(1, 4))
+def test_ranks_hold_every_token_and_edge_once(
+    forest: Forest, num_ranks: int, multiple: int
+) -> None:
+    layout = TokenLayout.of(forest, num_ranks=num_ranks, multiple=multiple)
+    here = [layout.tokens(rank) for rank in range(num_ranks)]
+    assert sorted(np.concatenate(here).tolist()) == list(range(forest.num_tokens))
+    assert layout.num_local % multiple == 0
+    assert max(map(len, here)) <= layout.num_local < max(map(len, here)) + multiple
+
+    edges: list[tuple[int, ...]] = []
+    stacked: list[int] = []
+    for rank in range(num_ranks):
+        tokens = lay_out(
+            forest, device=CPU, multiple=multiple, context_rank=rank, context_size=num_ranks
+        )
+        assert tokens.num_tokens == layout.num_local
+        count = len(here[rank])
+        assert tokens.input_ids[:count].tolist() == forest.input_ids[here[rank]].tolist()
+        assert tokens.position_ids[:count].tolist() == forest.position_ids[here[rank]].tolist()
+        assert tokens.input_ids[count:].eq(0).all()
+        stacked += [*here[rank].tolist(), *[-1] * (layout.num_local - count)]
+        edges += edges_of(tokens, here[rank])
+    columns = ("sources", "targets", "pairs", "turns", "terms")
+    whole = [getattr(forest, f"edge_{column}").tolist() for column in columns]
+    assert sorted(edges) == sorted(zip(*whole, strict=True))
+    if num_ranks > 1:
+        order = tokens.attention.order
+        assert order is not None
+        assert [stacked[place] for place in order.tolist()] == list(range(forest.num_tokens))
+
+
+def edges_of(tokens: RankTokens, here: np.ndarray) -> list[tuple[int, ...]]:
+    """A rank's edges with their sources as flat indices."""
+    edges = tokens.edges
+    return list(
+        zip(
+            here[edges.sources.numpy()].tolist(),
+            edges.targets.tolist(),
+            edges.pairs.tolist(),
+            edges.turns.tolist(),
+            edges.terms.tolist(),
+            strict=True,
+        )
+    )
+
+
+def test_causal_work_is_even_in_every_long_segment() -> None:
+    """A prefix and an answer, each long: no rank has more than its share and a few tokens."""
+    (row,) = random_rows(np.random.default_rng(0), 9, 1, max_turns=1)
+    forest = pair_trees(row, TreeSettings(nll=None)).policy
+    scaled = Forest(
+        **{
+            name: getattr(forest, name)
+            for name in Forest.__slots__
+            if name not in ("segment_starts", "segment_lengths", "position_ids", "input_ids")
+        },
+        segment_starts=forest.segment_starts * 100,
+        segment_lengths=forest.segment_lengths * 100,
+        input_ids=np.zeros(forest.num_tokens * 100, dtype=np.int64),
+        position_ids=np.concatenate(
+            [
+                np.arange(length * 100) + forest.position_ids[start] * 100
+                for start, length in zip(forest.segment_starts, forest.segment_lengths, strict=True)
+            ]
+        ),
+    )
+    layout = TokenLayout.of(scaled, num_ranks=4, multiple=1)
+    work = [int((scaled.position_ids[layout.tokens(rank)] + 1).sum()) for rank in range(4)]
+    assert sum(work) == scaled.attended_pairs
+    assert max(work) < 1.02 * sum(work) / 4
+
+
+@quick
+@given(st.lists(preference_rows(), min_size=1, max_size=3), st.booleans(), st.integers(1, 4))
+def test_a_pack_is_laid_out_with_its_tables(
+    rows: list[PreferenceRow], is_filler: bool, multiple: int
+) -> None:
+    pack = make_pack([pair_trees(row, TreeSettings()) for row in rows], is_filler=is_filler)
+    laid_out = lay_out_pack(pack, device=CPU, multiple=multiple)
+    assert laid_out.turn_mask.dtype == torch.bool
+    assert laid_out.turn_mask.sum(1).tolist() == pack.turn_counts.tolist()
+    assert laid_out.turn_mask.shape == (len(rows), int(pack.turn_counts.max()))
+    assert laid_out.nll_counts.tolist() == pack.nll_counts.tolist()
+    assert laid_out.weights.tolist() == [0 if is_filler else 1] * len(rows)
+    assert laid_out.reference is not None and pack.reference is not None
+    for tokens, forest in ((laid_out.policy, pack.policy), (laid_out.reference, pack.reference)):
+        assert tokens.num_tokens % multiple == 0
+        assert tokens.num_tokens - forest.num_tokens < multiple
+
+
+def test_a_pack_without_reference_has_none() -> None:
+    (row,) = random_rows(np.random.default_rng(0), 9, 1)
+    pack = make_pack([pair_trees(row, TreeSettings(reference=None))])
+    assert lay_out_pack(pack, device=CPU).reference is None
+
+
+@pytest.mark.parametrize(("start", "stop", "length"), [(2, 5, 3), (4, 4, 0)])
+def test_spans_have_a_length(start: int, stop: int, length: int) -> None:
+    assert len(Span(start, stop)) == length

@@ -1,0 +1,116 @@
+"""What `ranks.py` runs on several ranks: layouts, and the cases that each of them must pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megatron_longpo.config import ObjectiveConfig
+from megatron_longpo.parallel.groups import ParallelSizes
+from tests.parity.cases import ALL_SHAPES, ROW_SHAPES, Case, TinyModel
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """Parallel sizes; data parallelism takes the rest of the world."""
+
+    name: str
+    sizes: ParallelSizes = field(default_factory=ParallelSizes)
+    comm: Literal["a2a", "all_gather"] = "all_gather"
+
+
+LAYOUTS = {
+    2: (
+        Layout(name="TP2", sizes=ParallelSizes(tensor=2)),
+        Layout(name="TP2+SP", sizes=ParallelSizes(tensor=2, sequence=True)),
+        Layout(name="PP2", sizes=ParallelSizes(pipeline=2)),
+        Layout(name="DP2"),
+        Layout(name="CP2 a2a", sizes=ParallelSizes(context=2), comm="a2a"),
+        Layout(name="CP2 all_gather", sizes=ParallelSizes(context=2)),
+    ),
+    4: (
+        Layout(name="TP2xPP2", sizes=ParallelSizes(tensor=2, pipeline=2, sequence=True)),
+        Layout(name="TP2xCP2", sizes=ParallelSizes(tensor=2, context=2, sequence=True)),
+        Layout(name="PP2xCP2", sizes=ParallelSizes(pipeline=2, context=2)),
+        Layout(name="DP2xCP2", sizes=ParallelSizes(context=2)),
+        Layout(name="CP4 all_gather", sizes=ParallelSizes(context=4)),
+    ),
+}
+"""By world size."""
+
+
+def _both(name: str, policy: TinyModel, reference: TinyModel) -> tuple[Case, Case]:
+    shared, two_rows = (
+        Case(
+            name=f"ranks-{name}-{'shared' if share else 'two_rows'}",
+            shapes=ALL_SHAPES[:5],
+            policy=policy,
+            reference=reference,
+            share_prefix=share,
+            # Gradients are compared: the distributed optimizer leaves each rank a part of them.
+            distributed_optimizer=False,
+        )
+        for share in (True, False)
+    )
+    return shared, two_rows
+
+
+CASES = (
+    *_both("llama", TinyModel(kv_heads=2), TinyModel(seed=2, tied=True)),
+    *_both(
+        "qwen3",
+        TinyModel(family="qwen3", tied=True, head_dim=16),
+        TinyModel(family="qwen2", seed=2),
+    ),
+)
+"""Each runs under every layout."""
+
+ANSWERS_OF_ONE_TOKEN = Case(
+    name="ranks-answers_of_one_token",
+    shapes=(ROW_SHAPES["prompt_of_one_token"], *ALL_SHAPES[6:8]),
+    objective=ObjectiveConfig(name="sft"),
+    reference=None,
+    distributed_optimizer=False,
+)
+"""Few tokens are scored: most context-parallel ranks have none of them."""
+
+ONE_KV_HEAD = Case(
+    name="ranks-one_kv_head",
+    shapes=ALL_SHAPES[:2],
+    policy=TinyModel(kv_heads=1),
+    reference=TinyModel(kv_heads=1, seed=2),
+    distributed_optimizer=False,
+)
+"""Fewer key/value heads than ranks."""
+
+ODD_HEADS = Case(
+    name="ranks-odd_heads",
+    shapes=ALL_SHAPES[:2],
+    policy=TinyModel(family="qwen3", heads=3, kv_heads=1, head_dim=8),
+    reference=None,
+    distributed_optimizer=False,
+)
+"""Heads that do not divide."""
+
+EXTRA = {
+    2: (
+        (Layout(name="CP2 a2a", sizes=ParallelSizes(context=2), comm="a2a"), ONE_KV_HEAD),
+        (Layout(name="TP2", sizes=ParallelSizes(tensor=2)), ONE_KV_HEAD),
+        (Layout(name="CP2 all_gather", sizes=ParallelSizes(context=2)), ODD_HEADS),
+    ),
+    4: (
+        (Layout(name="CP4 a2a", sizes=ParallelSizes(context=4), comm="a2a"), CASES[0]),
+        (Layout(name="CP4 all_gather", sizes=ParallelSizes(context=4)), ANSWERS_OF_ONE_TOKEN),
+        (
+            Layout(name="TP2xCP2 a2a", sizes=ParallelSizes(tensor=2, context=2), comm="a2a"),
+            CASES[2],
+        ),
+    ),
+}
+"""Further pairs of a layout and a case, by world size."""
+
+
+def rank_runs(world_size: int) -> list[tuple[Layout, Case]]:
+    """All that `ranks.py` runs at a world size."""
+    grid = [(layout, case) for layout in LAYOUTS[world_size] for case in CASES]
+    return [*grid, *EXTRA[world_size]]

@@ -1,0 +1,25 @@
+"""Starts ranks of a script on this machine, so that a hang fails."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def torchrun(
+    script: str, *arguments: str, ranks: int, timeout_s: float = 240
+) -> subprocess.CompletedProcess[str]:
+    """Runs `script`, a path from the root, on `ranks` gloo processes of one thread each."""
+    command = [
+        *(sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"),
+        *("--nproc-per-node", str(ranks), str(ROOT / script), *arguments),
+    ]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=timeout_s, check=False
+    )

@@ -1,0 +1,47 @@
+"""A real `longpo train` in a process of its own, told to stop as a scheduler would tell it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import yaml
+
+from megatron_longpo.errors import EXIT_STOPPED_ON_REQUEST
+from megatron_longpo.training.run_folder import settings
+from tests.parity.harness import Shelf
+from tests.training.short_runs import metric_rows, short_config
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_a_signal_saves_and_exits_with_75(shelf: Shelf, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    config = short_config(shelf, folder, steps=100_000)
+    path = tmp_path / "train.yaml"
+    path.write_text(yaml.safe_dump(settings(config)))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "megatron_longpo", "train", "--config", str(path)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        while not (folder / "metrics.jsonl").exists() or len(metric_rows(folder)) < 2:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    step = metric_rows(folder)[-1]["step"]
+    assert process.returncode == EXIT_STOPPED_ON_REQUEST
+    assert errors == f"longpo: stopped at step {step} of 100000, checkpoint saved\n"
+    tracker = folder / "checkpoints" / "latest_checkpointed_iteration.txt"
+    assert tracker.read_text() == f"{step}\n"
