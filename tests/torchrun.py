@@ -18,8 +18,17 @@ def torchrun(
         *(sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"),
         *("--nproc-per-node", str(ranks), str(ROOT / script), *arguments),
     ]
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        command, capture_output=True, text=True, env=environment, timeout=timeout_s, check=False
+        command,
+        capture_output=True,
+        text=True,
+        env=rank_environment(),
+        timeout=timeout_s,
+        check=False,
     )
+
+
+def rank_environment() -> dict[str, str]:
+    """This environment, with our packages and tests on the path and one thread a process."""
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}

@@ -12,6 +12,7 @@ from megatron_longpo.config import (
     DataConfig,
     LoggingConfig,
     OptimizerConfig,
+    ParallelConfig,
     RunConfig,
     TrainConfig,
     resolve,
@@ -43,11 +44,13 @@ def short_config(
     optimizer: dict[str, Any] | None = None,
     checkpoint: dict[str, Any] | None = None,
     logging: dict[str, Any] | None = None,
+    parallel: ParallelConfig | None = None,
 ) -> TrainConfig:
     """Four steps of three pairs each, on ten pairs; `folder` is logging.dir."""
     config = train_config(
         case,
         shelf,
+        parallel=parallel,
         data=DataConfig(**{"path": shelf.rows_file(case), "max_length": 2000, **(data or {})}),
         train=RunConfig(
             **{"global_batch_pairs": 3, "steps": steps, "recompute": "none", **(train or {})}

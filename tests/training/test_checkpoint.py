@@ -159,7 +159,7 @@ def test_training_starts_from_an_import(dtype: Any, shelf: Shelf, tmp_path: Path
         tmp_path / "run",
         case=replace(CASE, dtype=dtype),
         steps=2,
-        optimizer={"warmup_ratio": 0.0, "lr": 1e-4},
+        optimizer={"warmup_ratio": 0.0, "lr": 1e-3},
         checkpoint={"resume": imported},
     )
     run = loop.prepare(config)
@@ -173,7 +173,7 @@ def test_training_starts_from_an_import(dtype: Any, shelf: Shelf, tmp_path: Path
     # The optimizer's own copy of the weights must be these too, or the first step undoes it all.
     loop.train(run)
     for name, after in policy_parameters(run).items():
-        assert 0 < float((after - expected[name]).abs().max()) < 0.02, name
+        assert 0 < float((after - expected[name]).abs().max()) < 0.05, name
     assert [row["step"] for row in metric_rows(tmp_path / "run")] == [1, 2]
 
 

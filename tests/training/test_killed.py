@@ -1,0 +1,90 @@
+"""A run that is killed at any moment and started again ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import yaml
+
+from megatron_longpo.config import ParallelConfig
+from megatron_longpo.training.run_folder import settings
+from tests.parity.harness import Shelf
+from tests.torchrun import ROOT, rank_environment
+from tests.training.short_runs import metric_rows, short_config
+
+STEPS, SAVE_EVERY = 12, 3
+PATIENCE_S = 120
+
+
+def start(config_file: Path) -> subprocess.Popen[bytes]:
+    """Starts `longpo train --nproc 2`."""
+    command = [sys.executable, "-W", "ignore", "-m", "megatron_longpo", "train", "--nproc", "2"]
+    return subprocess.Popen(
+        [*command, "--config", str(config_file)],
+        cwd=ROOT,
+        env=rank_environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+
+
+def kill_when(config_file: Path, is_time: Callable[[], bool]) -> None:
+    """Starts the run and kills all its processes as soon as `is_time`."""
+    process = start(config_file)
+    deadline = time.monotonic() + PATIENCE_S
+    while not is_time():
+        assert time.monotonic() < deadline, "the moment to kill never came"
+        assert process.poll() is None, (process.stderr.read() if process.stderr else b"")[-3000:]
+        time.sleep(0.001)
+    # Torchrun's workers have sessions of their own.
+    launcher = psutil.Process(process.pid)
+    for member in [*launcher.children(recursive=True), launcher]:
+        member.kill()
+    process.communicate()
+
+
+def finish(config_file: Path) -> None:
+    process = start(config_file)
+    _, errors = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 0, errors[-3000:]
+
+
+def write_settings(shelf: Shelf, folder: Path, file: Path) -> Path:
+    config = short_config(
+        shelf,
+        folder,
+        steps=STEPS,
+        train={"global_batch_pairs": 2},
+        checkpoint={"interval": SAVE_EVERY, "keep": 2},
+        parallel=ParallelConfig(context=2),
+    )
+    file.write_text(yaml.safe_dump(settings(config)), encoding="utf-8")
+    return file
+
+
+def test_killed_thrice_and_resumed_gives_the_same_metrics(shelf: Shelf, tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    finish(write_settings(shelf, whole, tmp_path / "whole.yaml"))
+    file = write_settings(shelf, broken, tmp_path / "broken.yaml")
+    rng = random.Random(20)
+    metrics = broken / "metrics.jsonl"
+
+    def has_steps(count: int) -> Callable[[], bool]:
+        return lambda: metrics.exists() and metrics.read_bytes().count(b'"loss"') >= count
+
+    def is_writing() -> bool:
+        return any(broken.glob("checkpoints/*.writing/*"))
+
+    # Before the first checkpoint, while one is written, and between two of them.
+    kill_when(file, has_steps(rng.randint(1, SAVE_EVERY - 1)))
+    kill_when(file, is_writing)
+    kill_when(file, has_steps(rng.randint(2 * SAVE_EVERY + 1, 3 * SAVE_EVERY - 1)))
+    finish(file)
+    assert [row["step"] for row in metric_rows(whole)] == list(range(1, STEPS + 1))
+    assert metric_rows(broken) == metric_rows(whole)
