@@ -243,7 +243,10 @@ def _prune(folder: Path, keep: int, step: int) -> None:
     """Deletes all but the `keep` newest checkpoints, of which `step` is the newest.
 
     One of a later step is older: a run that went on from an earlier checkpoint left it behind.
+    What a crash left half written goes too.
     """
+    for leftover in folder.glob("iter_*.writing"):
+        shutil.rmtree(leftover)
     steps = sorted(
         (
             int(path.name.removeprefix("iter_"))

@@ -57,7 +57,10 @@ class MetricsWriter:
     """
 
     def __init__(self, config: LoggingConfig, *, resumed_step: int, settings: Any) -> None:
-        """Removes what a run that is resumed wrote after `resumed_step`."""
+        """Removes what a run that is resumed wrote after `resumed_step`.
+
+        A run that begins at step 0 evaluates again before its first step: it keeps nothing.
+        """
         self.folder = Path(config.dir)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path = self.folder / "metrics.jsonl"

@@ -25,7 +25,7 @@ from megatron_longpo.config import (
     resolve,
 )
 from megatron_longpo.data.rows import write_rows_jsonl
-from megatron_longpo.parallel.groups import Groups
+from megatron_longpo.parallel.groups import Groups, ParallelSizes
 from megatron_longpo.training import loop
 from megatron_longpo.training.metrics import LOSS_KEYS, Metrics
 from tests.oracle import OracleResult, oracle_step
@@ -134,6 +134,20 @@ def train_config(
     return resolve(TrainConfig(**{**settings, **sections}))
 
 
+def parallel_config(
+    sizes: ParallelSizes, context_comm: Literal["a2a", "all_gather"] = "all_gather"
+) -> ParallelConfig:
+    """The settings that lead to groups of these sizes."""
+    return ParallelConfig(
+        tensor=sizes.tensor,
+        pipeline=sizes.pipeline,
+        virtual_pipeline=sizes.virtual_pipeline,
+        context=sizes.context,
+        context_comm=context_comm,
+        sequence=sizes.sequence,
+    )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CaseResult:
     metrics: Metrics
@@ -153,15 +167,7 @@ def run_case(
 
     `groups` are those that `parallel.groups.initialize` has made in this process.
     """
-    sizes = groups.sizes
-    parallel = ParallelConfig(
-        tensor=sizes.tensor,
-        pipeline=sizes.pipeline,
-        virtual_pipeline=sizes.virtual_pipeline,
-        context=sizes.context,
-        context_comm=context_comm,
-        sequence=sizes.sequence,
-    )
+    parallel = parallel_config(groups.sizes, context_comm)
     run = loop.prepare(train_config(case, shelf, parallel=parallel))
     assert run.groups is groups
     metrics = loop.train_step(run)

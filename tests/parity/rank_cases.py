@@ -8,6 +8,7 @@ from typing import Literal
 from megatron_longpo.config import ObjectiveConfig
 from megatron_longpo.parallel.groups import ParallelSizes
 from tests.parity.cases import ALL_SHAPES, ROW_SHAPES, Case, TinyModel
+from tests.parity.steps import Steps
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,3 +115,19 @@ def rank_runs(world_size: int) -> list[tuple[Layout, Case]]:
     """All that `ranks.py` runs at a world size."""
     grid = [(layout, case) for layout in LAYOUTS[world_size] for case in CASES]
     return [*grid, *EXTRA[world_size]]
+
+
+def step_runs(world_size: int) -> list[tuple[Layout, Steps]]:
+    """Runs of five steps, with the optimizer's state sharded over data-parallel ranks."""
+    tied_rmsprop = Steps(distributed=False, weight_decay=0.1)
+    if world_size == 4:
+        layouts = {layout.name: layout for layout in LAYOUTS[4]}
+        return [(layouts["TP2xPP2"], tied_rmsprop), (layouts["DP2xCP2"], Steps())]
+    layouts = {layout.name: layout for layout in LAYOUTS[2]}
+    return [
+        (layouts["TP2+SP"], Steps()),
+        (layouts["PP2"], tied_rmsprop),
+        (layouts["DP2"], Steps()),
+        (layouts["DP2"], Steps(optimizer="adam", weight_decay=0.1)),
+        (layouts["CP2 all_gather"], Steps()),
+    ]

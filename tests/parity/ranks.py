@@ -8,40 +8,56 @@ groups change from layout to layout. Prints `same: LAYOUT CASE` for each that ho
 
 from __future__ import annotations
 
+import functools
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from megatron_longpo.parallel import groups
-from tests.oracle import OracleResult
-from tests.parity.harness import Shelf, compare, oracle_for, run_case
-from tests.parity.rank_cases import rank_runs
+from tests.parity.harness import Shelf, compare, oracle_for, parallel_config, run_case
+from tests.parity.rank_cases import rank_runs, step_runs
+from tests.parity.steps import compare_steps, oracle_steps, our_steps
 
 
 def main() -> None:
     shelf = Shelf(Path(sys.argv[1]))
     torch.set_num_threads(1)
-    started = groups.initialize(groups.ParallelSizes(), timeout_minutes=2)
-    oracles: dict[str, OracleResult] = {}
-    failed = False
-    for layout, case in rank_runs(started.world_size):
+    world_size = groups.initialize(groups.ParallelSizes(), timeout_minutes=2).world_size
+    oracle_step = functools.cache(lambda case: oracle_for(case, shelf))
+    oracle_history = functools.cache(lambda steps: oracle_steps(steps, shelf))
+    passed = []
+    for layout, case in rank_runs(world_size):
         rank_groups = groups.initialize(layout.sizes, timeout_minutes=2)
         ours = run_case(case, shelf, rank_groups, context_comm=layout.comm)
         if rank_groups.is_main:
-            if case.name not in oracles:
-                oracles[case.name] = oracle_for(case, shelf)
-            try:
-                compare(ours, oracles[case.name], beta=case.objective.beta or 0.0)
-                print(f"same: {layout.name} {case.name}", flush=True)
-            except AssertionError:
-                failed = True
-                print(f"differs: {layout.name} {case.name}\n{traceback.format_exc()}", flush=True)
+            with reported(f"{layout.name} {case.name}", passed):
+                compare(ours, oracle_step(case), beta=case.objective.beta or 0.0)
+    for layout, steps in step_runs(world_size):
+        rank_groups = groups.initialize(layout.sizes, timeout_minutes=2)
+        history = our_steps(steps, shelf, parallel=parallel_config(layout.sizes, layout.comm))
+        if rank_groups.is_main:
+            with reported(f"{layout.name} {steps}", passed):
+                compare_steps(history, oracle_history(steps))
     dist.barrier()
     groups.shutdown()
-    sys.exit(failed)
+    sys.exit(not all(passed))
+
+
+@contextmanager
+def reported(name: str, passed: list[bool]) -> Iterator[None]:
+    try:
+        yield
+    except AssertionError:
+        passed.append(False)
+        print(f"differs: {name}\n{traceback.format_exc()}", flush=True)
+    else:
+        passed.append(True)
+        print(f"same: {name}", flush=True)
 
 
 if __name__ == "__main__":
