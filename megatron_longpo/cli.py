@@ -21,13 +21,13 @@ from megatron_longpo.config_parser import load_config, unchecked_values
 from megatron_longpo.errors import (
     EXIT_BAD_INPUT,
     EXIT_DONE,
+    EXIT_INTERRUPTED,
     EXIT_STOPPED_ON_REQUEST,
     StopRequested,
     UserError,
     nearest,
 )
-
-EXIT_INTERRUPTED = 130
+from megatron_longpo.launch import Launch, run_torchrun
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,8 +80,8 @@ COMMANDS = (
     ),
     Command(
         name="train",
-        summary="Train a model on token rows. Several processes start with --nproc on one "
-        "machine, or with torchrun -m megatron_longpo train on several.",
+        summary="Train a model on token rows. Several processes start with --nproc, on several "
+        "machines with --nnodes too; plain torchrun -m megatron_longpo train works as well.",
         config="megatron_longpo.config:TrainConfig",
         run="megatron_longpo.training.loop:run_training",
         resolve="megatron_longpo.config:resolve",
@@ -91,7 +91,12 @@ COMMANDS = (
             "longpo train --nproc 8 --config train.yaml",
             "torchrun --nnodes 2 --nproc-per-node 8 -m megatron_longpo train --config train.yaml",
         ),
-        extra_options=(("--nproc M", "Start M processes on this machine, one a GPU."),),
+        extra_options=(
+            ("--nproc M", "Start M processes on this machine, one a GPU."),
+            ("--nnodes N", "Nodes that run this command together, with the next two the same."),
+            ("--rdzv_endpoint HOST:PORT", "Where they meet: a port of one of them."),
+            ("--rdzv_id ID", "Tells this run from others at that endpoint; default longpo."),
+        ),
     ),
     Command(
         name="convert import",
@@ -202,9 +207,9 @@ def run_command(command: Command, arguments: list[str]) -> int:
     if "-h" in arguments or "--help" in arguments:
         print(_help(command, config_class))
         return EXIT_DONE
-    num_processes = None
+    launch = None
     if command.name == "train":
-        num_processes, arguments = take_nproc(arguments)
+        launch, arguments = take_launch(arguments)
     if "--print_config" in arguments:
         arguments = [argument for argument in arguments if argument != "--print_config"]
         values = unchecked_values(
@@ -217,32 +222,51 @@ def run_command(command: Command, arguments: list[str]) -> int:
     )
     if command.resolve is not None:
         config = _load(command.resolve)(config)
-    if num_processes is None:
+    if launch is None:
         _load(command.run)(config)
         return EXIT_DONE
-    _load("megatron_longpo.config:check_world")(config, num_processes)
-    return _load("megatron_longpo.launch:run_torchrun")(num_processes, arguments)
+    _load("megatron_longpo.config:check_world")(config, launch.num_processes * launch.num_nodes)
+    return run_torchrun(launch, arguments)
 
 
-def take_nproc(arguments: Sequence[str]) -> tuple[int | None, list[str]]:
-    """Takes `--nproc M` out of a command line; None where it is not there."""
+LAUNCH_OPTIONS = ("--nproc", "--nnodes", "--rdzv_endpoint", "--rdzv_id")
+
+
+def take_launch(arguments: Sequence[str]) -> tuple[Launch | None, list[str]]:
+    """Takes the launcher's options out of a command line; None where they are not there."""
     rest: list[str] = []
-    value: str | None = None
+    found: dict[str, str] = {}
     tokens = iter(arguments)
     for token in tokens:
-        if token.partition("=")[0] != "--nproc":
-            rest.append(token)
+        option, _, value = token.partition("=")
+        if option in LAUNCH_OPTIONS:
+            found[option] = value or next(tokens, "")
         else:
-            value = token.partition("=")[2] or next(tokens, "")
-    if value is None:
+            rest.append(token)
+    if not found:
         return None, rest
-    if not value.isdecimal() or int(value) < 1:
-        raise UserError(f"--nproc ({value}) must be an integer, at least 1")
+    for option in ("--nproc", "--nnodes"):
+        value = found.get(option, "1")
+        if not value.isdecimal() or int(value) < 1:
+            raise UserError(f"{option} ({value}) must be an integer, at least 1")
     if "WORLD_SIZE" in os.environ:
+        option, value = next(iter(found.items()))
         raise UserError(
-            f"--nproc ({value}): a launcher has started this process already. Leave --nproc out"
+            f"{option} ({value}): a launcher has started this process already. Leave {option} out"
         )
-    return int(value), rest
+    num_nodes = int(found.get("--nnodes", "1"))
+    if num_nodes > 1 and not found.get("--rdzv_endpoint"):
+        raise UserError(
+            f"--nnodes ({num_nodes}) needs --rdzv_endpoint HOST:PORT, the same on every node: the "
+            "first node's name and a free port there"
+        )
+    launch = Launch(
+        num_processes=int(found.get("--nproc", "1")),
+        num_nodes=num_nodes,
+        rdzv_endpoint=found.get("--rdzv_endpoint"),
+        rdzv_id=found.get("--rdzv_id", "longpo"),
+    )
+    return launch, rest
 
 
 def _help(command: Command, config_class: type) -> str:

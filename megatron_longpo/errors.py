@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 EXIT_DONE = 0
 EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
 EXIT_STOPPED_ON_REQUEST = 75
 """Saved and stopped because a signal asked for it; a scheduler should requeue the job."""
 

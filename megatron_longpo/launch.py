@@ -10,8 +10,12 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
-from megatron_longpo.cli import EXIT_INTERRUPTED
-from megatron_longpo.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_STOPPED_ON_REQUEST
+from megatron_longpo.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_DONE,
+    EXIT_INTERRUPTED,
+    EXIT_STOPPED_ON_REQUEST,
+)
 
 EXPLAINED_CODES = (EXIT_BAD_INPUT, EXIT_STOPPED_ON_REQUEST, EXIT_INTERRUPTED)
 """Exit codes whose reason the worker has printed."""
@@ -20,12 +24,38 @@ FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUS
 """A worker decides what these mean: to save and stop, or to stop."""
 
 
-def run_torchrun(num_processes: int, arguments: Sequence[str]) -> int:
-    """Runs `train` in `num_processes` workers and returns the exit code of the first to fail.
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Launch:
+    """How many workers to start here, and who else belongs to the run."""
 
-    The same as `torchrun --standalone --nproc-per-node M -m megatron_longpo train ...`, which
-    would turn every failure into exit code 1 and a traceback of its own.
+    num_processes: int
+    """On this node."""
+    num_nodes: int = 1
+    rdzv_endpoint: str | None = None
+    """`HOST:PORT` where the nodes meet; None on one node."""
+    rdzv_id: str = "longpo"
+
+    @property
+    def torchrun_options(self) -> list[str]:
+        options = [f"--nproc-per-node={self.num_processes}"]
+        if self.num_nodes == 1:
+            return ["--standalone", *options]
+        return [
+            *options,
+            f"--nnodes={self.num_nodes}",
+            "--rdzv-backend=c10d",
+            f"--rdzv-endpoint={self.rdzv_endpoint}",
+            f"--rdzv-id={self.rdzv_id}",
+        ]
+
+
+def run_torchrun(launch: Launch, arguments: Sequence[str]) -> int:
+    """Runs `train` in this node's workers and returns the exit code of the first to fail.
+
+    The same as `torchrun ... -m megatron_longpo train ...`, which would turn every failure into
+    exit code 1 and a traceback of its own.
     """
+    num_processes = launch.num_processes
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -33,7 +63,7 @@ def run_torchrun(num_processes: int, arguments: Sequence[str]) -> int:
 
     # One thread a worker is torchrun's default, with a warning: share the cores instead.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
-    options = ["--standalone", f"--nproc-per-node={num_processes}"]
+    options = launch.torchrun_options
     if any(field.name == "signals_to_handle" for field in dataclasses.fields(LaunchConfig)):
         options.append("--signals-to-handle=SIGHUP,SIGQUIT")
         for forwarded in FORWARDED_SIGNALS:

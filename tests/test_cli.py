@@ -15,10 +15,11 @@ import pytest
 import yaml
 
 from megatron_longpo import __version__, cli
-from megatron_longpo.cli import COMMANDS, Command, find_command, main, take_nproc
+from megatron_longpo.cli import COMMANDS, Command, find_command, main, take_launch
 from megatron_longpo.config_help import config_text
 from megatron_longpo.config_parser import load_config, unchecked_values
 from megatron_longpo.errors import StopRequested, UserError
+from megatron_longpo.launch import Launch
 
 ROOT = Path(__file__).parents[1]
 TRAIN = ["--model.hf_path=m", "--data.path=d", "--logging.dir=l"]
@@ -98,7 +99,7 @@ def test_examples_parse(command: Command, tmp_path: Path, monkeypatch: pytest.Mo
         start = words.index("megatron_longpo" if words[0] == "torchrun" else "longpo") + 1
         found, arguments = find_command(words[start:])
         assert found is command
-        _, arguments = take_nproc(arguments)
+        _, arguments = take_launch(arguments)
         unchecked_values(
             config_class,
             [argument for argument in arguments if argument != "--print_config"],
@@ -201,15 +202,21 @@ def test_print_config_reads_back(capsys: pytest.CaptureFixture[str], tmp_path: P
 
 
 def test_nproc_is_taken_out() -> None:
-    assert take_nproc(["--a", "1", "--nproc", "4", "--b"]) == (4, ["--a", "1", "--b"])
-    assert take_nproc(["--nproc=4"]) == (4, [])
-    assert take_nproc(["--a"]) == (None, ["--a"])
+    four = Launch(num_processes=4)
+    assert take_launch(["--a", "1", "--nproc", "4", "--b"]) == (four, ["--a", "1", "--b"])
+    assert take_launch(["--nproc=4"]) == (four, [])
+    nodes = ["--nproc", "4", "--nnodes", "2", "--rdzv_endpoint", "node1:29500", "--rdzv_id", "7"]
+    launch = Launch(num_processes=4, num_nodes=2, rdzv_endpoint="node1:29500", rdzv_id="7")
+    assert take_launch(nodes) == (launch, [])
+    with pytest.raises(UserError, match=r"--nnodes \(2\) needs --rdzv_endpoint HOST:PORT"):
+        take_launch(["--nproc", "4", "--nnodes", "2"])
+    assert take_launch(["--a"]) == (None, ["--a"])
 
 
 def test_nproc_inside_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="a launcher has started this process already"):
-        take_nproc(["--nproc=4"])
+        take_launch(["--nproc=4"])
 
 
 def test_nproc_is_checked_against_the_settings_before_anything_starts(
@@ -217,18 +224,16 @@ def test_nproc_is_checked_against_the_settings_before_anything_starts(
 ) -> None:
     started: list[Any] = []
 
-    def launch(num_processes: int, arguments: list[str]) -> int:
-        started.append((num_processes, arguments))
+    def run_torchrun(launch: Launch, arguments: list[str]) -> int:
+        started.append((launch, arguments))
         return 75
 
-    fake = types.ModuleType("megatron_longpo.launch")
-    fake.run_torchrun = launch  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, fake.__name__, fake)
+    monkeypatch.setattr(cli, "run_torchrun", run_torchrun)
     assert main(["train", *TRAIN, "--nproc", "9"]) == 2
     assert "global_batch_pairs (8) must be at least" in error_line(capsys.readouterr())
     assert not started
     assert main(["train", "--nproc", "2", *TRAIN]) == 75
-    assert started == [(2, TRAIN)]
+    assert started == [(Launch(num_processes=2), TRAIN)]
 
 
 # Exit codes

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 LAUNCHER = """
 import sys
 from torch.distributed import run
-from megatron_longpo.launch import run_torchrun
+from megatron_longpo.launch import Launch, run_torchrun
 
 def with_worker(arguments, parse=run.parse_args):
     module = arguments.index("-m")
@@ -25,7 +25,7 @@ def with_worker(arguments, parse=run.parse_args):
     return parse([*arguments[:module], sys.argv[1], *arguments[module + 3 :]])
 
 run.parse_args = with_worker
-sys.exit(run_torchrun(2, sys.argv[2:]))
+sys.exit(run_torchrun(Launch(num_processes=2), sys.argv[2:]))
 """
 
 WORKER = """

@@ -64,12 +64,11 @@ class MetricsWriter:
         self.folder = Path(config.dir)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path = self.folder / "metrics.jsonl"
-        # A run that begins anew writes its evaluation of step 0 again.
         keep_rows_until(self.path, resumed_step or -1)
         self._file = self.path.open("a", encoding="utf-8")
         self._trackers: list[Any] = []
         if config.tensorboard:
-            self._trackers.append(_Tensorboard(self.folder, purge_step=resumed_step + 1))
+            self._trackers.append(_Tensorboard(self.folder, purge_step=(resumed_step or -1) + 1))
         if config.wandb is not None:
             self._trackers.append(_Wandb(config, settings))
 

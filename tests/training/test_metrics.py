@@ -67,6 +67,18 @@ def test_resuming_removes_later_rows_and_a_line_cut_short(tmp_path: Path) -> Non
     ]
 
 
+def test_starting_over_keeps_nothing(tmp_path: Path) -> None:
+    """The evaluation before the first step is made again, and must not stand there twice."""
+    crashed = writer(tmp_path)
+    crashed.write({"step": 0, "eval/loss": 2.0})
+    crashed.write({"step": 1, "loss": 2.0})
+    crashed.close()
+    again = writer(tmp_path, resumed_step=0)
+    again.write({"step": 0, "eval/loss": 3.0})
+    again.close()
+    assert lines(tmp_path) == ['{"step": 0, "eval/loss": 3.0}']
+
+
 def test_a_cut_line_of_a_kept_step_goes_too(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.')

@@ -17,9 +17,20 @@ from tests.parity.harness import RELATIVE, Shelf
 from tests.torchrun import ROOT, rank_environment
 from tests.training.short_runs import metric_rows, short_config
 
+TORCHRUN = (
+    *("-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"),
+    *("--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:PORT", "--local-addr", "127.0.0.1"),
+    *("-m", "megatron_longpo", "train"),
+)
+LONGPO = (
+    *("-m", "megatron_longpo", "train", "--nproc", "1", "--nnodes", "2"),
+    *("--rdzv_endpoint", "127.0.0.1:PORT"),
+)
 
+
+@pytest.mark.parametrize("words", [TORCHRUN, LONGPO], ids=["torchrun", "longpo"])
 def test_two_nodes_give_the_metrics_of_one_process(
-    shelf: Shelf, tmp_path: Path, single_process: Groups
+    words: tuple[str, ...], shelf: Shelf, tmp_path: Path, single_process: Groups
 ) -> None:
     alone = short_config(shelf, tmp_path / "alone", steps=3, train={"global_batch_pairs": 4})
     loop.train(loop.prepare(alone))
@@ -32,10 +43,9 @@ def test_two_nodes_give_the_metrics_of_one_process(
     agents = [
         subprocess.Popen(
             [
-                *(sys.executable, "-W", "ignore", "-m", "torch.distributed.run"),
-                *("--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d"),
-                *("--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr", "127.0.0.1"),
-                *("-m", "megatron_longpo", "train", "--config", str(file)),
+                *(sys.executable, "-W", "ignore"),
+                *(word.replace("PORT", str(port)) for word in words),
+                *("--config", str(file)),
             ],
             cwd=ROOT,
             env=rank_environment(),
