@@ -121,42 +121,41 @@ def test_a_crash_between_checkpoints_loses_only_their_steps(
     assert not list(folder.glob("*.writing"))
 
 
-@pytest.mark.parametrize(
-    ("module", "function", "saved"),
-    [
-        (checkpoint.dist_checkpointing, "save", 2),
-        (checkpoint, "write_hf_side_files", 2),
-        (Path, "rename", 2),
-        (checkpoint, "_prune", 3),
-    ],
-)
 def test_a_crash_while_saving_leaves_a_checkpoint(
-    module: Any,
-    function: str,
-    saved: int,
-    shelf: Shelf,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Whatever fails, the tracker names a whole checkpoint, and the next run goes on from it."""
     run_to_end(short_config(shelf, tmp_path, steps=2))
     config = short_config(shelf, tmp_path, steps=3)
+    rename = Path.rename
 
     def crash(*arguments: Any, **settings: Any) -> None:
         raise OSError("no space left on device")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(module, function, crash)
-        with pytest.raises(OSError, match="no space left"):
-            run_to_end(config)
-    assert loop.prepare(config).step == saved
+    def rename_all_but_the_folder(path: Path, target: Path) -> Path:
+        if path.suffix == ".writing":
+            crash()
+        return rename(path, target)
+
+    for module, function, failing, saved in (
+        (checkpoint.dist_checkpointing, "save", crash, 2),
+        (checkpoint, "write_hf_side_files", crash, 2),
+        (Path, "rename", rename_all_but_the_folder, 2),
+        (checkpoint, "_prune", crash, 3),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, function, failing)
+            with pytest.raises(OSError, match="no space left"):
+                run_to_end(config)
+        assert loop.prepare(config).step == saved, function
 
 
 def test_checkpoints_are_saved_when_due_and_the_oldest_go(shelf: Shelf, tmp_path: Path) -> None:
-    run_to_end(short_config(shelf, tmp_path, steps=5, checkpoint={"interval": 1, "keep": 2}))
-    assert checkpoints(tmp_path) == ["iter_0000004", "iter_0000005", TRACKER_NAME]
-    assert (tmp_path / "checkpoints" / TRACKER_NAME).read_text() == "5\n"
-    progress = json.loads((tmp_path / "checkpoints/iter_0000005/progress.json").read_text())
-    assert progress["step"] == 5 and progress["sampler"]["consumed_pairs"] == 15
+    run_to_end(short_config(shelf, tmp_path, steps=3, checkpoint={"interval": 1, "keep": 2}))
+    assert checkpoints(tmp_path) == ["iter_0000002", "iter_0000003", TRACKER_NAME]
+    assert (tmp_path / "checkpoints" / TRACKER_NAME).read_text() == "3\n"
+    progress = json.loads((tmp_path / "checkpoints/iter_0000003/progress.json").read_text())
+    assert progress["step"] == 3 and progress["sampler"]["consumed_pairs"] == 9
     assert "torch" in progress["versions"]
 
 
@@ -265,20 +264,16 @@ def test_another_models_checkpoint_is_refused(
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
+def test_other_data_are_refused_on_resume(shelf: Shelf, tmp_path: Path) -> None:
+    run_to_end(short_config(shelf, tmp_path, steps=1))
+    changes: list[tuple[dict[str, Any], str]] = [
         ({"seed": 1}, r"data\.seed is 1, but the checkpoint was saved with 42"),
         ({"shuffle": False}, r"data\.shuffle is False"),
         ({"max_length": 50, "too_long": "drop"}, rf"usable pairs\) is \d, .* with {NUM_PAIRS}"),
-    ],
-)
-def test_other_data_are_refused_on_resume(
-    data: dict[str, Any], message: str, shelf: Shelf, tmp_path: Path
-) -> None:
-    run_to_end(short_config(shelf, tmp_path, steps=1))
-    with pytest.raises(UserError, match=message):
-        loop.prepare(short_config(shelf, tmp_path, steps=2, data=data))
+    ]
+    for data, message in changes:
+        with pytest.raises(UserError, match=message):
+            loop.prepare(short_config(shelf, tmp_path, steps=2, data=data))
 
 
 def test_a_place_without_a_checkpoint_is_refused(shelf: Shelf, tmp_path: Path) -> None:
