@@ -8,7 +8,6 @@ SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?=
-TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 # Inside the virtual environment, so that deleting it starts over.
 SETUP_DONE := $(VENV)/.setup-done
 QUICKSTART_DONE := $(VENV)/.quickstart-done
