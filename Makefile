@@ -38,8 +38,6 @@ $(SETUP_DONE): setup.py constraints.txt
 	else \
 	  echo "no GPU found: installing torch for CPUs and the versions of constraints.txt"; \
 	  [ -x $(BIN)/python ] || "$$found" -m venv $(VENV); \
-	  $(BIN)/python -m pip install --quiet --no-deps --retries 1 \
-	    --extra-index-url $(TORCH_CPU_INDEX) --constraint constraints.txt torch; \
 	  $(BIN)/python -m pip install --quiet --constraint constraints.txt \
 	    --editable '.[dev,quickstart]'; \
 	fi
