@@ -7,6 +7,7 @@ a class; it knows no command and imports neither torch nor numpy.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import types
 from collections.abc import Iterator, Mapping
@@ -91,7 +92,8 @@ def without_none(annotation: Any) -> Any:
     return members[0] if len(members) == 1 else Union[members]  # noqa: UP007 (built at run time)
 
 
-def field_meanings(config_class: type) -> dict[str, str]:
+@functools.cache  # it parses the source of the class, and a resolved config needs it again
+def field_meanings(config_class: type) -> Mapping[str, str]:
     """Field name -> its docstring on one line."""
     described = parse_from_object(config_class).params
     return {param.arg_name: " ".join((param.description or "").split()) for param in described}

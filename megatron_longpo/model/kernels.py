@@ -118,7 +118,8 @@ class CudaFlashKernel:
             _batched(_repeated(key, groups)),
             _batched(_repeated(value, groups)),
             _batched(output),
-            logsumexp.unsqueeze(0),
+            # The kernel reads it without regard to strides.
+            logsumexp.contiguous().unsqueeze(0),
             None,
             None,
             query.shape[0],

@@ -27,7 +27,7 @@ def gathered(run: Run, of: Callable[[torch.nn.Parameter], Tensor]) -> dict[str, 
         for parameter, rule in local_rules(chunk.policy, arch):
             is_sharded = getattr(parameter, "tensor_model_parallel", False)
             cut = parameter.partition_dim if is_sharded else None
-            mine[rule.megatron_name] = (rule, cut, of(parameter).detach().float().clone())
+            mine[rule.megatron_name] = (rule, cut, of(parameter).detach().float().cpu().clone())
     everyone: list[Any] = [None] * groups.world_size
     where = (groups.pipeline.rank(), groups.data_and_context.rank(), groups.tensor.rank())
     dist.all_gather_object(everyone, (where, mine))
