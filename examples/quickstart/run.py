@@ -24,7 +24,7 @@ OUTPUT = Path("outputs/quickstart")
 MODEL = OUTPUT / "model"
 EXPORTED = OUTPUT / "longpo-hf"
 
-NUM_DOCUMENTS = 6
+NUM_DOCUMENTS = 5
 LEAST_PAIRS = 4
 LEAST_STEPS = 3
 LEAST_ROW_TOKENS = 2048
@@ -49,7 +49,7 @@ def main() -> None:
         *("--turns", 2),
         *("--chunk_min_tokens", 300),
         *("--chunk_max_tokens", 600),
-        *("--max_document_tokens", 2300),
+        *("--max_document_tokens", 2200),
         *("--max_new_tokens", 32),
     )
     longpo(

@@ -18,8 +18,8 @@ from megatron_longpo.data.chat import TemplateChangesText, conversation_row
 from megatron_longpo.data.config import TokenizeConfig
 from megatron_longpo.data.examples import Example, ExampleFile, Turn
 from megatron_longpo.data.jsonl import dump_line, partial_path, refuse_existing
-from megatron_longpo.data.layout import opening_messages, shorten_document
 from megatron_longpo.data.progress import Dropped, format_counts, track
+from megatron_longpo.data.prompt_layout import opening_messages, shorten_document
 from megatron_longpo.data.rows import PreferenceRow, TokenRow, row_columns, write_rows_jsonl
 from megatron_longpo.data.tokenizers import ChatTokenizer, load_tokenizer
 from megatron_longpo.errors import UserError

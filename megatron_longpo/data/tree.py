@@ -16,7 +16,12 @@ from typing import Literal
 
 import numpy as np
 
-from megatron_longpo.data.rows import IGNORED_LABEL, PreferenceRow, TokenRow
+from megatron_longpo.data.rows import (
+    IGNORED_LABEL,
+    PreferenceRow,
+    TokenRow,
+    common_prefix_length,
+)
 
 NO_PARENT = -1
 
@@ -311,7 +316,5 @@ def _common_end(rows: Sequence[np.ndarray], start: int) -> int:
     """End of the longest prefix that all rows have in common, knowing they agree before `start`."""
     end = min(len(row) for row in rows)
     for row in rows[1:]:
-        differs = np.flatnonzero(rows[0][start:end] != row[start:end])
-        if len(differs):
-            end = start + int(differs[0])
+        end = start + common_prefix_length(rows[0][start:end], row[start:end])
     return end

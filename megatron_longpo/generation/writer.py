@@ -9,8 +9,8 @@ from pathlib import Path
 
 from megatron_longpo.data.chat import prompt_ids
 from megatron_longpo.data.examples import Example, Turn
-from megatron_longpo.data.layout import opening_messages, shorten_document
 from megatron_longpo.data.progress import Dropped, format_counts
+from megatron_longpo.data.prompt_layout import opening_messages, shorten_document
 from megatron_longpo.errors import UserError
 from megatron_longpo.generation.backends import Backend, Sampling
 from megatron_longpo.generation.chunking import Chunk, chunk_document

@@ -11,7 +11,7 @@ import pytest
 from megatron_longpo.data.chat import prompt_ids
 from megatron_longpo.data.config import InspectConfig, TokenizeConfig
 from megatron_longpo.data.inspect import run_inspect
-from megatron_longpo.data.layout import opening_messages
+from megatron_longpo.data.prompt_layout import opening_messages
 from megatron_longpo.data.rows import IGNORED_LABEL, common_prefix_length, open_rows
 from megatron_longpo.data.tokenize import run_tokenize
 from megatron_longpo.data.tokenizers import load_tokenizer

@@ -12,7 +12,7 @@ import pytest
 from megatron_longpo.data.chat import prompt_ids
 from megatron_longpo.data.config import TokenizeConfig
 from megatron_longpo.data.examples import ExampleFile
-from megatron_longpo.data.layout import opening_messages
+from megatron_longpo.data.prompt_layout import opening_messages
 from megatron_longpo.data.tokenize import run_tokenize
 from megatron_longpo.data.tokenizers import ChatTokenizer, HuggingFaceTokenizer
 from megatron_longpo.errors import UserError

@@ -2,7 +2,12 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_longpo.data.layout import CutFrom, cut_document, opening_messages, shorten_document
+from megatron_longpo.data.prompt_layout import (
+    CutFrom,
+    cut_document,
+    opening_messages,
+    shorten_document,
+)
 
 TEXT = "0123456789abcdefghij"
 

@@ -1,0 +1,98 @@
+"""Impossible layouts end in one line that says which sizes would do, before weights are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_longpo.config import (
+    DataConfig,
+    LoggingConfig,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainConfig,
+    check_world,
+    resolve,
+)
+from megatron_longpo.errors import UserError
+from megatron_longpo.training import build
+from tools.tiny_models import make_tiny_model
+
+
+def settings(folder: Path, **parallel: Any) -> TrainConfig:
+    """12 heads, 4 key/value heads, 6 layers, an MLP of 48; 4 pairs a step."""
+    model = folder / "model"
+    if not model.exists():
+        make_tiny_model(
+            "qwen3", model, heads=12, kv_heads=4, head_dim=4, layers=6, ffn=48, tokenizer=False
+        )
+    return resolve(
+        TrainConfig(
+            model=ModelConfig(hf_path=str(model)),
+            data=DataConfig(path="unread.jsonl", max_length=1000),
+            parallel=ParallelConfig(**parallel),
+            train=RunConfig(global_batch_pairs=4),
+            logging=LoggingConfig(dir=str(folder / "run")),
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("parallel", "message"),
+    [
+        (
+            {"tensor": 8},
+            r"parallel\.tensor \(8\) cannot split 12 heads, 4 key/value heads and an MLP of 48 "
+            r"evenly; use 1, 2, 4 or 12",
+        ),
+        ({"tensor": 3}, r"parallel\.tensor \(3\) cannot split .*; use 1, 2, 4 or 12"),
+        (
+            {"pipeline": 4},
+            r"parallel\.pipeline \(4\) must divide the model's 6 layers; use 1, 2, 3 or 6",
+        ),
+        (
+            {"context": 8, "context_comm": "a2a"},
+            r"parallel\.context \(8\): a2a cannot share 12 heads and 4 key/value heads .* use 1, "
+            r"2, 3, 4, 6, 12, or parallel\.context_comm all_gather, which takes any size",
+        ),
+        (
+            {"tensor": 4, "context": 2, "context_comm": "a2a"},
+            r"parallel\.context \(2\): a2a cannot share 3 heads and 1 key/value heads .* use 1, 3, "
+            r"or parallel\.context_comm all_gather",
+        ),
+    ],
+)
+def test_a_layout_that_the_model_cannot_be_split_by(
+    parallel: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    config = settings(tmp_path, **parallel)
+    sources = build.read_models(config)
+    with pytest.raises(UserError, match=message) as refused:
+        build.check_layout(config, sources)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        {"tensor": 12, "pipeline": 6},
+        {"context": 7},
+        {"context": 6, "context_comm": "a2a"},
+        {"tensor": 2, "context": 3, "context_comm": "a2a"},
+    ],
+)
+def test_a_layout_that_fits(parallel: dict[str, Any], tmp_path: Path) -> None:
+    config = settings(tmp_path, **parallel)
+    build.check_layout(config, build.read_models(config))
+
+
+def test_sizes_that_do_not_fit_the_world(tmp_path: Path) -> None:
+    config = settings(tmp_path, tensor=2, pipeline=3)
+    assert check_world(config, 12) == 2
+    with pytest.raises(UserError, match=r"= 6 must divide the number of processes \(8\).*start 6"):
+        check_world(config, 8)
+    with pytest.raises(UserError, match=r"at least the data-parallel size.*Set it to 5"):
+        check_world(config, 30)
