@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_longpo import __version__
+from megatron_longpo import __version__, stop
 from megatron_longpo.config_help import config_text, help_text
 from megatron_longpo.config_parser import load_config, unchecked_values
 from megatron_longpo.errors import (
@@ -223,6 +223,9 @@ def run_command(command: Command, arguments: list[str]) -> int:
     if command.resolve is not None:
         config = _load(command.resolve)(config)
     if launch is None:
+        if command.name == "train":
+            # Before the imports, which take seconds in which a signal would end the process.
+            stop.listen()
         _load(command.run)(config)
         return EXIT_DONE
     _load("megatron_longpo.config:check_world")(config, launch.num_processes * launch.num_nodes)

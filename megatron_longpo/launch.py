@@ -56,6 +56,8 @@ def run_torchrun(launch: Launch, arguments: Sequence[str]) -> int:
     exit code 1 and a traceback of its own.
     """
     num_processes = launch.num_processes
+    # Before the imports, which take seconds in which a scheduler's signal would end the process.
+    signal.signal(signal.SIGUSR1, _forward)
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

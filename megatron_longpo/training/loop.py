@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import resource
-import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from megatron_longpo import stop
 from megatron_longpo.config import TrainConfig, check_world
 from megatron_longpo.data.catalog import PairCatalog
 from megatron_longpo.data.sampler import PairSampler
@@ -37,9 +37,6 @@ from megatron_longpo.training.optimizer import (
 )
 from megatron_longpo.training.schedule import MetricSums, run_microbatches
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""Slurm sends one of these before a job's time is up: save, stop, exit with 75."""
-
 
 @dataclass(kw_only=True, slots=True)
 class Run:
@@ -59,7 +56,6 @@ class Run:
     num_steps: int
     step: int = 0
     """Optimizer steps done."""
-    stop_requested: bool = False
 
     @property
     def state(self) -> checkpoint.TrainingState:
@@ -162,7 +158,9 @@ def train(run: Run) -> None:
         writer = MetricsWriter(
             config.logging, resumed_step=run.step, settings=run_folder.settings(config)
         )
-    _catch_stop_signals(run)
+    stop.listen()
+    if _stop_agreed(run):
+        raise StopRequested(f"stopped before step {run.step + 1}, nothing new to save")
     if run.step == 0 and config.train.eval_at_start:
         _evaluate(run, writer)
     steps = run.console.track(
@@ -176,10 +174,10 @@ def train(run: Run) -> None:
             is_last and config.train.eval_at_start
         ):
             _evaluate(run, writer)
-        stop = _stop_agreed(run)
-        if is_last or stop or _is_due(run.step, config.checkpoint.interval):
+        must_stop = _stop_agreed(run)
+        if is_last or must_stop or _is_due(run.step, config.checkpoint.interval):
             _save(run)
-        if stop and not is_last:
+        if must_stop and not is_last:
             if writer is not None:
                 writer.close()
             raise StopRequested(f"stopped at step {run.step} of {run.num_steps}, checkpoint saved")
@@ -320,17 +318,9 @@ def _read_pairs(
     return pairs
 
 
-def _catch_stop_signals(run: Run) -> None:
-    def request_stop(number: int, frame: Any) -> None:
-        run.stop_requested = True
-
-    for number in STOP_SIGNALS:
-        signal.signal(number, request_stop)
-
-
 def _stop_agreed(run: Run) -> bool:
     """Whether any rank was asked to stop: all of them must save the same step."""
-    requested = torch.tensor(int(run.stop_requested), device=run.groups.device)
+    requested = torch.tensor(int(stop.was_requested()), device=run.groups.device)
     dist.all_reduce(requested, op=dist.ReduceOp.MAX)
     return bool(requested.item())
 

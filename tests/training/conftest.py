@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from megatron_longpo.training.loop import STOP_SIGNALS
+from megatron_longpo.stop import STOP_SIGNALS
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from checkpoints_convert.config import ExportConfig, ImportConfig
 from checkpoints_convert.hf_to_megatron import run_import
 from checkpoints_convert.megatron_to_hf import run_export
 from checkpoints_convert.torch_dist import TRACKER_NAME
+from megatron_longpo import stop
 from megatron_longpo.config import TrainConfig
 from megatron_longpo.errors import StopRequested, UserError
 from megatron_longpo.training import checkpoint, loop
@@ -34,15 +35,9 @@ def run_to_end(config: TrainConfig) -> loop.Run:
 
 def run_until_stopped(config: TrainConfig, step: int, monkeypatch: pytest.MonkeyPatch) -> loop.Run:
     """Runs until a signal comes in during `step`."""
-    run, train_step = loop.prepare(config), loop.train_step
-
-    def step_with_signal(run: loop.Run) -> Any:
-        metrics = train_step(run)
-        run.stop_requested = run.step == step
-        return metrics
-
+    run = loop.prepare(config)
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "train_step", step_with_signal)
+        patch.setattr(stop, "was_requested", lambda: run.step == step)
         with pytest.raises(StopRequested, match=rf"stopped at step {step} of \d+, .* saved"):
             loop.train(run)
     return run
@@ -297,3 +292,13 @@ def test_damaged_progress_is_named(shelf: Shelf, tmp_path: Path) -> None:
 def test_without_checkpoints_there_is_nothing_to_resume(tmp_path: Path) -> None:
     assert checkpoint.newest(tmp_path) is None
     assert checkpoint.newest(tmp_path / "missing") is None
+
+
+def test_a_signal_before_the_first_step_stops_without_a_checkpoint(
+    shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = loop.prepare(short_config(shelf, tmp_path))
+    monkeypatch.setattr(stop, "was_requested", lambda: True)
+    with pytest.raises(StopRequested, match="stopped before step 1, nothing new to save"):
+        loop.train(run)
+    assert not (tmp_path / "checkpoints").exists()
