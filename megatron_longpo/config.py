@@ -183,7 +183,7 @@ class CheckpointConfig:
     """Write checkpoints while training goes on."""
     resume: str = "auto"
     """auto = go on from the newest checkpoint in dir, never = refuse a folder that holds a run,
-    or the path of a checkpoint to start from."""
+    or the path of a checkpoint to start from, until dir has newer ones of its own."""
     load_optimizer: bool = True
     """Take optimizer state along when resuming."""
 

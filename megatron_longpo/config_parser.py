@@ -34,6 +34,10 @@ from megatron_longpo.megatron_flags import suggestion
 Config = TypeVar("Config")
 
 
+RECORDED_KEYS = ("versions", "fingerprints")
+"""What a run adds to its config.yaml: no settings, and no reason not to start from that file."""
+
+
 class _Parser(ArgumentParser):
     """jsonargparse, with its errors as ours: one line."""
 
@@ -108,6 +112,8 @@ def build_parser(config_class: type, *, command: str) -> ArgumentParser:
                 required=setting.required,
                 **default,
             )
+    for key in RECORDED_KEYS:
+        parser.add_argument(f"--{key}", type=dict | None, default=None)
     return parser
 
 
@@ -275,6 +281,8 @@ def _check_mapping(
         if key in origins:
             first = origins[key].rpartition(": ")[0]
             raise UserError(f"{where}: {key} stands twice, first at {first}. Remove one")
+        if key in RECORDED_KEYS:
+            continue
         setting = settings.get(key)
         if setting is None:
             hint = suggestion(key, _value_keys(settings))

@@ -471,3 +471,10 @@ def test_a_resolved_config_reads_back_as_itself(tmp_path: Path) -> None:
     config = load("--objective.name=sft", "--logging.wandb.project=p", "--optimizer.lr=3e-8")
     path = write(tmp_path, yaml.safe_dump(dataclasses.asdict(config)))
     assert load_train_config([f"--config={path}"]) == config
+
+
+def test_a_runs_own_config_yaml_starts_another(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    recorded = "versions:\n  torch: 2.13.0\nfingerprints:\n  data: 1234\n"
+    file.write_text("model: {hf_path: m}\ndata: {path: d}\nlogging: {dir: l}\n" + recorded)
+    assert load_train_config(["--config", str(file)]).model.hf_path == "m"

@@ -56,8 +56,8 @@ class PairCatalog:
             if row is None:
                 continue
             trees = pair_trees(row, settings)
-            if per_turn:
-                _check_turns(row, trees)
+            if settings.preference:
+                _check_turns(row, settings, per_turn=per_turn)
             self.sizes.append(pair_size(trees))
             self._indices.append(index)
         if not self._indices:
@@ -110,17 +110,24 @@ class PairCatalog:
         )
 
 
-def _check_turns(row: PreferenceRow, trees: PairTrees) -> None:
-    """Turn by turn, chosen, rejected and reference must all be there."""
+def _check_turns(row: PreferenceRow, settings: TreeSettings, *, per_turn: bool) -> None:
+    """Answers that are compared must all be there: each turn's in the long and the short rows.
+
+    Without short rows, only an objective that goes turn by turn minds unequal numbers.
+    """
     counts = {
         "chosen": int(answer_turns(row.chosen).max()) + 1,
         "rejected": int(answer_turns(row.rejected).max()) + 1,
     }
-    if trees.reference is not None:
+    if settings.reference == "short":
         counts["reference"] = len(row.reference_chosen)
-    if len(set(counts.values())) > 1:
-        found = ", ".join(f"{name} {count}" for name, count in counts.items())
-        raise UserError(
-            f"{row.source}: objective.turns=per_turn needs as many answers in every row, found "
-            f"{found}; use objective.turns=summed or mend the row"
-        )
+    elif not per_turn:
+        return
+    if len(set(counts.values())) == 1:
+        return
+    found = ", ".join(f"{name} {count}" for name, count in counts.items())
+    needed = "the short reference rows answer" if "reference" in counts else "per_turn pairs"
+    raise UserError(
+        f"{row.source}: answers of the row: {found}; {needed} one by one, so there must be as many "
+        "of each; mend the row or remove it"
+    )

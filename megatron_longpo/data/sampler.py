@@ -27,8 +27,15 @@ class PairSampler:
     """
 
     def __init__(
-        self, num_pairs: int, *, global_batch_pairs: int, shuffle: bool, seed: int
+        self,
+        num_pairs: int,
+        *,
+        global_batch_pairs: int,
+        shuffle: bool,
+        seed: int,
+        fingerprint: str = "",
     ) -> None:
+        """`fingerprint` tells data sets of as many pairs apart."""
         if num_pairs < global_batch_pairs:
             raise UserError(
                 f"train.global_batch_pairs ({global_batch_pairs}): data.path has only {num_pairs} "
@@ -38,6 +45,7 @@ class PairSampler:
         self.global_batch_pairs = global_batch_pairs
         self.shuffle = shuffle
         self.seed = seed
+        self.fingerprint = fingerprint
         self.state = SamplerState()
 
     @property
@@ -65,7 +73,7 @@ class PairSampler:
             return np.arange(self.num_pairs)
         return np.random.default_rng([self.seed, epoch]).permutation(self.num_pairs)
 
-    def state_dict(self) -> dict[str, int | bool]:
+    def state_dict(self) -> dict[str, int | bool | str]:
         """The position, with what must agree for it to mean the same pairs again."""
         return {
             "epoch": self.state.epoch,
@@ -74,9 +82,10 @@ class PairSampler:
             "num_pairs": self.num_pairs,
             "shuffle": self.shuffle,
             "seed": self.seed,
+            "fingerprint": self.fingerprint,
         }
 
-    def load_state_dict(self, state: dict[str, int | bool]) -> None:
+    def load_state_dict(self, state: dict[str, int | bool | str]) -> None:
         """Restores a saved position.
 
         Raises:
@@ -86,6 +95,7 @@ class PairSampler:
             "num_pairs": "data.path (usable pairs)",
             "shuffle": "data.shuffle",
             "seed": "data.seed",
+            "fingerprint": "data.path (fingerprint of its rows)",
         }
         for key, setting in keys.items():
             if state[key] != getattr(self, key):

@@ -63,6 +63,8 @@ class TrainingState:
     model: Sequence[Any]
     """This rank's chunks; `sharded_state_dict` gives the policy alone."""
     optimizer: MegatronOptimizer
+    optimizer_kind: dict[str, Any]
+    """The settings `optimizer.*` that decide what its state is: name and distributed."""
     sampler: PairSampler
     groups: Groups
 
@@ -73,6 +75,8 @@ class Progress:
 
     step: int
     sampler: dict[str, Any]
+    optimizer: dict[str, Any]
+    """`TrainingState.optimizer_kind`."""
     world: dict[str, Any]
     """Parallel sizes and world size of the run that saved."""
     versions: dict[str, str]
@@ -116,6 +120,7 @@ def save(
         progress = Progress(
             step=step,
             sampler=state.sampler.state_dict(),
+            optimizer=state.optimizer_kind,
             world={**asdict(groups.sizes), "world_size": groups.world_size},
             versions=package_versions(),
         )
@@ -154,6 +159,11 @@ def load(checkpoint: Path, state: TrainingState, *, load_optimizer: bool) -> int
     progress = _read_progress(checkpoint)
     has_optimizer = any(key.startswith("optimizer.") for key in TorchDistReader(checkpoint).keys)
     with_optimizer = load_optimizer and has_optimizer
+    if progress is not None:
+        # Before anything is read into the model.
+        state.sampler.load_state_dict(progress.sampler)
+        if with_optimizer:
+            _check_optimizer(checkpoint, progress.optimizer, state.optimizer_kind)
     if with_optimizer:
         initialize_state(state.optimizer)
     with_rng = progress is not None and progress.world == {
@@ -174,10 +184,16 @@ def load(checkpoint: Path, state: TrainingState, *, load_optimizer: bool) -> int
         state.optimizer.reload_model_params()
     if with_rng:
         _set_rng_state(loaded["rng"])
-    if progress is None:
-        return 0
-    state.sampler.load_state_dict(progress.sampler)
-    return progress.step
+    return 0 if progress is None else progress.step
+
+
+def _check_optimizer(checkpoint: Path, saved: dict[str, Any], ours: dict[str, Any]) -> None:
+    for key, value in ours.items():
+        if saved[key] != value:
+            raise UserError(
+                f"optimizer.{key} ({value}): {checkpoint} was saved with {saved[key]}, whose state "
+                "is another; restore it, or leave the state with checkpoint.load_optimizer=false"
+            )
 
 
 def _sharded_state(

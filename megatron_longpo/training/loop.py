@@ -59,8 +59,13 @@ class Run:
 
     @property
     def state(self) -> checkpoint.TrainingState:
+        optimizer = self.config.optimizer
         return checkpoint.TrainingState(
-            model=self.model, optimizer=self.optimizer, sampler=self.sampler, groups=self.groups
+            model=self.model,
+            optimizer=self.optimizer,
+            optimizer_kind={"name": optimizer.name, "distributed": optimizer.distributed},
+            sampler=self.sampler,
+            groups=self.groups,
         )
 
     @property
@@ -116,6 +121,7 @@ def prepare(config: TrainConfig) -> Run:
         global_batch_pairs=config.train.global_batch_pairs,
         shuffle=config.data.shuffle,
         seed=config.data.seed,
+        fingerprint=pairs.dataset.fingerprint,
     )
     num_steps = config.train.steps or config.train.epochs * sampler.steps_per_epoch
     if sampler.dropped_pairs_per_epoch:
@@ -146,19 +152,30 @@ def prepare(config: TrainConfig) -> Run:
         )
         run.scheduler.step(increment=min(run.step, num_steps))
         console.say(f"resumed from {resume_from} at step {run.step}")
+        if run.step >= num_steps:
+            console.say(f"nothing is left to do: {num_steps} steps are asked for")
     return run
 
 
 def train(run: Run) -> None:
     """Runs the remaining steps, writing metrics, evaluations and checkpoints as they are due."""
     config = run.config
-    writer = None
-    if run.groups.is_main:
-        run_folder.write_config(config, {"data": run.pairs.dataset.fingerprint})
-        writer = MetricsWriter(
-            config.logging, resumed_step=run.step, settings=run_folder.settings(config)
-        )
     stop.listen()
+    if not run.groups.is_main:
+        _train(run, None)
+        return
+    run_folder.write_config(config, {"data": run.pairs.dataset.fingerprint})
+    writer = MetricsWriter(
+        config.logging, resumed_step=run.step, settings=run_folder.settings(config)
+    )
+    try:
+        _train(run, writer)
+    finally:
+        writer.close()
+
+
+def _train(run: Run, writer: MetricsWriter | None) -> None:
+    config = run.config
     if _stop_agreed(run):
         raise StopRequested(f"stopped before step {run.step + 1}, nothing new to save")
     if run.step == 0 and config.train.eval_at_start:
@@ -178,11 +195,7 @@ def train(run: Run) -> None:
         if is_last or must_stop or _is_due(run.step, config.checkpoint.interval):
             _save(run)
         if must_stop and not is_last:
-            if writer is not None:
-                writer.close()
             raise StopRequested(f"stopped at step {run.step} of {run.num_steps}, checkpoint saved")
-    if writer is not None:
-        writer.close()
 
 
 def train_step(run: Run) -> Metrics:
@@ -295,9 +308,15 @@ def _checkpoint_to_resume(config: TrainConfig) -> Path | None:
     resume = config.checkpoint.resume
     if resume == "never":
         return None
+    folder = Path(config.checkpoint.dir)
+    own = checkpoint.newest(folder)
     if resume == "auto":
-        return checkpoint.newest(Path(config.checkpoint.dir))
-    return checkpoint.find_iteration_folder(resume)
+        return own
+    chosen = checkpoint.find_iteration_folder(resume)
+    if own is not None and chosen.resolve().parent != folder.resolve():
+        # Requeued with the path it first started from, a run still goes on where it stopped.
+        return own
+    return chosen
 
 
 def _read_pairs(

@@ -124,14 +124,23 @@ def with_references_twice(of: PreferenceRow) -> PreferenceRow:
         (with_references_twice, "chosen 2, rejected 2, reference 4"),
     ],
 )
-def test_turn_by_turn_needs_all_of_a_turn(
+def test_every_turn_needs_its_answers_and_short_rows(
     tmp_path: Path, damage: Callable[[PreferenceRow], PreferenceRow], found: str
 ) -> None:
     two_turns: dict[str, Any] = {"chosen_answer_lengths": (1, 2), "rejected_answer_lengths": (3, 3)}
     rows = [row(6, **two_turns), damage(row(5, **two_turns))]
-    with refused(rf"rows\.jsonl:2: objective\.turns=per_turn .* {found}; use .*summed"):
-        make_catalog(tmp_path, rows, per_turn=True)
-    assert len(make_catalog(tmp_path, rows)) == 2
+    for per_turn in (False, True):
+        with refused(rf"rows\.jsonl:2: answers of the row: {found}; the short reference rows"):
+            make_catalog(tmp_path, rows, per_turn=per_turn)
+
+
+def test_without_short_rows_only_turns_mind_unequal_answers(tmp_path: Path) -> None:
+    two_turns: dict[str, Any] = {"chosen_answer_lengths": (1, 2), "rejected_answer_lengths": (3, 3)}
+    rows = [with_answers_run_together(row(5, **two_turns))]
+    settings = TreeSettings(reference="long")
+    assert len(make_catalog(tmp_path, rows, settings=settings)) == 1
+    with refused(r"rows\.jsonl:1: answers of the row: chosen 2, rejected 1; per_turn pairs"):
+        make_catalog(tmp_path, rows, settings=settings, per_turn=True)
 
 
 def test_progress_sees_every_row(tmp_path: Path) -> None:

@@ -124,8 +124,8 @@ def test_vocabulary_is_padded_for_every_rank(tensor: int, expected: int) -> None
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"tensor": 3}, r"parallel.tensor \(3\) must divide the model's heads \(4\)"),
-        ({"pipeline": 2}, r"\(2\) must divide the model's layers \(1\)"),
+        ({"tensor": 3}, r"parallel\.tensor \(3\) cannot split 4 heads"),
+        ({"pipeline": 2}, r"\(2\) must divide the model's 1 layers; use 1"),
     ],
 )
 def test_sizes_that_do_not_divide_the_model_are_refused(

@@ -85,8 +85,8 @@ def with_a_turn_too_few() -> Lines:
         (with_a_strange_token, [], "rows.jsonl:3: chosen_input_ids[1] is 300, outside"),
         (
             with_a_turn_too_few,
-            ["--objective.turns", "per_turn"],
-            "rows.jsonl:2: objective.turns=per_turn needs",
+            [],
+            "rows.jsonl:2: answers of the row: chosen",
         ),
         (good_lines, ["--data.pack_tokens", "40"], "data.pack_tokens (40): pair 'pair0'"),
         (good_lines, ["--data.max_length", "40"], "rows.jsonl:1: chosen_input_ids has 45 tokens"),

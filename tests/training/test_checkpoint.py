@@ -302,3 +302,42 @@ def test_a_signal_before_the_first_step_stops_without_a_checkpoint(
     with pytest.raises(StopRequested, match="stopped before step 1, nothing new to save"):
         loop.train(run)
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_its_own_checkpoint_wins_over_the_path_it_started_from(
+    shelf: Shelf, tmp_path: Path
+) -> None:
+    run_to_end(short_config(shelf, tmp_path / "first", steps=2))
+    first = str(tmp_path / "first" / "checkpoints")
+    again = short_config(shelf, tmp_path / "second", steps=4, checkpoint={"resume": first})
+    assert loop.prepare(again).step == 2
+    run_to_end(again)
+    assert loop.prepare(again).step == 4
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"name": "adam"}, r"optimizer\.name \(adam\): .* was saved with rmsprop"),
+        ({"distributed": False}, r"optimizer\.distributed \(False\): .* was saved with True"),
+    ],
+)
+def test_another_optimizers_state_is_refused(
+    shelf: Shelf, tmp_path: Path, changed: dict[str, Any], message: str
+) -> None:
+    run_to_end(short_config(shelf, tmp_path, steps=2))
+    config = short_config(shelf, tmp_path, optimizer=changed)
+    with pytest.raises(UserError, match=message):
+        loop.prepare(config)
+    without = short_config(shelf, tmp_path, optimizer=changed, checkpoint={"load_optimizer": False})
+    assert loop.prepare(without).step == 2
+
+
+def test_other_rows_in_equal_number_are_refused(shelf: Shelf, tmp_path: Path) -> None:
+    run_to_end(short_config(shelf, tmp_path, steps=2))
+    rows = tmp_path / "other.jsonl"
+    lines = Path(shelf.rows_file(CASE)).read_text(encoding="utf-8").splitlines()
+    rows.write_text("".join(line + "\n" for line in reversed(lines)), encoding="utf-8")
+    config = short_config(shelf, tmp_path, data={"path": str(rows)})
+    with pytest.raises(UserError, match=r"data\.path \(fingerprint of its rows\) is"):
+        loop.prepare(config)
