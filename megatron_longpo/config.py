@@ -142,7 +142,7 @@ class OptimizerConfig:
     warmup_ratio: float = field(default=0.1, metadata=limits(at_least=0, at_most=1))
     """Part of the steps over which the learning rate rises to lr."""
     min_lr: float = field(default=0.0, metadata=limits(at_least=0))
-    """Learning rate at the last step."""
+    """Where the decay ends: the learning rate that a step after the last one would have."""
     distributed: bool = True
     """Shard fp32 weights and optimizer state over the data-parallel ranks."""
 

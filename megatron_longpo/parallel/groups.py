@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -74,6 +75,7 @@ def initialize(sizes: ParallelSizes, *, timeout_minutes: float = 60, seed: int =
         tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
         return _started
     if _started is not None:
+        _started = None
         parallel_state.destroy_model_parallel()
     cpu.install()
     has_cuda = torch.cuda.is_available()
@@ -95,7 +97,7 @@ def initialize(sizes: ParallelSizes, *, timeout_minutes: float = 60, seed: int =
         context_parallel_size=sizes.context,
         # The distributed optimizer gathers its state for checkpoints over gloo.
         create_gloo_process_groups=True,
-        distributed_timeout_minutes=int(timeout_minutes),
+        distributed_timeout_minutes=math.ceil(timeout_minutes),
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     _started = Groups(
