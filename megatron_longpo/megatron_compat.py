@@ -39,6 +39,10 @@ class RMSprop(torch.optim.AdamW):
             weight_decay=settings["weight_decay"],
         )
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Adam's own looks for `step` in every state, which ours lacks beside Transformer Engine.
+        torch.optim.Optimizer.__setstate__(self, state)
+
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         assert closure is None, "Megatron steps without a closure"

@@ -12,6 +12,7 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor, nn
 
+from megatron_longpo import megatron_compat
 from megatron_longpo.config import OptimizerConfig as OptimizerSettings
 from megatron_longpo.megatron_compat import RMSprop, build_optimizer, initialize_state
 from megatron_longpo.model.spec import transformer_config
@@ -165,3 +166,18 @@ def test_state_is_one_of_its_own_for_each_parameter(
     assert [state["step"].item() for state in states] == [3.0, 3.0]
     initialize_state(optimizer)
     assert [state["step"].item() for state in states] == [3.0, 3.0], "what is there stays"
+
+
+def test_a_state_without_step_loads_as_it_does_beside_transformer_engine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(megatron_compat, "_STATE_HOLDS_STEP", False)
+    parameter = nn.Parameter(torch.ones(3))
+    settings: dict[str, Any] = {"alpha": 0.9, "eps": 1e-8, "lr": 0.1, "weight_decay": 0.0}
+    saved = RMSprop([parameter], **settings)
+    parameter.grad = torch.tensor([1.0, 2.0, 3.0])
+    saved.step()
+    assert set(saved.state[parameter]) == {"exp_avg_sq"}
+    loaded = RMSprop([parameter], **settings)
+    loaded.load_state_dict(saved.state_dict())
+    assert torch.equal(loaded.state[parameter]["exp_avg_sq"], saved.state[parameter]["exp_avg_sq"])

@@ -124,6 +124,8 @@ def plot(runs: Sequence[Run], output: Path) -> None:
 
 
 def _draw_panel(axes: Axes, runs: Sequence[Run], key: str, unit: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     for number, run in enumerate(runs):
         color = f"C{number % 10}"
         axes.plot(*run.series(key), color=color, linewidth=1.2, label=run.name)
@@ -132,6 +134,7 @@ def _draw_panel(axes: Axes, runs: Sequence[Run], key: str, unit: str) -> None:
             axes.plot(steps, values, "o--", color=color, label=f"{run.name}, evaluation")
     axes.set_title(key, fontsize=10)
     axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel(unit)
     axes.grid(alpha=0.3)
     if len(runs) > 1 or any(run.series(f"eval/{key}")[0] for run in runs):
