@@ -79,8 +79,21 @@ class DataConfig:
 class ObjectiveConfig:
     """The loss; null values take the default of the named objective (docs/settings.md)."""
 
-    name: Literal["longpo", "dpo", "sft", "sft_rejected"] = "longpo"
-    """Which objective to train."""
+    name: Literal[
+        "longpo",
+        "dpo",
+        "ipo",
+        "simpo",
+        "orpo",
+        "sft",
+        "sft_rejected",
+        "sft_short_to_long",
+        "solopo_dpo",
+        "solopo_simpo",
+        "solopo_orpo",
+        "opsdl",
+    ] = "longpo"
+    """Which objective to train; docs/objectives.md says when to use which."""
     beta: float | None = field(default=None, metadata=limits(at_least=0))
     """Temperature of the preference term, above 0 where there is one; null = by objective."""
     preference_weight: float | None = field(default=None, metadata=limits(at_least=0))
@@ -93,6 +106,15 @@ class ObjectiveConfig:
     """One logistic a pair over the sum of its turns, or one a turn, averaged."""
     label_smoothing: float = field(default=0.0, metadata=limits(at_least=0, below=0.5))
     """Chance that a pair's labels are swapped, as conservative DPO assumes."""
+    gamma: float | None = field(default=None, metadata=limits(at_least=0))
+    """Margin that simpo's rewards are to differ by; null = by objective."""
+    alignment_weight: float | None = field(default=None, metadata=limits(at_least=0))
+    """Weight of solopo's short-to-long reward alignment (its alpha); null = by objective."""
+    divergence_weight: float | None = field(default=None, metadata=limits(at_least=0))
+    """Weight of the KL from the policy on the long document to the reference on the short chunk,
+    for opsdl and sft_short_to_long; null = by objective."""
+    divergence_scope: Literal["chosen_answers", "rejected_answers"] | None = None
+    """Answers along which opsdl takes that KL; null = rejected_answers, what long input wrote."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

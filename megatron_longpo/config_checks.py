@@ -5,74 +5,26 @@ A message says field, value, rule and remedy in one line.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from megatron_longpo.config_fields import check_limits
+from megatron_longpo.config_objectives import (
+    OBJECTIVE_DEFAULTS,
+    ObjectiveDefaults,
+    check_objective,
+    filled_objective,
+)
 from megatron_longpo.errors import UserError
 
 if TYPE_CHECKING:
     # Only for types: config.py imports this file.
     from megatron_longpo.config import (
-        ObjectiveConfig,
         ParallelConfig,
         ReferenceConfig,
         TrainConfig,
     )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ObjectiveDefaults:
-    """What an objective's name decides where the user does not."""
-
-    beta: float
-    """0 where the objective has no preference term."""
-    preference_weight: float
-    nll_weight: float
-    nll_scope: Literal["chosen_row", "chosen_answers"]
-    context: Literal["short", "long"]
-    mode: Literal["online", "none"]
-
-    @property
-    def has_preference(self) -> bool:
-        return self.beta > 0
-
-
-OBJECTIVE_DEFAULTS = {
-    "longpo": ObjectiveDefaults(
-        beta=0.01,
-        preference_weight=0.01,
-        nll_weight=1.0,
-        nll_scope="chosen_row",
-        context="short",
-        mode="online",
-    ),
-    "dpo": ObjectiveDefaults(
-        beta=0.1,
-        preference_weight=1.0,
-        nll_weight=0.0,
-        nll_scope="chosen_answers",
-        context="long",
-        mode="online",
-    ),
-    "sft": ObjectiveDefaults(
-        beta=0.0,
-        preference_weight=0.0,
-        nll_weight=1.0,
-        nll_scope="chosen_answers",
-        context="long",
-        mode="none",
-    ),
-    "sft_rejected": ObjectiveDefaults(
-        beta=0.0,
-        preference_weight=0.0,
-        nll_weight=1.0,
-        nll_scope="chosen_answers",
-        context="long",
-        mode="none",
-    ),
-}
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
@@ -82,7 +34,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
     defaults = OBJECTIVE_DEFAULTS[config.objective.name]
     resolved = replace(
         config,
-        objective=_filled_objective(config.objective, defaults),
+        objective=filled_objective(config.objective, defaults),
         reference=_filled_reference(config.reference, defaults, config.model.hf_path),
         parallel=_filled_parallel(config.parallel),
         checkpoint=replace(
@@ -90,7 +42,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
             dir=config.checkpoint.dir or str(PurePath(config.logging.dir) / "checkpoints"),
         ),
     )
-    _check_objective(resolved, defaults)
+    check_objective(resolved, defaults)
     _check_rest(resolved)
     return resolved
 
@@ -153,20 +105,6 @@ def _check_available(config: TrainConfig) -> None:
             raise UserError(f"{key} ({shown}) is not available yet. Use {remedy}")
 
 
-def _filled_objective(objective: ObjectiveConfig, defaults: ObjectiveDefaults) -> ObjectiveConfig:
-    def filled(value: float | None, default: float) -> float:
-        return default if value is None else value
-
-    return replace(
-        objective,
-        # An objective without a preference term has no beta, whatever a shared YAML says.
-        beta=filled(objective.beta, defaults.beta) if defaults.has_preference else 0.0,
-        preference_weight=filled(objective.preference_weight, defaults.preference_weight),
-        nll_weight=filled(objective.nll_weight, defaults.nll_weight),
-        nll_scope=objective.nll_scope or defaults.nll_scope,
-    )
-
-
 def _filled_reference(
     reference: ReferenceConfig, defaults: ObjectiveDefaults, model_path: str
 ) -> ReferenceConfig:
@@ -187,44 +125,6 @@ def _filled_parallel(parallel: ParallelConfig) -> ParallelConfig:
             "is 1. Use false, or leave it out"
         )
     return parallel
-
-
-def _check_objective(config: TrainConfig, defaults: ObjectiveDefaults) -> None:
-    """`config` is filled: nothing of the objective is None."""
-    objective = config.objective
-    if not defaults.has_preference:
-        _check_sft(config)
-        return
-    if not objective.beta:
-        raise UserError(
-            f"objective.beta (0) must be above 0 for {objective.name}. Its default is "
-            f"{defaults.beta:g}"
-        )
-    if not objective.preference_weight and not objective.nll_weight:
-        raise UserError(
-            "objective.preference_weight (0) and objective.nll_weight (0): nothing is left to "
-            "train. Set one of them above 0"
-        )
-
-
-def _check_sft(config: TrainConfig) -> None:
-    objective, name = config.objective, config.objective.name
-    if objective.preference_weight:
-        raise UserError(
-            f"objective.preference_weight ({objective.preference_weight:g}): {name} has no "
-            "preference term. Remove it, or use objective.name longpo or dpo"
-        )
-    if not objective.nll_weight:
-        raise UserError(f"objective.nll_weight (0): {name} has no other term. Remove it")
-    if name == "sft_rejected" and objective.nll_scope != "chosen_answers":
-        raise UserError(
-            f"objective.nll_scope ({objective.nll_scope}): sft_rejected trains the rejected "
-            "answers alone. Remove it"
-        )
-    if config.reference.mode != "none":
-        raise UserError(
-            f"reference.mode ({config.reference.mode}): {name} uses no reference. Remove it"
-        )
 
 
 def _check_rest(config: TrainConfig) -> None:

@@ -1,4 +1,4 @@
-"""The proof: LongPO, DPO and SFT in plain transformers + torch, as slow and plain as can be.
+"""The proof: every objective in plain transformers + torch, as slow and plain as can be.
 
 Every conversation is scored by a forward pass of its own over its own tokens: no packing, no
 shared prefix, no parallelism, no chunked head, and nothing imported from megatron_longpo. What
@@ -23,15 +23,19 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PairSums:
-    """What one pair contributes, in nats, before any weight."""
+    """What one pair contributes, in nats, before any weight. Row names are `long_chosen` etc."""
 
-    policy_chosen: list[float]
-    """One sum of answer log-probs a turn; likewise the next three."""
-    policy_rejected: list[float]
-    reference_chosen: list[float]
-    reference_rejected: list[float]
+    policy: dict[str, list[float]]
+    """By row one sum of answer log-probs a turn."""
+    reference: dict[str, list[float]]
+    token_counts: dict[str, list[int]]
+    """By row the answer tokens of each turn."""
     nll_sum: float
     nll_count: int
+    divergence_sum: float
+    divergence_count: int
+    chosen_reward: float
+    rejected_reward: float
     loss: float
 
 
@@ -59,90 +63,141 @@ def oracle_step(
     nll_scope: str = "chosen_row",
     turns: str = "summed",
     label_smoothing: float = 0.0,
+    gamma: float = 0.0,
+    alignment_weight: float = 0.0,
+    divergence_weight: float = 0.0,
+    divergence_scope: str = "chosen_answers",
     reference_context: str = "short",
 ) -> OracleResult:
     """Returns the loss over `rows`, its metrics and its gradient with respect to `policy`.
 
     `policy` and `reference` are Hugging Face causal language models; `reference` None means
-    reference log-probs of 0. `name` is `longpo`, `dpo` (same formula; pass the long reference
-    context and its weights), `sft` or `sft_rejected`. `policy`'s `.grad` is left filled.
+    reference log-probs of 0. `policy`'s `.grad` is left filled.
     """
-    assert name in ("longpo", "dpo", "sft", "sft_rejected")
     assert nll_scope in ("chosen_row", "chosen_answers") and turns in ("summed", "per_turn")
     assert reference_context in ("short", "long")
-    is_preference = name in ("longpo", "dpo")
     policy.eval()  # No dropout; gradients flow all the same.
     policy.zero_grad(set_to_none=True)
     pairs: list[PairSums] = []
     columns: list[dict[str, float]] = []
+    policy_rows, reference_rows = rows_of(name, reference_context)
+    short_to_long = name.startswith("solopo")
 
     for row in rows:
-        # 1. The policy on both long conversations.
-        branch = row.rejected if name == "sft_rejected" else row.chosen
-        branch_logps = token_logps(policy, branch)
-        nothing = torch.zeros(0, dtype=torch.float64)
-        policy_w = policy_l = reference_w = reference_l = nothing
-        if is_preference:
-            policy_w = turn_sums(branch_logps, row.chosen)
-            policy_l = turn_sums(token_logps(policy, row.rejected), row.rejected)
-            reference_w, reference_l = torch.zeros_like(policy_w), torch.zeros_like(policy_l)
-            if reference is not None:
-                reference_w = reference_turn_sums(reference, row, "chosen", reference_context)
-                reference_l = reference_turn_sums(reference, row, "rejected", reference_context)
+        # 1. Every answer under every context that matters, each by a forward pass of its own.
+        p = {key: conversation_sums(policy, row, key) for key in policy_rows}
+        r = {key: torch.zeros_like(p[key]) for key in policy_rows}
+        if reference is not None:
+            reference.eval()
+            with torch.no_grad():
+                r = {key: conversation_sums(reference, row, key) for key in reference_rows}
+        counts = {key: answer_counts(row, key) for key in policy_rows}
 
-        # 2. z = (P_w - P_l) - (R_w - R_l), of the conversation or of each turn.
         loss = torch.zeros((), dtype=torch.float64)
         column: dict[str, float] = {}
-        if is_preference:
-            z = (policy_w - policy_l) - (reference_w - reference_l)
-            if turns == "summed":
-                z = z.sum().reshape(1)
-            # -log sigmoid(x) = log(1 + exp(-x)).
-            right = torch.logaddexp(-beta * z, torch.zeros_like(z))
-            swapped = torch.logaddexp(beta * z, torch.zeros_like(z))
-            preference = ((1 - label_smoothing) * right + label_smoothing * swapped).mean()
+
+        # 2. The preference, of the conversation or of each turn: rewards r_w and r_l, then a loss.
+        if policy_rows:
+
+            def unit(x: Tensor) -> Tensor:
+                return x.sum().reshape(1) if turns == "summed" else x
+
+            def reward(key: str, p: Any = p, r: Any = r, counts: Any = counts) -> Tensor:
+                reference_key = key
+                if not short_to_long and reference is not None and reference_rows:
+                    reference_key = key.replace("long", reference_context)
+                if name in ("longpo", "dpo", "solopo_dpo"):
+                    return beta * unit(p[key] - r[reference_key])
+                if name == "ipo":
+                    return beta * unit(p[key] - r[reference_key]) / unit(counts[key])
+                mean = unit(p[key]) / unit(counts[key])
+                if name in ("simpo", "solopo_simpo"):
+                    return beta * mean
+                assert name in ("orpo", "solopo_orpo")
+                return (mean.exp() / (1 - mean.exp())).log()
+
+            context = "short" if short_to_long else "long"
+            chosen_reward, rejected_reward = (
+                reward(f"{context}_chosen"),
+                reward(f"{context}_rejected"),
+            )
+            margin = chosen_reward - rejected_reward
+            if name == "ipo":
+                losses = (margin / beta - 1 / (2 * beta)) ** 2
+            else:
+                # -log sigmoid(x) = log(1 + exp(-x)).
+                margin = margin - gamma
+                right = torch.logaddexp(-margin, torch.zeros_like(margin))
+                swapped = torch.logaddexp(margin, torch.zeros_like(margin))
+                losses = (1 - label_smoothing) * right + label_smoothing * swapped
+            preference = losses.mean()
             loss = loss + preference_weight * preference
-            chosen_reward = beta * float((policy_w - reference_w).sum())
-            rejected_reward = beta * float((policy_l - reference_l).sum())
             column |= {
                 "preference_loss": float(preference),
-                "rewards/chosen": chosen_reward,
-                "rewards/rejected": rejected_reward,
-                "rewards/accuracies": float(chosen_reward > rejected_reward),
-                "rewards/margins": chosen_reward - rejected_reward,
-                "logps/chosen": float(policy_w.sum()),
-                "logps/rejected": float(policy_l.sum()),
+                "rewards/chosen": float(chosen_reward.sum()),
+                "rewards/rejected": float(rejected_reward.sum()),
+                "rewards/accuracies": float(chosen_reward.sum() > rejected_reward.sum()),
+                "rewards/margins": float(chosen_reward.sum() - rejected_reward.sum()),
+                "logps/chosen": float(p[f"{context}_chosen"].sum()),
+                "logps/rejected": float(p[f"{context}_rejected"].sum()),
             }
-            if reference is not None:
+            if reference is not None and reference_rows:
+                asked = "short" if short_to_long else reference_context
                 column |= {
-                    "reference_logps/chosen": float(reference_w.sum()),
-                    "reference_logps/rejected": float(reference_l.sum()),
+                    "reference_logps/chosen": float(r[f"{asked}_chosen"].sum()),
+                    "reference_logps/rejected": float(r[f"{asked}_rejected"].sum()),
                 }
-        else:
-            key = "logps/rejected" if name == "sft_rejected" else "logps/chosen"
-            column[key] = float(turn_sums(branch_logps, branch).sum())
+            if short_to_long:
+                gap = (reward("short_chosen") - reward("long_chosen")).abs().mean()
+                loss = loss + alignment_weight * gap
+                column["alignment_loss"] = float(gap)
+                column["logps/long_chosen"] = float(p["long_chosen"].sum())
+                if reference is not None and reference_rows:
+                    column["reference_logps/long_chosen"] = float(r["long_chosen"].sum())
 
         # 3. NLL: every token of the row but the first, or the answers; a mean over its tokens.
-        counted = branch_logps
-        if name == "sft_rejected" or nll_scope == "chosen_answers":
-            counted = branch_logps[is_answer(branch)[1:]]
-        nll_sum, nll_count = -counted.sum(), len(counted)
-        if nll_weight and nll_count:
-            loss = loss + nll_weight * nll_sum / nll_count
+        nll_sum, nll_count = torch.zeros((), dtype=torch.float64), 0
         if nll_weight:
+            if short_to_long:
+                nll_rows, only_answers = list(row.reference_chosen), True
+            elif name == "sft_rejected":
+                nll_rows, only_answers = [row.rejected], True
+            else:
+                nll_rows, only_answers = [row.chosen], nll_scope == "chosen_answers"
+            for nll_row in nll_rows:
+                counted = token_logps(policy, nll_row)
+                if only_answers:
+                    counted = counted[is_answer(nll_row)[1:]]
+                nll_sum, nll_count = nll_sum - counted.sum(), nll_count + len(counted)
+            if nll_count:
+                loss = loss + nll_weight * nll_sum / nll_count
             column["nll_loss"] = float(nll_sum) / nll_count if nll_count else 0.0
 
-        # 4. One pair's share of the mean; its graphs are freed before the next pair.
+        # 4. KL(policy on the long row || reference), token by token of an answer that both read.
+        divergence = torch.zeros(0, dtype=torch.float64)
+        if divergence_weight:
+            branch = divergence_scope.removesuffix("_answers")
+            with torch.no_grad():
+                teacher = answer_distributions(reference, row, f"{reference_context}_{branch}")
+            student = answer_distributions(policy, row, f"long_{branch}")
+            divergence = (student.exp() * (student - teacher)).sum(-1)
+            loss = loss + divergence_weight * divergence.mean()
+            column["divergence_loss"] = float(divergence.mean())
+
+        # 5. One pair's share of the mean; its graphs are freed before the next pair.
         (loss / len(rows)).backward()
         columns.append({"loss": float(loss), **column})
         pairs.append(
             PairSums(
-                policy_chosen=policy_w.tolist(),
-                policy_rejected=policy_l.tolist(),
-                reference_chosen=reference_w.tolist(),
-                reference_rejected=reference_l.tolist(),
+                policy={key: sums.tolist() for key, sums in p.items()},
+                reference={key: sums.tolist() for key, sums in r.items()},
+                token_counts={key: values.tolist() for key, values in counts.items()},
                 nll_sum=float(nll_sum),
                 nll_count=nll_count,
+                divergence_sum=float(divergence.sum()),
+                divergence_count=len(divergence),
+                chosen_reward=column.get("rewards/chosen", 0.0),
+                rejected_reward=column.get("rewards/rejected", 0.0),
                 loss=float(loss),
             )
         )
@@ -160,6 +215,59 @@ def oracle_step(
         gradients=gradients,
         grad_norm=norm,
     )
+
+
+def rows_of(name: str, reference_context: str) -> tuple[list[str], list[str]]:
+    """The answers whose sums the preference needs from the policy, and from the reference."""
+    long_rows = ["long_chosen", "long_rejected"]
+    referenced = [f"{reference_context}_chosen", f"{reference_context}_rejected"]
+    solopo = ["short_chosen", "short_rejected", "long_chosen"]
+    return {
+        "longpo": (long_rows, referenced),
+        "dpo": (long_rows, referenced),
+        "ipo": (long_rows, referenced),
+        "simpo": (long_rows, []),
+        "orpo": (long_rows, []),
+        "sft": ([], []),
+        "sft_rejected": ([], []),
+        "sft_short_to_long": ([], []),
+        "solopo_dpo": (solopo, solopo),
+        "solopo_simpo": (solopo, []),
+        "solopo_orpo": (solopo, []),
+        "opsdl": ([], []),
+    }[name]
+
+
+def conversations(row: Any, key: str) -> list[Any]:
+    """`long_*`: the one long conversation with all answers; `short_*`: one row a turn."""
+    context, branch = key.split("_")
+    if context == "long":
+        return [getattr(row, branch)]
+    return list(getattr(row, f"reference_{branch}"))
+
+
+def conversation_sums(model: Any, row: Any, key: str) -> Tensor:
+    """`[turns]`: log-prob of each answer under its context."""
+    return torch.cat([turn_sums(token_logps(model, one), one) for one in conversations(row, key)])
+
+
+def answer_counts(row: Any, key: str) -> Tensor:
+    """`[turns]`: tokens of each answer."""
+    ones = [
+        turn_sums(torch.ones(len(one.input_ids) - 1, dtype=torch.float64), one)
+        for one in conversations(row, key)
+    ]
+    return torch.cat(ones)
+
+
+def answer_distributions(model: Any, row: Any, key: str) -> Tensor:
+    """`[answer tokens, V]` float64: log-probs of all tokens, wherever an answer's is predicted."""
+    found = []
+    for one in conversations(row, key):
+        ids = torch.as_tensor(np.asarray(one.input_ids), dtype=torch.int64)
+        logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
+        found.append(torch.log_softmax(logits.double(), dim=-1)[is_answer(one)[1:]])
+    return torch.cat(found)
 
 
 def token_logps(model: Any, row: Any) -> Tensor:
@@ -187,17 +295,6 @@ def turn_sums(logps: Tensor, row: Any) -> Tensor:
                 runs.append([])
             runs[-1].append(position - 1)  # logps[t - 1] belongs to token t.
     return torch.stack([logps[run].sum() for run in runs])
-
-
-@torch.no_grad()
-def reference_turn_sums(reference: Any, row: Any, branch: str, context: str) -> Tensor:
-    """`[turns]`: each answer under its own short chunk, or all under the long conversation."""
-    reference.eval()
-    if context == "long":
-        long_row = getattr(row, branch)
-        return turn_sums(token_logps(reference, long_row), long_row)
-    short_rows = getattr(row, f"reference_{branch}")
-    return torch.cat([turn_sums(token_logps(reference, short), short) for short in short_rows])
 
 
 def oracle_train(

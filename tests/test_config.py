@@ -55,6 +55,10 @@ CONTRACT_DEFAULTS: dict[str, Any] = {
     "objective.nll_scope": "chosen_row",
     "objective.turns": "summed",
     "objective.label_smoothing": 0.0,
+    "objective.gamma": 0.0,
+    "objective.alignment_weight": 0.0,
+    "objective.divergence_weight": 0.0,
+    "objective.divergence_scope": "chosen_answers",
     "parallel.tensor": 1,
     "parallel.pipeline": 1,
     "parallel.virtual_pipeline": None,
@@ -131,6 +135,12 @@ def test_defaults_are_those_of_the_contract() -> None:
         ("dpo", (0.1, 1.0, 0.0, "chosen_answers", "long", "online")),
         ("sft", (0.0, 0.0, 1.0, "chosen_answers", "long", "none")),
         ("sft_rejected", (0.0, 0.0, 1.0, "chosen_answers", "long", "none")),
+        ("ipo", (0.1, 1.0, 0.0, "chosen_answers", "long", "online")),
+        ("simpo", (2.0, 1.0, 0.0, "chosen_answers", "long", "none")),
+        ("orpo", (0.0, 0.1, 1.0, "chosen_answers", "long", "none")),
+        ("sft_short_to_long", (0.0, 0.0, 1.0, "chosen_answers", "short", "online")),
+        ("solopo_dpo", (0.1, 1.0, 0.0, "chosen_answers", "short", "online")),
+        ("opsdl", (0.0, 0.0, 0.0, "chosen_answers", "short", "online")),
     ],
 )
 def test_the_objective_decides_what_is_left_out(name: str, expected: tuple[Any, ...]) -> None:
@@ -171,15 +181,24 @@ def test_resolving_twice_changes_nothing() -> None:
 
 
 def test_objective_names_agree_with_the_objectives() -> None:
-    assert get_args(get_type_hints(ObjectiveConfig)["name"]) == objectives.OBJECTIVES
-    assert tuple(OBJECTIVE_DEFAULTS) == objectives.OBJECTIVES
+    names = tuple(objectives.OBJECTIVES)
+    assert get_args(get_type_hints(ObjectiveConfig)["name"]) == names
+    assert tuple(OBJECTIVE_DEFAULTS) == names
 
 
 @pytest.mark.parametrize("name", list(OBJECTIVE_DEFAULTS))
 def test_every_objective_builds_from_its_resolved_settings(name: str) -> None:
-    settings = dataclasses.asdict(load(f"--objective.name={name}").objective)
-    built = objectives.build_objective(settings.pop("name"), **settings)
-    assert built.nll_weight == settings["nll_weight"]
+    config = load(f"--objective.name={name}")
+    settings = dataclasses.asdict(config.objective)
+    assert None not in settings.values()
+    built = objectives.build_objective(
+        settings.pop("name"), {**settings, "reference_context": config.reference.context}
+    )
+    fields = dataclasses.asdict(built)
+    assert fields.items() >= {k: v for k, v in settings.items() if k in fields}.items()
+    # A reference is loaded where the objective reads one, and nowhere else.
+    reads = bool(built.needs.reference) or built.needs.divergence is not None
+    assert reads == (config.reference.mode == "online")
 
 
 # YAML and command line
@@ -263,7 +282,7 @@ def test_merge_keys_and_anchors_work(tmp_path: Path) -> None:
         ("train:\ndata: {path: d}\n", "train.yaml:1: train is an empty section"),
         ("lora: [1]\n", "train.yaml:1: lora (a list) must be an object (key: value) or null"),
         ("model: {rope_scaling: 8}\n", "(8) must be an object (key: value) or null"),
-        ("objective:\n  name: orpo\n", "must be one of longpo, dpo, sft, sft_rejected"),
+        ("objective:\n  name: kto\n", "must be one of longpo, dpo, ipo, simpo, orpo, sft,"),
         ("train: {seed: 1}\ntrain: {seed: 2}\n", "train.yaml:2: train stands twice, first at"),
         ("train:\n  seed: [1\n", "train.yaml:3: not valid YAML: expected"),
         ("- train\n", "train.yaml:1: must be `section:` and keys under it"),
@@ -338,12 +357,26 @@ def test_what_is_required_is_asked_for() -> None:
             ["--objective.preference_weight=0", "--objective.nll_weight=0"],
             "nothing is left to train",
         ),
-        (["--objective.name=sft", "--objective.preference_weight=1"], "has no preference term"),
-        (["--objective.name=sft", "--objective.nll_weight=0"], "sft has no other term"),
+        (
+            ["--objective.name=sft", "--objective.preference_weight=1"],
+            "objective.preference_weight (1): sft has no use for it. Remove it, or use "
+            "objective.name longpo, dpo, ipo, simpo, orpo, solopo_dpo",
+        ),
+        (["--objective.name=sft", "--objective.nll_weight=0"], "(0): nothing is left to train"),
+        (["--objective.name=opsdl", "--objective.divergence_weight=0"], "nothing is left to train"),
+        (["--objective.gamma=1"], "longpo has no use for it. Remove it, or use objective.name sim"),
+        (["--objective.name=dpo", "--objective.alignment_weight=1"], "use objective.name solopo_"),
+        (["--objective.name=ipo", "--objective.label_smoothing=0.1"], "ipo has no use for it"),
+        (["--objective.name=opsdl", "--objective.turns=per_turn"], "opsdl has no use for it"),
+        (["--objective.name=simpo", "--reference.mode=online"], "simpo uses no reference"),
+        (
+            ["--objective.name=opsdl", "--reference.mode=none"],
+            "reference.mode (none): opsdl compares whole next-token distributions",
+        ),
         (["--objective.name=sft", "--reference.mode=online"], "sft uses no reference"),
         (
             ["--objective.name=sft_rejected", "--objective.nll_scope=chosen_row"],
-            "sft_rejected trains the rejected answers alone",
+            "objective.nll_scope (chosen_row): sft_rejected has no use for it",
         ),
         (["--optimizer.min_lr=1"], "optimizer.min_lr (1) must not exceed optimizer.lr (5e-07)"),
         (["--train.eval_interval=5"], "needs rows to evaluate on. Set data.eval_path"),
@@ -418,15 +451,23 @@ def test_every_setting_is_documented_with_its_default() -> None:
 
 def test_the_page_has_the_defaults_by_objective() -> None:
     page = (ROOT / "docs" / "settings.md").read_text()
+
+    def shown(value: float) -> str:
+        return f"{value:g}" if value else "-"
+
     for name, defaults in OBJECTIVE_DEFAULTS.items():
         cells = re.search(rf"^\| `{name}` \| (.*) \|$", page, re.MULTILINE)
         assert cells is not None, name
-        beta, preference, nll, scope, context, mode = cells.group(1).split(" | ")
-        assert beta == (f"{defaults.beta:g}" if defaults.has_preference else "unused")
-        assert (float(preference), float(nll)) == (defaults.preference_weight, defaults.nll_weight)
-        assert scope.startswith(defaults.nll_scope)
-        assert context == (defaults.context if defaults.has_preference else "unused")
+        beta, preference, nll, scope, context, mode, also = cells.group(1).split(" | ")
+        assert (beta, preference) == (shown(defaults.beta), shown(defaults.preference_weight))
+        assert float(nll) == defaults.nll_weight
+        assert scope == ("-" if "nll_scope" in defaults.unused else defaults.nll_scope)
         assert mode == defaults.mode
+        expected_context = "-" if mode == "none" else defaults.context
+        assert context == ("both" if name == "solopo_dpo" else expected_context)
+        for key in ("gamma", "alignment_weight", "divergence_weight"):
+            value = getattr(defaults, key)
+            assert (f"{key} {value:g}" in also) == bool(value), (name, key)
 
 
 def test_every_setting_has_a_meaning() -> None:

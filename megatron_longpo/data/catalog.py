@@ -56,7 +56,7 @@ class PairCatalog:
             if row is None:
                 continue
             trees = pair_trees(row, settings)
-            if settings.preference:
+            if settings.policy or settings.divergence is not None:
                 _check_turns(row, settings, per_turn=per_turn)
             self.sizes.append(pair_size(trees))
             self._indices.append(index)
@@ -119,7 +119,7 @@ def _check_turns(row: PreferenceRow, settings: TreeSettings, *, per_turn: bool) 
         "chosen": int(answer_turns(row.chosen).max()) + 1,
         "rejected": int(answer_turns(row.rejected).max()) + 1,
     }
-    if settings.reference == "short":
+    if settings.reads_short_rows:
         counts["reference"] = len(row.reference_chosen)
     elif not per_turn:
         return

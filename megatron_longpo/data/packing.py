@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_longpo.data.tree import Forest, PairTrees, concatenate
+from megatron_longpo.data.forest import Forest, Term, concatenate
+from megatron_longpo.data.tree import PairTrees
 from megatron_longpo.errors import UserError
 
 
@@ -18,13 +19,15 @@ class Pack:
 
     policy: Forest
     reference: Forest | None
+    reference_terms: tuple[Term, ...]
+    """The sums that the reference's edges join."""
     pair_ids: tuple[str, ...]
     weights: np.ndarray
     """[N] int64; 1, or 0 for the pair of a filler microbatch, which no sum or count includes."""
     turn_counts: np.ndarray
     """[N] int64."""
-    nll_counts: np.ndarray
-    """[N] int64."""
+    counts: Mapping[Term, np.ndarray]
+    """For each of the policy's terms [N, T] int64: the tokens that its sums are over."""
 
     @property
     def num_pairs(self) -> int:
@@ -44,7 +47,7 @@ class PairSize:
     """Query-key pairs under the causal tree mask."""
     reference_attended: int
     policy_edges: int
-    """Predictions that the log-prob head scores."""
+    """Next-token distributions that the head computes."""
     reference_edges: int
 
     @property
@@ -70,8 +73,8 @@ def pair_size(trees: PairTrees) -> PairSize:
         reference_tokens=reference.num_tokens if reference is not None else 0,
         policy_attended=policy.attended_pairs,
         reference_attended=reference.attended_pairs if reference is not None else 0,
-        policy_edges=policy.num_edges,
-        reference_edges=reference.num_edges if reference is not None else 0,
+        policy_edges=policy.num_scored,
+        reference_edges=reference.num_scored if reference is not None else 0,
     )
 
 
@@ -79,13 +82,18 @@ def make_pack(pairs: Sequence[PairTrees], *, is_filler: bool = False) -> Pack:
     """Concatenates the pairs of a microbatch; pair n of the pack is `pairs[n]`."""
     references = [trees.reference for trees in pairs if trees.reference is not None]
     order = range(len(pairs))
+    num_turns = max(trees.num_turns for trees in pairs)
     return Pack(
         policy=concatenate([trees.policy for trees in pairs], pairs=order),
         reference=concatenate(references, pairs=order) if references else None,
+        reference_terms=pairs[0].reference_terms,
         pair_ids=tuple(trees.id for trees in pairs),
         weights=np.full(len(pairs), 0 if is_filler else 1, dtype=np.int64),
         turn_counts=np.array([trees.num_turns for trees in pairs], dtype=np.int64),
-        nll_counts=np.array([trees.nll_count for trees in pairs], dtype=np.int64),
+        counts={
+            term: np.stack([np.pad(t.counts[term], (0, num_turns - t.num_turns)) for t in pairs])
+            for term in pairs[0].counts
+        },
     )
 
 

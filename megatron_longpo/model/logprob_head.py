@@ -87,7 +87,7 @@ class _EdgeLogps(torch.autograd.Function):
         for begin in range(0, len(sources), chunk_edges):
             chunk = slice(begin, begin + chunk_edges)
             logits = _logits(hidden[sources[chunk]], weight, shard, accumulator)
-            normalizer = _log_sum_exp(logits, shard.group)
+            normalizer = log_sum_exp(logits, shard.group)
             normalizers[chunk] = normalizer
             logps[chunk] = _target_logits(logits, targets[chunk], shard) - normalizer
         ctx.save_for_backward(hidden, weight, sources, targets, normalizers)
@@ -123,7 +123,7 @@ def _logits(states: Tensor, weight: Tensor, shard: VocabularyShard, dtype: torch
     return logits
 
 
-def _log_sum_exp(logits: Tensor, group: ProcessGroup) -> Tensor:
+def log_sum_exp(logits: Tensor, group: ProcessGroup) -> Tensor:
     """[c,v] -> [c], over the whole vocabulary."""
     local = torch.logsumexp(logits, dim=-1)
     if group.size() == 1:

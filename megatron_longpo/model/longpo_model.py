@@ -1,7 +1,8 @@
 """Policy and reference in one module: the reference rides in the policy's pipeline pass.
 
-Letters: p and r policy and reference tokens on this rank, padding included; h hidden size; e edges
-of this rank, the policy's before the reference's.
+Letters: p and r policy and reference tokens on this rank, padding included; t those of one of them;
+h hidden size; e edges of this rank, the policy's before the reference's; d the policy's places that
+are compared with the reference's.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
@@ -19,6 +21,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from megatron_longpo.model.divergence import reverse_kl
 from megatron_longpo.model.logprob_head import VocabularyShard, edge_logps
 from megatron_longpo.model.rope import rotary_angles
 from megatron_longpo.parallel.layout import RankPack, RankTokens
@@ -45,13 +48,19 @@ class LongPOModel(MegatronModule):
     """
 
     def __init__(
-        self, *, policy: ChunkModel, reference: ChunkModel | None, tensor_group: ProcessGroup
+        self,
+        *,
+        policy: ChunkModel,
+        reference: ChunkModel | None,
+        tensor_group: ProcessGroup,
+        context_group: ProcessGroup,
     ) -> None:
         super().__init__(config=policy.gpt.config)
         self.policy = policy.gpt
         self.reference = reference.gpt if reference is not None else None
         self._chunks = {"policy": policy, "reference": reference}
         self._tensor_group = tensor_group
+        self._context_group = context_group
         self._received: Tensor | None = None
         self.model_type = policy.gpt.model_type
         self.vp_stage = policy.gpt.vp_stage
@@ -66,17 +75,33 @@ class LongPOModel(MegatronModule):
         """Runs this stage.
 
         Returns:
-            On the last stage [e] fp32 log-probabilities, in nats, of the policy's edges and then
-            the reference's; else the hidden states [p + r, 1, h] for the next stage.
+            On the last stage [e + d] fp32, in nats: log-probabilities of the policy's edges and
+            then the reference's, and after them the divergence of each of the policy's places;
+            else the hidden states [p + r, 1, h] for the next stage.
         """
         policy_input, reference_input = self._split_received(pack)
-        outputs = [self._run(self._chunk("policy"), pack.policy, policy_input)]
-        if pack.reference is not None:
-            with torch.no_grad():
-                outputs.append(self._run(self._chunk("reference"), pack.reference, reference_input))
+        policy = self._chunk("policy")
+        policy_hidden = self._hidden(policy, pack.policy, policy_input)
+        if pack.reference is None:
+            if not self.post_process:
+                return policy_hidden
+            return self._logps(policy, pack.policy, self._whole(policy, policy_hidden))
+        reference = self._chunk("reference")
+        with torch.no_grad():
+            reference_hidden = self._hidden(reference, pack.reference, reference_input)
+        if not self.post_process:
+            return torch.cat([policy_hidden, reference_hidden])
+        policy_hidden = self._whole(policy, policy_hidden)
+        outputs = [self._logps(policy, pack.policy, policy_hidden)]
+        with torch.no_grad():
+            reference_hidden = self._whole(reference, reference_hidden)
+            outputs.append(self._logps(reference, pack.reference, reference_hidden))
+        if pack.policy.divergence.num_slots:
+            outputs.append(self._divergence(pack, policy_hidden, reference_hidden))
         return torch.cat(outputs)
 
-    def _run(self, chunk: ChunkModel, tokens: RankTokens, received: Tensor | None) -> Tensor:
+    def _hidden(self, chunk: ChunkModel, tokens: RankTokens, received: Tensor | None) -> Tensor:
+        """Hidden states after this stage, [tokens of this rank, 1, h]."""
         gpt = chunk.gpt
         embedded = None
         if gpt.pre_process:
@@ -85,20 +110,54 @@ class LongPOModel(MegatronModule):
             )
         else:
             gpt.set_input_tensor(received)
-        hidden = gpt.decoder(
+        return gpt.decoder(
             hidden_states=embedded,
             attention_mask=None,
             rotary_pos_emb=rotary_angles(chunk.inv_freq, tokens.position_ids),
             packed_seq_params=tokens.attention,
         )
-        if not gpt.post_process:
-            return hidden
-        if gpt.config.sequence_parallel:
+
+    def _whole(self, chunk: ChunkModel, hidden: Tensor) -> Tensor:
+        """Final states of all this context rank's tokens, [t, h], on every tensor rank.
+
+        A head's gradient is a tensor rank's part of a sum, which backward adds up here, once.
+        """
+        if chunk.gpt.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=True, group=self._tensor_group
             )
         else:
             hidden = copy_to_tensor_model_parallel_region(hidden, group=self._tensor_group)
+        return hidden.squeeze(1)
+
+    def _logps(self, chunk: ChunkModel, tokens: RankTokens, hidden: Tensor) -> Tensor:
+        edges = tokens.edges
+        weight, shard = self._head(chunk)
+        return edge_logps(hidden, weight, edges.sources, edges.targets, shard)
+
+    def _divergence(
+        self, pack: RankPack, policy_hidden: Tensor, reference_hidden: Tensor
+    ) -> Tensor:
+        """KL of policy and reference at this rank's places, [d].
+
+        The same place lies on other context-parallel ranks in the short row than in the long one,
+        so the reference's states there, answers alone, go to all of them.
+        """
+        assert pack.reference is not None
+        taught, teaching = pack.policy.divergence, pack.reference.divergence
+        states = reference_hidden.new_zeros(teaching.num_slots, reference_hidden.shape[1])
+        states[teaching.slots] = reference_hidden[teaching.sources]
+        if self._context_group.size() > 1:
+            dist.all_reduce(states, group=self._context_group)
+        weight, shard = self._head(self._chunk("policy"))
+        reference_weight, _ = self._head(self._chunk("reference"))
+        return reverse_kl(
+            policy_hidden, weight, taught.sources, states[taught.slots], reference_weight, shard
+        )
+
+    def _head(self, chunk: ChunkModel) -> tuple[Tensor, VocabularyShard]:
+        """This rank's rows of the output weight, and the token ids that they stand for."""
+        gpt = chunk.gpt
         weight = (
             gpt.shared_embedding_or_output_weight()
             if gpt.share_embeddings_and_output_weights
@@ -107,8 +166,7 @@ class LongPOModel(MegatronModule):
         shard = VocabularyShard.of_rank(
             rows=weight.shape[0], vocab_size=chunk.vocab_size, group=self._tensor_group
         )
-        edges = tokens.edges
-        return edge_logps(hidden.squeeze(1), weight, edges.sources, edges.targets, shard)
+        return weight, shard
 
     def _split_received(self, pack: RankPack) -> tuple[Tensor | None, Tensor | None]:
         if self._received is None:

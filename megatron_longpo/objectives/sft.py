@@ -1,24 +1,12 @@
-"""Supervised fine-tuning on one branch, and the NLL term that other objectives share."""
+"""Supervised fine-tuning on one branch, alone or held to the short-context model."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from .types import Branch, LossOutput, Needs, NllTokens, Objective, PairLogps
-
-
-def mean_nll(nll_sum_N: Tensor, nll_count_N: Tensor) -> Tensor:
-    """NLL_n = nll_sum_n / nll_count_n, and 0 (with zero gradient) where the count is 0.
-
-    `[N], [N] -> [N]`. Source: LongPO (arXiv 2502.13922), the language-modelling term of the loss
-    as trained; the public code also divides over padding, which has no place here.
-    """
-    # The clamp keeps 0 / 0 out of the branch that `where` drops: its backward would be NaN.
-    mean_N = nll_sum_N / nll_count_N.clamp(min=1)
-    return torch.where(nll_count_N > 0, mean_N, torch.zeros_like(mean_N))
+from .preference import context_row
+from .turns import mean_over_tokens
+from .types import Branch, Context, LossOutput, Needs, NllScope, NllTokens, Objective, PairLogps
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,20 +17,57 @@ class SFT(Objective):
     answers. No reference, no preference term, no rewards.
     """
 
+    nll_weight: float
+    nll_scope: NllScope
     branch: Branch
 
     @property
     def needs(self) -> Needs:
         tokens: NllTokens = self.nll_scope if self.branch == "chosen" else "rejected_answers"
-        return Needs(branches=(self.branch,), preference=False, reference=False, nll=tokens)
+        return Needs(nll=tokens)
 
     def __call__(self, logps: PairLogps) -> LossOutput:
         """`PairLogps -> LossOutput`; only the two NLL fields are read."""
-        nll_N = mean_nll(logps.nll_sum_N, logps.nll_count_N)
+        nll_N = mean_over_tokens(logps.nll_sum_N, logps.nll_count_N)
+        return LossOutput(loss_N=self.nll_weight * nll_N, nll_loss_N=nll_N.detach())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConstrainedSFT(Objective):
+    """L_n = nll_weight * NLL_n + divergence_weight * D_n on the chosen row,
+
+        D = mean over the answer's tokens t of
+            KL( pi_theta(. | long document, y_<t) || pi_ref(. | short chunk, y_<t) )
+
+    Source: the SFT baseline with the short-to-long constraint of LongPO (arXiv 2502.13922). The
+    paper states the constraint as that KL in the objective which LongPO's loss is derived from,
+    and gives no formula for SFT. So it is added to the NLL as it stands, of whole next-token
+    distributions: exact where a log-ratio of the sampled tokens would be an estimate that is
+    negative half of the time and that an answer written by the reference cannot give.
+    """
+
+    nll_weight: float
+    nll_scope: NllScope
+    divergence_weight: float
+    reference_context: Context
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(
+            nll=self.nll_scope if self.nll_weight else None,
+            divergence=("long_chosen", context_row(self.reference_context, "chosen")),
+        )
+
+    def __call__(self, logps: PairLogps) -> LossOutput:
+        """`PairLogps -> LossOutput`; NLL is None where its weight is 0."""
+        divergence_N = mean_over_tokens(logps.divergence_sum_N, logps.divergence_count_N)
+        loss_N = self.divergence_weight * divergence_N
+        nll_N = None
+        if self.nll_weight:
+            nll_N = mean_over_tokens(logps.nll_sum_N, logps.nll_count_N)
+            loss_N = loss_N + self.nll_weight * nll_N
         return LossOutput(
-            loss_N=self.nll_weight * nll_N,
-            preference_loss_N=None,
-            nll_loss_N=nll_N.detach(),
-            chosen_rewards_N=None,
-            rejected_rewards_N=None,
+            loss_N=loss_N,
+            nll_loss_N=None if nll_N is None else nll_N.detach(),
+            divergence_loss_N=divergence_N.detach(),
         )

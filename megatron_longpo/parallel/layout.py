@@ -11,14 +11,14 @@ Letters: t tokens on this rank, padding included; e edges whose source is on thi
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
+from megatron_longpo.data.forest import NO_PARENT, Forest, Term, divergence_edges
 from megatron_longpo.data.packing import Pack
-from megatron_longpo.data.tree import NO_PARENT, Forest
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class AttentionPlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankEdges:
-    """Edges whose source token is on this rank."""
+    """Edges that sum log-probabilities and whose source token is on this rank."""
 
     sources: torch.Tensor
     """[e] int64; indices into this rank's tokens."""
@@ -73,6 +73,20 @@ class RankEdges:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DivergenceEdges:
+    """Places of this rank where policy and reference are compared, see `tree.divergence_edges`."""
+
+    sources: torch.Tensor
+    """[d] int64; indices into this rank's tokens."""
+    slots: torch.Tensor
+    """[d] int64; which place of the whole pack each is: the same in policy and reference."""
+    pairs: torch.Tensor
+    """[d] int64."""
+    num_slots: int
+    """Places of the whole pack, over all ranks."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RankTokens:
     """A forest as one rank holds it."""
 
@@ -82,6 +96,7 @@ class RankTokens:
     """[t] int64."""
     attention: AttentionPlan
     edges: RankEdges
+    divergence: DivergenceEdges
 
     @property
     def num_tokens(self) -> int:
@@ -157,7 +172,10 @@ def lay_out(
     local_index = np.full(forest.num_tokens, -1, dtype=np.int64)
     local_index[tokens] = np.arange(len(tokens))
     edge_sources = local_index[forest.edge_sources]
-    is_here = edge_sources >= 0
+    is_here = (edge_sources >= 0) & ((forest.edge_terms & ~Term.DIVERGENCE) != 0)
+    compared = divergence_edges(forest)
+    slots = np.flatnonzero(edge_sources[compared] >= 0)
+    compared_here = compared[slots]
 
     def on_device(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(device, non_blocking=True)
@@ -180,6 +198,12 @@ def lay_out(
             pairs=on_device(forest.edge_pairs[is_here]),
             turns=on_device(forest.edge_turns[is_here]),
             terms=on_device(forest.edge_terms[is_here]),
+        ),
+        divergence=DivergenceEdges(
+            sources=on_device(edge_sources[compared_here]),
+            slots=on_device(slots),
+            pairs=on_device(forest.edge_pairs[compared_here]),
+            num_slots=len(compared),
         ),
     )
 
@@ -251,10 +275,13 @@ class RankPack:
 
     policy: RankTokens
     reference: RankTokens | None
+    reference_terms: tuple[Term, ...]
+    """The sums that the reference's edges join."""
     turn_mask: torch.Tensor
     """[N, T] bool; True where the pair has that turn."""
-    nll_counts: torch.Tensor
-    """[N] int64; tokens of each pair's NLL mean, over all ranks."""
+    counts: Mapping[Term, torch.Tensor]
+    """For each of the policy's terms [N, T] int64: the tokens that its sums are over, on all ranks
+    together."""
     weights: torch.Tensor
     """[N] int64; 0 for a filler's pair, else 1."""
 
@@ -285,7 +312,8 @@ def lay_out_pack(
     return RankPack(
         policy=place(pack.policy),
         reference=None if pack.reference is None else place(pack.reference),
+        reference_terms=pack.reference_terms,
         turn_mask=torch.from_numpy(turns < pack.turn_counts[:, None]).to(device),
-        nll_counts=torch.from_numpy(pack.nll_counts).to(device),
+        counts={term: torch.from_numpy(counts).to(device) for term, counts in pack.counts.items()},
         weights=torch.from_numpy(pack.weights).to(device),
     )

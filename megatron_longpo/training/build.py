@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Iterable
@@ -22,6 +23,7 @@ from megatron_longpo.config import TrainConfig
 from megatron_longpo.data.catalog import PairCatalog, RowLimits
 from megatron_longpo.data.rows import open_rows
 from megatron_longpo.data.tree import TreeSettings
+from megatron_longpo.errors import UserError
 from megatron_longpo.model.architectures import Architecture, read_architecture
 from megatron_longpo.model.attention import TreeAttention
 from megatron_longpo.model.kernels import choose_kernel
@@ -82,6 +84,17 @@ def read_models(config: TrainConfig) -> ModelSources:
 
 def check_layout(config: TrainConfig, sources: ModelSources) -> None:
     """Refuses parallel sizes that either model cannot be split by."""
+    if (
+        make_objective(config).needs.divergence is not None
+        and sources.reference is not None
+        and sources.reference.vocab_size != sources.policy.vocab_size
+    ):
+        raise UserError(
+            f"reference.hf_path ({sources.reference_folder}): its vocabulary has "
+            f"{sources.reference.vocab_size} tokens, the policy's {sources.policy.vocab_size}; "
+            f"objective.name {config.objective.name} compares next-token distributions, so use a "
+            "reference with the policy's tokenizer"
+        )
     parallel = config.parallel
     for arch in filter(None, (sources.policy, sources.reference)):
         check_sizes(
@@ -97,17 +110,9 @@ def check_layout(config: TrainConfig, sources: ModelSources) -> None:
 
 def make_objective(config: TrainConfig) -> Objective:
     """The objective of resolved settings."""
-    objective = config.objective
-    assert objective.preference_weight is not None and objective.nll_weight is not None
-    assert objective.nll_scope is not None
+    settings = dataclasses.asdict(config.objective)
     return build_objective(
-        objective.name,
-        beta=objective.beta,
-        preference_weight=objective.preference_weight,
-        nll_weight=objective.nll_weight,
-        nll_scope=objective.nll_scope,
-        turns=objective.turns,
-        label_smoothing=objective.label_smoothing,
+        settings.pop("name"), {**settings, "reference_context": config.reference.context}
     )
 
 
@@ -121,7 +126,13 @@ def read_pairs(
 ) -> PairCatalog:
     """Opens rows and checks and measures every one of them."""
     needs = objective.needs
-    context = config.reference.context if sources.reference is not None else None
+    settings = TreeSettings(
+        policy=needs.policy,
+        reference=needs.reference if sources.reference is not None else (),
+        nll=needs.nll,
+        divergence=needs.divergence,
+        share_prefix=config.data.share_prefix,
+    )
     reference_positions = None
     vocab_size = sources.policy.vocab_size
     if sources.reference is not None:
@@ -133,16 +144,10 @@ def read_pairs(
             vocab_size=vocab_size,
             max_length=config.data.max_length,
             too_long=config.data.too_long,
-            max_reference_length=reference_positions if context == "short" else None,
+            max_reference_length=reference_positions if settings.reads_short_rows else None,
         ),
-        settings=TreeSettings(
-            branches=needs.branches,
-            preference=needs.preference,
-            nll=needs.nll,
-            reference=context if needs.reference else None,
-            share_prefix=config.data.share_prefix,
-        ),
-        per_turn=needs.preference and config.objective.turns == "per_turn",
+        settings=settings,
+        per_turn=objective.compared is not None and config.objective.turns == "per_turn",
         progress=progress,
     )
 
@@ -167,7 +172,9 @@ def build_model(config: TrainConfig, sources: ModelSources, groups: Groups) -> l
         reference = _chunk(
             config, sources.reference, sources.reference_folder, groups, trainable=False
         )
-    model: Any = LongPOModel(policy=policy, reference=reference, tensor_group=groups.tensor)
+    model: Any = LongPOModel(
+        policy=policy, reference=reference, tensor_group=groups.tensor, context_group=groups.context
+    )
     model.to(groups.device)
     if config.model.dtype == "bf16":
         model = Float16Module(model.config, model)

@@ -32,8 +32,13 @@ Metrics = dict[str, float | int | None]
 
 
 def mean_metrics(sums: Mapping[str, float]) -> Metrics:
-    """Turns `run_microbatches`' sums over pairs into means, for every key of the contract."""
-    return {key: sums[key] / sums["pairs"] if key in sums else None for key in LOSS_KEYS}
+    """Turns `run_microbatches`' sums over pairs into means.
+
+    Every key of the contract is there, those of one objective alone where it is that objective.
+    """
+    means: Metrics = {name: value / sums["pairs"] for name, value in sums.items()}
+    del means["pairs"]
+    return {**dict.fromkeys(LOSS_KEYS), **means}
 
 
 def check_trackers(config: LoggingConfig) -> None:

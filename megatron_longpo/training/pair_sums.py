@@ -1,25 +1,28 @@
-"""From log-probabilities of edges to the sums that an objective takes.
+"""From what the model says of edges to the sums that an objective takes.
 
-Letters: N pairs of a microbatch, T most turns among them, e edges of this rank.
+Letters: N pairs of a microbatch, T most turns among them, e edges of this rank, d its places where
+policy and reference are compared.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_longpo.data.tree import Term
-from megatron_longpo.objectives import PairLogps
+from megatron_longpo.data.forest import Term
+from megatron_longpo.objectives import ROWS, PairLogps, Row
 from megatron_longpo.parallel.collectives import sum_over
 from megatron_longpo.parallel.layout import RankEdges, RankPack
 
 
-def sum_pairs(logps: Tensor, pack: RankPack, *, context_group: ProcessGroup) -> PairLogps:
+def sum_pairs(scores: Tensor, pack: RankPack, *, context_group: ProcessGroup) -> PairLogps:
     """Sums edges into turns and pairs, over all context-parallel ranks.
 
     Args:
-        logps: [e] nats; the policy's edges, then the reference's.
+        scores: [e + d] nats, as `LongPOModel.forward` returns them.
         pack: the microbatch that they belong to.
         context_group: ranks that hold the other edges of the same pairs.
 
@@ -27,37 +30,53 @@ def sum_pairs(logps: Tensor, pack: RankPack, *, context_group: ProcessGroup) -> 
         Sums in fp64: an objective subtracts numbers of up to 1e6 nats, where fp32 has no digit
         left behind the point.
     """
-    num_policy_edges = len(pack.policy.edges.sources)
-    policy_logps, reference_logps = logps[:num_policy_edges], logps[num_policy_edges:]
+    policy = pack.policy
+    num_reference_edges = 0 if pack.reference is None else len(pack.reference.edges.sources)
+    policy_logps, reference_logps, divergences = scores.split(
+        [len(policy.edges.sources), num_reference_edges, len(policy.divergence.sources)]
+    )
     shape = pack.turn_mask.shape
-    sums = [
-        _turn_sums(policy_logps, pack.policy.edges, Term.CHOSEN, shape),
-        _turn_sums(policy_logps, pack.policy.edges, Term.REJECTED, shape),
-        # The NLL is of the pair, whichever turn an edge is in.
-        -_turn_sums(policy_logps, pack.policy.edges, Term.NLL, shape),
-    ]
+    policy_terms = [term for term in pack.counts if term is not Term.DIVERGENCE]
+    sums = [_turn_sums(policy_logps, policy.edges, term, shape) for term in policy_terms]
     if pack.reference is not None:
         detached = reference_logps.detach()
         sums += [
-            _turn_sums(detached, pack.reference.edges, Term.CHOSEN, shape),
-            _turn_sums(detached, pack.reference.edges, Term.REJECTED, shape),
+            _turn_sums(detached, pack.reference.edges, term, shape) for term in pack.reference_terms
         ]
-    chosen, rejected, nll, *reference = sum_over(torch.stack(sums), context_group)
-    return PairLogps(
-        policy_chosen_NT=chosen,
-        policy_rejected_NT=rejected,
-        reference_chosen_NT=reference[0] if reference else None,
-        reference_rejected_NT=reference[1] if reference else None,
-        turn_mask_NT=pack.turn_mask,
-        nll_sum_N=nll.sum(dim=1),
-        nll_count_N=pack.nll_counts,
+    # A divergence is of the pair, whichever turn a place is in.
+    first_turns = policy.divergence.pairs * shape[1]
+    sums.append(_binned(divergences, first_turns, shape))
+    *sums, divergence_NT = sum_over(torch.stack(sums), context_group)
+    by_policy_term: dict[Term, Tensor] = dict(zip(policy_terms, sums, strict=False))
+    by_reference_term = dict(
+        zip(pack.reference_terms, sums[len(policy_terms) :], strict=pack.reference is not None)
     )
+    nothing_NT = torch.zeros_like(divergence_NT)
+    no_tokens_NT = torch.zeros_like(pack.turn_mask, dtype=torch.int64)
+    return PairLogps(
+        policy=_by_row(by_policy_term),
+        reference=_by_row(by_reference_term),
+        token_counts=_by_row(pack.counts),
+        turn_mask_NT=pack.turn_mask,
+        # The NLL is of the pair too.
+        nll_sum_N=-by_policy_term.get(Term.NLL, nothing_NT).sum(dim=1),
+        nll_count_N=pack.counts.get(Term.NLL, no_tokens_NT).sum(dim=1),
+        divergence_sum_N=divergence_NT.sum(dim=1),
+        divergence_count_N=pack.counts.get(Term.DIVERGENCE, no_tokens_NT).sum(dim=1),
+    )
+
+
+def _by_row(by_term: Mapping[Term, Tensor]) -> dict[Row, Tensor]:
+    return {row: by_term[Term.of_row(row)] for row in ROWS if Term.of_row(row) in by_term}
 
 
 def _turn_sums(logps: Tensor, edges: RankEdges, term: Term, shape: torch.Size) -> Tensor:
     """[e] -> [N, T] in fp64."""
-    num_turns = shape[1]
     joins = (edges.terms & int(term)) != 0
-    sums = torch.zeros(shape.numel(), dtype=torch.float64, device=logps.device)
-    bins = edges.pairs[joins] * num_turns + edges.turns[joins]
-    return sums.index_add(0, bins, logps[joins].double()).view(shape)
+    return _binned(logps[joins], edges.pairs[joins] * shape[1] + edges.turns[joins], shape)
+
+
+def _binned(values: Tensor, bins: Tensor, shape: torch.Size) -> Tensor:
+    """Sums of values by flat index into `shape`, in fp64."""
+    sums = torch.zeros(shape.numel(), dtype=torch.float64, device=values.device)
+    return sums.index_add(0, bins, values.double()).view(shape)

@@ -5,7 +5,7 @@ Letters: N pairs of a microbatch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_longpo.objectives import LossOutput, Objective, PairLogps
+from megatron_longpo.objectives import LossOutput, Objective, PairLogps, Row
 from megatron_longpo.parallel.groups import Groups
 from megatron_longpo.parallel.layout import RankPack
 from megatron_longpo.training.pair_sums import sum_pairs
@@ -83,10 +83,12 @@ def _loss(
     loss_sum = torch.where(pack.weights > 0, output.loss_N, 0.0).sum()
     counts_here = groups.context.rank() == 0
     num_pairs = (pack.weights.sum() if counts_here else torch.zeros_like(pack.weights).sum()).int()
-    return loss_sum, num_pairs, _metric_sums(output, pair_logps, pack.weights)
+    return loss_sum, num_pairs, _metric_sums(output, pair_logps, pack.weights, objective.compared)
 
 
-def _metric_sums(output: LossOutput, logps: PairLogps, weights: Tensor) -> dict[str, Tensor]:
+def _metric_sums(
+    output: LossOutput, logps: PairLogps, weights: Tensor, compared: tuple[Row, Row] | None
+) -> dict[str, Tensor]:
     """Sums over the microbatch's pairs, fp64 scalars, of everything the objective has."""
     chosen, rejected = output.chosen_rewards_N, output.rejected_rewards_N
     margins = None if chosen is None or rejected is None else chosen - rejected
@@ -94,19 +96,16 @@ def _metric_sums(output: LossOutput, logps: PairLogps, weights: Tensor) -> dict[
         "loss": output.loss_N,
         "preference_loss": output.preference_loss_N,
         "nll_loss": output.nll_loss_N,
+        "alignment_loss": output.alignment_loss_N,
+        "divergence_loss": output.divergence_loss_N,
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
         "rewards/margins": margins,
         "rewards/accuracies": None if margins is None else margins > 0,
         "pairs": torch.ones_like(weights),
+        **_logps_by_name("logps", logps.policy, compared),
+        **_logps_by_name("reference_logps", logps.reference, compared),
     }
-    if output.preference_loss_N is not None:
-        per_pair |= {
-            "logps/chosen": _over_turns(logps.policy_chosen_NT),
-            "logps/rejected": _over_turns(logps.policy_rejected_NT),
-            "reference_logps/chosen": _over_turns(logps.reference_chosen_NT),
-            "reference_logps/rejected": _over_turns(logps.reference_rejected_NT),
-        }
     return {
         name: torch.where(weights > 0, values.detach().double(), 0.0).sum()
         for name, values in per_pair.items()
@@ -114,8 +113,23 @@ def _metric_sums(output: LossOutput, logps: PairLogps, weights: Tensor) -> dict[
     }
 
 
-def _over_turns(logps_NT: Tensor | None) -> Tensor | None:
-    return None if logps_NT is None else logps_NT.sum(dim=1)
+def _logps_by_name(
+    kind: str, logps: Mapping[Row, Tensor], compared: tuple[Row, Row] | None
+) -> dict[str, Tensor]:
+    """Sums over a pair's turns, [N] each, by name: `chosen` and `rejected` are what is compared.
+
+    The reference's rows may be of another context than the policy's. A row beside the compared
+    ones keeps its own name.
+    """
+    if compared is None:
+        return {}
+    named: dict[str, Tensor] = {}
+    for row, logps_NT in logps.items():
+        branch = row.partition("_")[2]
+        counterpart = compared[0] if branch == "chosen" else compared[1]
+        is_other = row != counterpart and counterpart in logps
+        named[f"{kind}/{row if is_other else branch}"] = logps_NT.sum(dim=1)
+    return named
 
 
 def _summed_over_ranks(stored: Sequence[dict[str, Tensor]], groups: Groups) -> MetricSums:

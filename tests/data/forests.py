@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
+from megatron_longpo.data.forest import NO_PARENT, Branch, Forest, Term
 from megatron_longpo.data.rows import PreferenceRow
-from megatron_longpo.data.tree import NO_PARENT, Branch, Forest, Term
 from tests.random_rows import random_row
 
 Prediction = tuple[int, int, int, tuple[int, ...], int]
@@ -54,7 +54,7 @@ def branches(draw: st.DrawFn) -> Branch:
         values = draw(st.lists(st.integers(low, high), min_size=length, max_size=length))
         return np.array(values, dtype=np.int64)
 
-    return Branch(input_ids=column(0, 1), terms=column(0, 7), turns=column(0, 1))
+    return Branch(input_ids=column(0, 1), terms=column(0, 63), turns=column(0, 1))
 
 
 def token_histories(forest: Forest) -> list[tuple[int, ...]]:

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from megatron_longpo.data.catalog import PairCatalog, RowLimits
+from megatron_longpo.data.forest import Forest
 from megatron_longpo.data.packing import pair_size
 from megatron_longpo.data.rows import PreferenceRow, open_rows, write_rows_jsonl
-from megatron_longpo.data.tree import Forest, TreeSettings, pair_trees
+from megatron_longpo.data.tree import TreeSettings, pair_trees
 from megatron_longpo.errors import UserError
 from tests.random_rows import random_row, random_rows
 
@@ -137,7 +138,7 @@ def test_every_turn_needs_its_answers_and_short_rows(
 def test_without_short_rows_only_turns_mind_unequal_answers(tmp_path: Path) -> None:
     two_turns: dict[str, Any] = {"chosen_answer_lengths": (1, 2), "rejected_answer_lengths": (3, 3)}
     rows = [with_answers_run_together(row(5, **two_turns))]
-    settings = TreeSettings(reference="long")
+    settings = TreeSettings(reference=("long_chosen", "long_rejected"))
     assert len(make_catalog(tmp_path, rows, settings=settings)) == 1
     with refused(r"rows\.jsonl:1: answers of the row: chosen 2, rejected 1; per_turn pairs"):
         make_catalog(tmp_path, rows, settings=settings, per_turn=True)

@@ -48,7 +48,7 @@ sizes = st.lists(
 tree_settings = st.builds(
     TreeSettings,
     nll=st.sampled_from(["chosen_row", "chosen_answers", None]),
-    reference=st.sampled_from(["short", "long", None]),
+    reference=st.sampled_from([("short_chosen", "short_rejected"), ("long_chosen",), ()]),
     share_prefix=st.booleans(),
 )
 
@@ -134,11 +134,14 @@ def test_a_pack_is_its_pairs_side_by_side(
     pack = make_pack(pairs, is_filler=is_filler)
     assert pack.num_pairs == len(rows) and pack.pair_ids == tuple(row.id for row in rows)
     assert pack.turn_counts.tolist() == [trees.num_turns for trees in pairs]
-    assert pack.nll_counts.tolist() == [trees.nll_count for trees in pairs]
+    for term, counts in pack.counts.items():
+        for trees, row_counts in zip(pairs, counts.tolist(), strict=True):
+            absent = [0] * (len(row_counts) - trees.num_turns)
+            assert row_counts == [*trees.counts[term].tolist(), *absent]
     for name in ("policy", "reference"):
         forests = [getattr(trees, name) for trees in pairs]
         whole = getattr(pack, name)
-        if of.reference is None and name == "reference":
+        if not of.reference and name == "reference":
             assert whole is None
             continue
         check_layout(whole)
@@ -174,6 +177,6 @@ def test_pair_size_measures_both_forests() -> None:
         reference_edges=sum(answers),
     )
     assert size.attention_cost == 3 * causal(long) + causal(short)
-    alone = pair_size(pair_trees(row, TreeSettings(reference=None)))
+    alone = pair_size(pair_trees(row, TreeSettings(reference=())))
     assert (alone.reference_tokens, alone.reference_attended, alone.reference_edges) == (0, 0, 0)
     assert alone.policy_tokens < alone.unshared_tokens == sum(long)

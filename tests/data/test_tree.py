@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_longpo.data.rows import PreferenceRow, TokenRow
-from megatron_longpo.data.tree import (
+from megatron_longpo.data.forest import (
     NO_PARENT,
     Branch,
     Forest,
+    Row,
     Term,
-    TreeSettings,
-    answer_turns,
     build_forest,
     concatenate,
-    pair_trees,
+    divergence_edges,
 )
+from megatron_longpo.data.rows import PreferenceRow, TokenRow
+from megatron_longpo.data.tree import NllTokens, TreeSettings, answer_turns, pair_trees
+from megatron_longpo.errors import UserError
 from tests.data.forests import (
     Prediction,
     branch_predictions,
@@ -34,14 +36,24 @@ from tests.random_rows import random_row
 
 quick = settings(max_examples=80, deadline=None, derandomize=True)
 
-LongName = Literal["chosen", "rejected"]
+LONG: tuple[Row, Row] = ("long_chosen", "long_rejected")
+SHORT: tuple[Row, Row] = ("short_chosen", "short_rejected")
+NLL: tuple[NllTokens | None, ...] = (
+    "chosen_row",
+    "chosen_answers",
+    None,
+    "rejected_answers",
+    "short_chosen_answers",
+)
 TREE_SETTINGS = [
-    TreeSettings(nll=nll, reference=reference)
-    for nll in ("chosen_row", "chosen_answers", None)
-    for reference in ("short", "long")
+    TreeSettings(nll=nll, reference=reference) for nll in NLL[:3] for reference in (SHORT, LONG)
 ] + [
-    TreeSettings(branches=("chosen",), preference=False, nll="chosen_row", reference=None),
-    TreeSettings(branches=("rejected",), preference=False, nll="rejected_answers", reference=None),
+    TreeSettings(policy=(), nll="chosen_row", reference=()),
+    TreeSettings(policy=(), nll="rejected_answers", reference=()),
+    TreeSettings(policy=(*SHORT, "long_chosen"), nll=None, reference=(*SHORT, "long_chosen")),
+    TreeSettings(policy=(*SHORT, "long_chosen"), nll="short_chosen_answers", reference=()),
+    TreeSettings(policy=(), nll=None, reference=(), divergence=("long_rejected", "short_rejected")),
+    TreeSettings(reference=SHORT, divergence=("long_chosen", "long_chosen")),
 ]
 
 
@@ -69,44 +81,38 @@ def expected_branch(row: TokenRow, term: Term, nll: str | None, turn: int | None
     return Branch(input_ids=row.input_ids, terms=np.array(terms), turns=np.array(turns))
 
 
-def expected_policy(row: PreferenceRow, of: TreeSettings) -> list[Branch]:
-    found = []
-    for name, term in (("chosen", Term.CHOSEN), ("rejected", Term.REJECTED)):
-        if name in of.branches:
-            scope = None
-            if of.nll is not None and of.nll.startswith(name):
-                scope = "row" if of.nll == "chosen_row" else "answers"
-            long_row = getattr(row, name)
-            found.append(expected_branch(long_row, term if of.preference else Term(0), scope, None))
-    return found
+def expected_groups(row: PreferenceRow, of: TreeSettings, *, policy: bool) -> list[list[Branch]]:
+    """Groups of rows that may share tokens, from the sums that are wanted of them."""
+    scored = of.policy if policy else of.reference
+    compared = None if of.divergence is None else of.divergence[0 if policy else 1]
+    nll_row, nll_scope = {
+        None: (None, None),
+        "chosen_row": ("long_chosen", "row"),
+        "chosen_answers": ("long_chosen", "answers"),
+        "rejected_answers": ("long_rejected", "answers"),
+        "short_chosen_answers": ("short_chosen", "answers"),
+    }[of.nll if policy else None]
+
+    def branch(name: Row, tokens: TokenRow, turn: int | None) -> list[Branch]:
+        term = Term[name.upper()] if name in scored else Term(0)
+        if name == compared:
+            term |= Term.DIVERGENCE
+        if not term and name != nll_row:
+            return []
+        return [expected_branch(tokens, term, nll_scope if name == nll_row else None, turn)]
+
+    groups = [branch("long_chosen", row.chosen, None) + branch("long_rejected", row.rejected, None)]
+    for turn, (chosen, rejected) in enumerate(
+        zip(row.reference_chosen, row.reference_rejected, strict=True)
+    ):
+        groups.append(
+            branch("short_chosen", chosen, turn) + branch("short_rejected", rejected, turn)
+        )
+    return [group for group in groups if group]
 
 
-def expected_reference(row: PreferenceRow, of: TreeSettings) -> list[list[Branch]]:
-    """Groups of rows that may share tokens."""
-    if of.reference == "long":
-        return [
-            [
-                expected_branch(row.chosen, Term.CHOSEN, None, None),
-                expected_branch(row.rejected, Term.REJECTED, None, None),
-            ]
-        ]
-    return [
-        [
-            expected_branch(row.reference_chosen[turn], Term.CHOSEN, None, turn),
-            expected_branch(row.reference_rejected[turn], Term.REJECTED, None, turn),
-        ]
-        for turn in range(len(row.reference_chosen))
-    ]
-
-
-def with_sharing(of: TreeSettings, share_prefix: bool) -> TreeSettings:
-    return TreeSettings(
-        branches=of.branches,
-        preference=of.preference,
-        nll=of.nll,
-        reference=of.reference,
-        share_prefix=share_prefix,
-    )
+def expected_rows(row: PreferenceRow, of: TreeSettings, *, policy: bool) -> list[Branch]:
+    return [branch for group in expected_groups(row, of, policy=policy) for branch in group]
 
 
 @quick
@@ -115,12 +121,14 @@ def test_every_prediction_of_the_rows_is_in_the_trees(
     row: PreferenceRow, of: TreeSettings, share: bool
 ) -> None:
     """The same multiset of (turn, term, history, target), read from the rows, shared or not."""
-    trees = pair_trees(row, with_sharing(of, share))
-    assert forest_predictions(trees.policy) == branch_predictions(expected_policy(row, of))
+    trees = pair_trees(row, replace(of, share_prefix=share))
+    assert forest_predictions(trees.policy) == branch_predictions(
+        expected_rows(row, of, policy=True)
+    )
     check_layout(trees.policy)
-    assert (trees.reference is None) == (of.reference is None)
+    assert (trees.reference is None) == (not of.reference_rows)
     if trees.reference is not None:
-        wanted = [branch for group in expected_reference(row, of) for branch in group]
+        wanted = expected_rows(row, of, policy=False)
         assert forest_predictions(trees.reference) == branch_predictions(wanted)
         check_layout(trees.reference)
 
@@ -130,16 +138,21 @@ def test_every_prediction_of_the_rows_is_in_the_trees(
 def test_tokens_are_kept_once_where_shared_and_twice_where_not(
     row: PreferenceRow, of: TreeSettings
 ) -> None:
-    wanted = [ids_of(branch) for branch in expected_policy(row, of)]
-    shared = pair_trees(row, with_sharing(of, True))
-    apart = pair_trees(row, with_sharing(of, False))
-    assert shared.policy.num_tokens == num_prefixes(wanted)
+    wanted = [ids_of(branch) for branch in expected_rows(row, of, policy=True)]
+    shared = pair_trees(row, replace(of, share_prefix=True))
+    apart = pair_trees(row, replace(of, share_prefix=False))
+    groups = [
+        [ids_of(branch) for branch in group] for group in expected_groups(row, of, policy=True)
+    ]
+    assert shared.policy.num_tokens == sum(num_prefixes(group) for group in groups)
     assert set(wanted) <= set(token_histories(shared.policy))
     assert [ids_of_segment(apart.policy, index) for index in range(len(wanted))] == wanted
     assert list(apart.policy.segment_parents) == [NO_PARENT] * len(wanted)
     assert shared.unshared_tokens == apart.unshared_tokens == apart.policy.num_tokens
     if shared.reference is not None:
-        groups = [[ids_of(branch) for branch in group] for group in expected_reference(row, of)]
+        groups = [
+            [ids_of(branch) for branch in group] for group in expected_groups(row, of, policy=False)
+        ]
         assert shared.reference.num_tokens == sum(num_prefixes(group) for group in groups)
 
 
@@ -151,14 +164,13 @@ def ids_of_segment(forest: Forest, segment: int) -> tuple[int, ...]:
 @quick
 @given(preference_rows(), st.sampled_from(TREE_SETTINGS), st.booleans())
 def test_counts_of_a_pair(row: PreferenceRow, of: TreeSettings, share: bool) -> None:
-    trees = pair_trees(row, with_sharing(of, share))
-    counts = {
-        None: 0,
-        "chosen_row": len(row.chosen) - 1,
-        "chosen_answers": int((row.chosen.labels[1:] != -100).sum()),
-        "rejected_answers": int((row.rejected.labels[1:] != -100).sum()),
-    }
-    assert trees.nll_count == counts[of.nll]
+    trees = pair_trees(row, replace(of, share_prefix=share))
+    predictions = branch_predictions(expected_rows(row, of, policy=True))
+    wanted = {term: [0] * trees.num_turns for term in of.policy_terms}
+    for (_, turn, term, _, _), count in predictions.items():
+        wanted[Term(term)][turn] += count
+    assert {term: counts.tolist() for term, counts in trees.counts.items()} == wanted
+    assert trees.reference_terms == tuple(Term[name.upper()] for name in of.reference)
     assert trees.num_turns == len(row.reference_chosen)
     assert trees.id == row.id
     assert not trees.policy.edge_pairs.any()
@@ -223,9 +235,14 @@ def test_the_last_shared_token_predicts_two_answers() -> None:
     assert policy.segment_parents.tolist() == [NO_PARENT, 0, 0]
     assert policy.edge_sources.tolist() == [0, 1, 2, 2, 3]
     assert policy.edge_targets.tolist() == [8, 9, 1, 3, 2]
-    nll, answer = int(Term.NLL), int(Term.CHOSEN | Term.NLL)
-    assert policy.edge_terms.tolist() == [nll, nll, answer, int(Term.REJECTED), answer]
-    assert (trees.num_turns, trees.nll_count, trees.unshared_tokens) == (1, 4, 9)
+    nll, answer = int(Term.NLL), int(Term.LONG_CHOSEN | Term.NLL)
+    assert policy.edge_terms.tolist() == [nll, nll, answer, int(Term.LONG_REJECTED), answer]
+    assert (trees.num_turns, trees.unshared_tokens) == (1, 9)
+    assert {term: list(counts) for term, counts in trees.counts.items()} == {
+        Term.LONG_CHOSEN: [2],
+        Term.LONG_REJECTED: [1],
+        Term.NLL: [4],
+    }
     # Under the causal tree mask: 1 + 2 + 3, then 4 + 5 for C and 4 for R.
     assert policy.attended_pairs == 19
     assert reference is not None
@@ -238,10 +255,49 @@ def test_the_last_shared_token_predicts_two_answers() -> None:
 def test_an_answer_beginning_alike_is_predicted_once_for_both_sums() -> None:
     row = random_row(np.random.default_rng(0), 9, prompt_length=4, common_prefix_length=6)
     edges = pair_trees(row, TreeSettings(nll=None)).policy
-    both = edges.edge_terms == int(Term.CHOSEN | Term.REJECTED)
+    both = edges.edge_terms == int(Term.LONG_CHOSEN | Term.LONG_REJECTED)
     assert edges.edge_sources[both].tolist() == [3, 4]
     # Answers of 3 and 4 tokens, two of them shared.
     assert edges.num_edges == 3 + 4 - 2
+
+
+@quick
+@given(preference_rows(), st.booleans(), st.sampled_from(["chosen", "rejected"]))
+def test_a_divergence_meets_the_same_answer_in_both_trees(
+    row: PreferenceRow, share: bool, branch: str
+) -> None:
+    """Place by place the same turn and target, though the rows before them differ."""
+    rows: Any = (f"long_{branch}", f"short_{branch}")
+    of = TreeSettings(divergence=rows, nll=None, share_prefix=share)
+    pair = concatenate_pairs([row, row], of)
+    places = [
+        np.stack([getattr(forest, f"edge_{name}") for name in ("pairs", "turns", "targets")])[
+            :, divergence_edges(forest)
+        ]
+        for forest in pair
+    ]
+    assert np.array_equal(*places)
+    answers: TokenRow = getattr(row, branch)
+    answer = [int(label) for label in answers.labels if label != -100]
+    assert places[0][2].tolist() == answer * 2
+    assert places[0][0].tolist() == [0] * len(answer) + [1] * len(answer)
+
+
+def concatenate_pairs(rows: list[PreferenceRow], of: TreeSettings) -> tuple[Forest, Forest]:
+    trees = [pair_trees(row, of) for row in rows]
+    policy = concatenate([one.policy for one in trees], pairs=range(len(rows)))
+    references = [one.reference for one in trees if one.reference is not None]
+    return policy, concatenate(references, pairs=range(len(rows)))
+
+
+def test_a_divergence_along_other_answers_is_refused() -> None:
+    row = random_row(np.random.default_rng(0), 9)
+    other = random_row(np.random.default_rng(1), 9, chosen_answer_lengths=(2,))
+    mixed = replace(row, reference_chosen=other.reference_chosen)
+    settings = TreeSettings(divergence=("long_chosen", "short_chosen"))
+    with pytest.raises(UserError, match=r"random:row: .*\(3 and 2 of them\)"):
+        pair_trees(mixed, settings)
+    pair_trees(mixed, replace(settings, divergence=("long_rejected", "short_rejected")))
 
 
 @pytest.mark.parametrize(

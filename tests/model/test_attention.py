@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_longpo.data.tree import NO_PARENT, Forest
+from megatron_longpo.data.forest import NO_PARENT, Forest
 from megatron_longpo.model.attention import TreeAttention, attend, attend_backward
 from megatron_longpo.model.kernels import CpuFlashKernel
 from megatron_longpo.parallel.context import NoExchange

@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from megatron_longpo.objectives import PairLogps, build_objective
+from megatron_longpo.objectives import OBJECTIVES, PairLogps, build_objective
+from tests.objectives.logps import pair_logps
 from tests.oracle import PairSums, oracle_step
 from tests.random_rows import random_rows
 
@@ -31,69 +32,78 @@ def tiny_llama(seed: int) -> Any:
     return model.eval()
 
 
-def pair_logps(pairs: list[PairSums]) -> PairLogps:
+def logps_of(pairs: list[PairSums]) -> PairLogps:
     """Pads the turns of each pair to the most of any, with numbers that must not count."""
-    most = max(len(pair.policy_chosen) for pair in pairs)
+    most = max(len(sums) for pair in pairs for sums in (*pair.policy.values(), [0.0]))
 
-    def padded(field: str) -> torch.Tensor:
-        turns = [getattr(pair, field) for pair in pairs]
-        return torch.tensor([one + [123.0] * (most - len(one)) for one in turns])
+    def padded(field: str) -> dict[str, torch.Tensor]:
+        rows: dict[str, list[list[float]]] = {}
+        for pair in pairs:
+            for key, sums in getattr(pair, field).items():
+                rows.setdefault(key, []).append([*sums, *[123.0] * (most - len(sums))])
+        return {key: torch.tensor(values, dtype=torch.float64) for key, values in rows.items()}
 
-    mask_NT = torch.tensor(
-        [[turn < len(pair.policy_chosen) for turn in range(most)] for pair in pairs]
+    def sums_and_counts(field: str) -> tuple[torch.Tensor, list[int]]:
+        sums = torch.tensor([getattr(pair, f"{field}_sum") for pair in pairs], dtype=torch.float64)
+        return sums, [getattr(pair, f"{field}_count") for pair in pairs]
+
+    turns = [len(next(iter(pair.policy.values()), [0.0])) for pair in pairs]
+    return pair_logps(
+        [[turn < count for turn in range(most)] for count in turns],
+        policy=padded("policy"),
+        reference=padded("reference"),
+        token_counts=padded("token_counts"),
+        nll=sums_and_counts("nll"),
+        divergence=sums_and_counts("divergence"),
     )
-    return PairLogps(
-        policy_chosen_NT=padded("policy_chosen"),
-        policy_rejected_NT=padded("policy_rejected"),
-        reference_chosen_NT=padded("reference_chosen"),
-        reference_rejected_NT=padded("reference_rejected"),
-        turn_mask_NT=mask_NT,
-        nll_sum_N=torch.tensor([pair.nll_sum for pair in pairs]),
-        nll_count_N=torch.tensor([pair.nll_count for pair in pairs]),
-    )
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "longpo": {"nll_weight": 1.0, "nll_scope": "chosen_row", "label_smoothing": 0.15},
+    "dpo": {"label_smoothing": 0.15},
+    "ipo": {"nll_weight": 0.3},
+    "simpo": {"gamma": 0.7, "label_smoothing": 0.15},
+    "orpo": {"nll_weight": 1.0},
+    "sft": {"nll_weight": 0.5},
+    "sft_rejected": {"nll_weight": 0.5},
+    "sft_short_to_long": {"nll_weight": 1.0, "divergence_weight": 0.4},
+    "solopo_dpo": {"alignment_weight": 3.0, "label_smoothing": 0.15},
+    "solopo_simpo": {"alignment_weight": 0.6, "gamma": 0.7},
+    "solopo_orpo": {"alignment_weight": 0.6, "nll_weight": 1.0},
+    "opsdl": {"divergence_weight": 0.4, "divergence_scope": "rejected_answers"},
+}
 
 
 @pytest.mark.parametrize("turns", ["summed", "per_turn"])
-@pytest.mark.parametrize(
-    ("name", "context", "nll_weight"), [("longpo", "short", 1.0), ("dpo", "long", 0.0)]
-)
-def test_preference_objectives(turns: str, name: str, context: str, nll_weight: float) -> None:
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective(name: str, turns: str) -> None:
     rows = random_rows(np.random.default_rng(5), VOCAB, 4)
     assert len({len(row.reference_chosen) for row in rows}) > 1, "some turns must be absent"
     settings: dict[str, Any] = {
         "beta": 0.3,
         "preference_weight": 0.6,
-        "nll_weight": nll_weight,
-        "nll_scope": "chosen_row",
+        "nll_weight": 0.0,
+        "nll_scope": "chosen_answers",
         "turns": turns,
-        "label_smoothing": 0.15,
+        "label_smoothing": 0.0,
+        "gamma": 0.0,
+        "alignment_weight": 0.0,
+        "divergence_weight": 0.0,
+        "divergence_scope": "chosen_answers",
+        "reference_context": "long" if name in ("dpo", "ipo") else "short",
+        **SETTINGS[name],
     }
-    oracle = oracle_step(
-        tiny_llama(0), tiny_llama(1), rows, name=name, reference_context=context, **settings
-    )
-    out = build_objective(name, **settings)(pair_logps(oracle.pairs))
-    assert out.loss_N.tolist() == pytest.approx([pair.loss for pair in oracle.pairs], rel=1e-5)
-    assert out.preference_loss_N is not None
-    assert out.chosen_rewards_N is not None and out.rejected_rewards_N is not None
+    oracle = oracle_step(tiny_llama(0), tiny_llama(1), rows, name=name, **settings)
+    out = build_objective(name, settings)(logps_of(oracle.pairs))
+    assert out.loss_N.tolist() == pytest.approx([pair.loss for pair in oracle.pairs], rel=1e-9)
     for values_N, key in (
         (out.preference_loss_N, "preference_loss"),
+        (out.nll_loss_N, "nll_loss"),
+        (out.alignment_loss_N, "alignment_loss"),
+        (out.divergence_loss_N, "divergence_loss"),
         (out.chosen_rewards_N, "rewards/chosen"),
         (out.rejected_rewards_N, "rewards/rejected"),
-        ((out.chosen_rewards_N > out.rejected_rewards_N).float(), "rewards/accuracies"),
     ):
-        assert float(values_N.mean()) == pytest.approx(oracle.metrics[key], rel=1e-5)
-
-
-@pytest.mark.parametrize("name", ["sft", "sft_rejected"])
-def test_sft(name: str) -> None:
-    rows = random_rows(np.random.default_rng(6), VOCAB, 3)
-    settings: dict[str, Any] = {
-        "preference_weight": 0.0,
-        "nll_weight": 0.5,
-        "nll_scope": "chosen_answers",
-        "turns": "summed",
-        "label_smoothing": 0.0,
-    }
-    oracle = oracle_step(tiny_llama(0), None, rows, name=name, **settings)
-    out = build_objective(name, beta=None, **settings)(pair_logps(oracle.pairs))
-    assert float(out.loss_N.mean()) == pytest.approx(oracle.loss, rel=1e-5)
+        assert (values_N is None) == (key not in oracle.metrics), key
+        if values_N is not None:
+            assert float(values_N.mean()) == pytest.approx(oracle.metrics[key], rel=1e-9), key

@@ -10,25 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_longpo.objectives import PairLogps, build_objective
-from megatron_longpo.objectives.longpo import logistic_loss
+from megatron_longpo.objectives import PairLogps
+from megatron_longpo.objectives.preference import logistic_loss
+from tests.objectives.logps import objective, pair_logps
 
 BETA = 0.5
+W, L = "long_chosen", "long_rejected"
 
 
-def objective(name: str = "longpo", **settings: Any) -> Any:
-    defaults: dict[str, Any] = {
-        "beta": BETA,
-        "preference_weight": 1.0,
-        "nll_weight": 0.0,
-        "nll_scope": "chosen_row",
-        "turns": "summed",
-        "label_smoothing": 0.0,
-    }
-    return build_objective(name, **(defaults | settings))
-
-
-def two_pairs() -> PairLogps:
+def two_pairs(name: str = "longpo") -> PairLogps:
     """Pair 0 has two turns, pair 1 has one; what stands in its absent turn must not matter.
 
     z of pair 0, turn 0: (-3 - -5) - (-2 - -1) = 2 - -1 =  3
@@ -36,28 +26,28 @@ def two_pairs() -> PairLogps:
     z of pair 1, turn 0: (-6 - -2) - (-5 - -5) = -4 - 0 = -4
     """
     garbage = float("nan")
-    return PairLogps(
-        policy_chosen_NT=torch.tensor([[-3.0, -4.0], [-6.0, garbage]], requires_grad=True),
-        policy_rejected_NT=torch.tensor([[-5.0, -3.0], [-2.0, 1e9]], requires_grad=True),
-        reference_chosen_NT=torch.tensor([[-2.0, -1.0], [-5.0, -1e9]]),
-        reference_rejected_NT=torch.tensor([[-1.0, -1.0], [-5.0, garbage]]),
-        turn_mask_NT=torch.tensor([[True, True], [True, False]]),
-        nll_sum_N=torch.tensor([12.0, 10.0], requires_grad=True),
-        nll_count_N=torch.tensor([4, 5]),
+    context = "long" if name == "dpo" else "short"
+    return pair_logps(
+        [[True, True], [True, False]],
+        policy={
+            W: torch.tensor([[-3.0, -4.0], [-6.0, garbage]], requires_grad=True),
+            L: torch.tensor([[-5.0, -3.0], [-2.0, 1e9]], requires_grad=True),
+        },
+        reference={
+            f"{context}_chosen": torch.tensor([[-2.0, -1.0], [-5.0, -1e9]]),
+            f"{context}_rejected": torch.tensor([[-1.0, -1.0], [-5.0, garbage]]),
+        },
+        nll=(torch.tensor([12.0, 10.0], requires_grad=True), [4, 5]),
     )
 
 
 def pairs_with_z(z_N: Tensor) -> PairLogps:
     """One-turn pairs whose z is the chosen log-prob itself."""
     zeros = torch.zeros_like(z_N)[:, None]
-    return PairLogps(
-        policy_chosen_NT=z_N[:, None],
-        policy_rejected_NT=zeros,
-        reference_chosen_NT=zeros,
-        reference_rejected_NT=zeros,
-        turn_mask_NT=torch.ones_like(zeros, dtype=torch.bool),
-        nll_sum_N=torch.zeros_like(z_N),
-        nll_count_N=torch.ones_like(z_N, dtype=torch.int64),
+    return pair_logps(
+        torch.ones_like(zeros, dtype=torch.bool),
+        policy={W: z_N[:, None], L: zeros},
+        reference={"short_chosen": zeros, "short_rejected": zeros},
     )
 
 
@@ -75,7 +65,7 @@ def close(actual: Tensor | None, expected: list[float], rtol: float = 1e-6) -> N
 
 @pytest.mark.parametrize("name", ["longpo", "dpo"])
 def test_turns_are_summed_inside_one_logistic(name: str) -> None:
-    out = objective(name)(two_pairs())
+    out = objective(name)(two_pairs(name))
     # -log sigmoid(0.5 * 2) = log(1 + e^-1) = 0.313262;  -log sigmoid(-2) = log(1 + e^2) = 2.126928
     close(out.loss_N, [0.3132617, 2.1269280])
     close(out.preference_loss_N, [0.3132617, 2.1269280])
@@ -127,11 +117,11 @@ def test_without_preference_weight_the_metrics_stay() -> None:
     out.loss_N.sum().backward()
     # d(12 / 4) = 1/4 and d(10 / 5) = 1/5: the mean is within the pair, not over the microbatch.
     close(logps.nll_sum_N.grad, [0.25, 0.2])
-    close(logps.policy_chosen_NT.grad, [[0.0, 0.0], [0.0, 0.0]])  # type: ignore[list-item]
+    close(logps.policy[W].grad, [[0.0, 0.0], [0.0, 0.0]])  # type: ignore[list-item]
 
 
 def test_without_a_reference_its_logps_are_zero() -> None:
-    logps = replace(two_pairs(), reference_chosen_NT=None, reference_rejected_NT=None)
+    logps = replace(two_pairs(), reference={})
     out = objective()(logps)
     # z = (-3 - 4) - (-5 - 3) = 1 and -6 + 2 = -4.
     close(out.loss_N, [softplus(-0.5), softplus(2.0)])
@@ -160,8 +150,8 @@ def test_gradient_is_the_closed_form(turns: str, smoothing: float) -> None:
         expected = [[slope(2.0), slope(2.0)], [slope(-4.0), 0.0]]
     else:
         expected = [[slope(3.0) / 2, slope(-1.0) / 2], [slope(-4.0), 0.0]]
-    close(logps.policy_chosen_NT.grad, expected)  # type: ignore[arg-type]
-    close(logps.policy_rejected_NT.grad, [[-x for x in row] for row in expected])  # type: ignore
+    close(logps.policy[W].grad, expected)  # type: ignore[arg-type]
+    close(logps.policy[L].grad, [[-x for x in row] for row in expected])  # type: ignore
 
 
 @pytest.mark.parametrize("turns", ["summed", "per_turn"])
@@ -172,14 +162,11 @@ def test_gradient_by_finite_differences(turns: str) -> None:
     loss = objective(turns=turns, label_smoothing=0.2, nll_weight=0.5, preference_weight=0.3)
 
     def total(chosen_NT: Tensor, rejected_NT: Tensor, nll_sum_N: Tensor) -> Tensor:
-        logps = PairLogps(
-            policy_chosen_NT=chosen_NT,
-            policy_rejected_NT=rejected_NT,
-            reference_chosen_NT=reference_NT[0],
-            reference_rejected_NT=reference_NT[1],
-            turn_mask_NT=mask_NT,
-            nll_sum_N=nll_sum_N,
-            nll_count_N=torch.tensor([3, 0, 7]),
+        logps = pair_logps(
+            mask_NT,
+            policy={W: chosen_NT, L: rejected_NT},
+            reference={"short_chosen": reference_NT[0], "short_rejected": reference_NT[1]},
+            nll=(nll_sum_N, [3, 0, 7]),
         )
         return loss(logps).loss_N
 
@@ -221,8 +208,8 @@ def test_a_pair_without_turns_adds_nothing(turns: str) -> None:
     out.loss_N.sum().backward()
     close(out.loss_N, [0.0, softplus(2.0)])
     close(out.chosen_rewards_N, [0.0, -0.5])
-    assert logps.policy_chosen_NT.grad is not None
-    close(logps.policy_chosen_NT.grad[0], [0.0, 0.0])
+    assert logps.policy[W].grad is not None
+    close(logps.policy[W].grad[0], [0.0, 0.0])
 
 
 def test_one_turn_is_the_same_summed_or_apart() -> None:
@@ -232,9 +219,9 @@ def test_one_turn_is_the_same_summed_or_apart() -> None:
 
 def test_gradient_reaches_the_policy_alone() -> None:
     logps = two_pairs()
-    assert logps.reference_chosen_NT is not None
-    reference_NT = logps.reference_chosen_NT.clone().requires_grad_()
-    out = objective(nll_weight=1.0)(replace(logps, reference_chosen_NT=reference_NT))
+    reference_NT = logps.reference["short_chosen"].clone().requires_grad_()
+    reference: Any = {**logps.reference, "short_chosen": reference_NT}
+    out = objective(nll_weight=1.0)(replace(logps, reference=reference))
     out.loss_N.sum().backward()
     assert reference_NT.grad is None
     for part in (
@@ -249,11 +236,7 @@ def test_gradient_reaches_the_policy_alone() -> None:
 def test_equal_policy_and_reference_start_at_ln_2() -> None:
     logps = two_pairs()
     out = objective("dpo")(
-        replace(
-            logps,
-            reference_chosen_NT=logps.policy_chosen_NT.detach(),
-            reference_rejected_NT=logps.policy_rejected_NT.detach(),
-        )
+        replace(logps, reference={row: values.detach() for row, values in logps.policy.items()})
     )
     close(out.loss_N, [math.log(2), math.log(2)])
     close(out.chosen_rewards_N, [0.0, 0.0])
@@ -261,7 +244,11 @@ def test_equal_policy_and_reference_start_at_ln_2() -> None:
 
 def test_shapes_are_checked_where_logps_are_made() -> None:
     logps = two_pairs()
-    with pytest.raises(AssertionError):
-        replace(logps, policy_rejected_NT=torch.zeros(2, 3))
-    with pytest.raises(AssertionError):
-        replace(logps, reference_chosen_NT=None)
+    for damage in (
+        {"policy": {W: logps.policy[W], L: torch.zeros(2, 3)}},
+        {"reference": {W: torch.zeros(3, 2)}},
+        {"nll_count_N": torch.zeros(3)},
+    ):
+        changes: Any = damage
+        with pytest.raises(AssertionError):
+            replace(logps, **changes)

@@ -7,34 +7,23 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_longpo.objectives import PairLogps, build_objective
-from megatron_longpo.objectives.sft import mean_nll
+from megatron_longpo.objectives import PairLogps
+from megatron_longpo.objectives.turns import mean_over_tokens
+from tests.objectives.logps import objective, pair_logps
 
 
 def nll_only(nll_sum: list[float], nll_count: list[int]) -> PairLogps:
     """Pairs whose preference fields would poison any loss that read them."""
     poison = torch.full((len(nll_sum), 1), float("nan"))
-    return PairLogps(
-        policy_chosen_NT=poison,
-        policy_rejected_NT=poison,
-        reference_chosen_NT=None,
-        reference_rejected_NT=None,
-        turn_mask_NT=torch.ones_like(poison, dtype=torch.bool),
-        nll_sum_N=torch.tensor(nll_sum, requires_grad=True),
-        nll_count_N=torch.tensor(nll_count),
+    return pair_logps(
+        torch.ones_like(poison, dtype=torch.bool),
+        policy={"long_chosen": poison, "long_rejected": poison},
+        nll=(torch.tensor(nll_sum, requires_grad=True), nll_count),
     )
 
 
 def sft(name: str, **settings: Any) -> Any:
-    defaults: dict[str, Any] = {
-        "beta": None,
-        "preference_weight": 0.0,
-        "nll_weight": 1.0,
-        "nll_scope": "chosen_answers",
-        "turns": "summed",
-        "label_smoothing": 0.0,
-    }
-    return build_objective(name, **(defaults | settings))
+    return objective(name, **{"nll_weight": 1.0, **settings})
 
 
 @pytest.mark.parametrize("name", ["sft", "sft_rejected"])
@@ -53,7 +42,7 @@ def test_loss_is_the_weighted_mean_over_the_pairs_tokens(name: str) -> None:
 
 def test_a_pair_without_nll_tokens_adds_nothing() -> None:
     nll_sum_N = torch.tensor([0.0, 3.0], requires_grad=True)
-    nll_N = mean_nll(nll_sum_N, torch.tensor([0, 2]))
+    nll_N = mean_over_tokens(nll_sum_N, torch.tensor([0, 2]))
     nll_N.sum().backward()
     assert nll_N.tolist() == [0.0, 1.5]
     assert nll_sum_N.grad is not None and nll_sum_N.grad.tolist() == [0.0, 0.5]
@@ -61,14 +50,10 @@ def test_a_pair_without_nll_tokens_adds_nothing() -> None:
 
 def test_longpo_counts_no_nll_for_a_pair_without_tokens() -> None:
     zeros = torch.zeros(1, 1, requires_grad=True)
-    logps = PairLogps(
-        policy_chosen_NT=zeros,
-        policy_rejected_NT=zeros,
-        reference_chosen_NT=None,
-        reference_rejected_NT=None,
-        turn_mask_NT=torch.ones(1, 1, dtype=torch.bool),
-        nll_sum_N=torch.zeros(1, requires_grad=True),
-        nll_count_N=torch.zeros(1, dtype=torch.int64),
+    logps = pair_logps(
+        [[True]],
+        policy={"long_chosen": zeros, "long_rejected": zeros},
+        nll=(torch.zeros(1, requires_grad=True), [0]),
     )
     out = sft("longpo", beta=1.0, preference_weight=1.0)(logps)
     out.loss_N.sum().backward()

@@ -10,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_longpo.data.forest import Forest, Term, build_forest, divergence_edges
 from megatron_longpo.data.packing import make_pack
 from megatron_longpo.data.rows import PreferenceRow
-from megatron_longpo.data.tree import Forest, TreeSettings, build_forest, pair_trees
+from megatron_longpo.data.tree import TreeSettings, pair_trees
 from megatron_longpo.parallel.layout import (
     RankTokens,
     Span,
@@ -81,6 +82,7 @@ def test_ranks_hold_every_token_and_edge_once(
     assert max(map(len, here)) <= layout.num_local < max(map(len, here)) + multiple
 
     edges: list[tuple[int, ...]] = []
+    places: list[tuple[int, ...]] = []
     stacked: list[int] = []
     for rank in range(num_ranks):
         tokens = lay_out(
@@ -93,9 +95,25 @@ def test_ranks_hold_every_token_and_edge_once(
         assert tokens.input_ids[count:].eq(0).all()
         stacked += [*here[rank].tolist(), *[-1] * (layout.num_local - count)]
         edges += edges_of(tokens, here[rank])
+        divergence = tokens.divergence
+        assert divergence.num_slots == len(divergence_edges(forest))
+        places += zip(
+            divergence.slots.tolist(),
+            here[rank][divergence.sources.numpy()].tolist(),
+            divergence.pairs.tolist(),
+            strict=True,
+        )
     columns = ("sources", "targets", "pairs", "turns", "terms")
-    whole = [getattr(forest, f"edge_{column}").tolist() for column in columns]
+    is_summed = (forest.edge_terms & ~int(Term.DIVERGENCE)) != 0
+    whole = [getattr(forest, f"edge_{column}")[is_summed].tolist() for column in columns]
     assert sorted(edges) == sorted(zip(*whole, strict=True))
+    compared = divergence_edges(forest)
+    assert sorted(places) == [
+        (slot, source, pair)
+        for slot, (source, pair) in enumerate(
+            zip(forest.edge_sources[compared], forest.edge_pairs[compared], strict=True)
+        )
+    ]
     if num_ranks > 1:
         order = tokens.attention.order
         assert order is not None
@@ -153,7 +171,10 @@ def test_a_pack_is_laid_out_with_its_tables(
     assert laid_out.turn_mask.dtype == torch.bool
     assert laid_out.turn_mask.sum(1).tolist() == pack.turn_counts.tolist()
     assert laid_out.turn_mask.shape == (len(rows), int(pack.turn_counts.max()))
-    assert laid_out.nll_counts.tolist() == pack.nll_counts.tolist()
+    assert laid_out.counts.keys() == pack.counts.keys()
+    for term, counts in pack.counts.items():
+        assert laid_out.counts[term].tolist() == counts.tolist()
+    assert laid_out.reference_terms == (Term.SHORT_CHOSEN, Term.SHORT_REJECTED)
     assert laid_out.weights.tolist() == [0 if is_filler else 1] * len(rows)
     assert laid_out.reference is not None and pack.reference is not None
     for tokens, forest in ((laid_out.policy, pack.policy), (laid_out.reference, pack.reference)):
@@ -163,7 +184,7 @@ def test_a_pack_is_laid_out_with_its_tables(
 
 def test_a_pack_without_reference_has_none() -> None:
     (row,) = random_rows(np.random.default_rng(0), 9, 1)
-    pack = make_pack([pair_trees(row, TreeSettings(reference=None))])
+    pack = make_pack([pair_trees(row, TreeSettings(reference=()))])
     assert lay_out_pack(pack, device=CPU).reference is None
 
 

@@ -184,9 +184,7 @@ def test_settings_reach_the_trees(shelf: Shelf, tmp_path: Path) -> None:
     """Objective, reference and data settings decide what is computed at all."""
     sft = replace(CASE, name="sft_trees", reference=None, objective=ObjectiveConfig(name="sft"))
     run = loop.prepare(short_config(shelf, tmp_path / "sft", case=sft))
-    assert run.pairs.settings == TreeSettings(
-        branches=("chosen",), preference=False, nll="chosen_answers", reference=None
-    )
+    assert run.pairs.settings == TreeSettings(policy=(), nll="chosen_answers", reference=())
     assert [size.reference_tokens for size in run.pairs.sizes] == [0] * NUM_PAIRS
     case = replace(
         CASE,
@@ -196,7 +194,9 @@ def test_settings_reach_the_trees(shelf: Shelf, tmp_path: Path) -> None:
     run = loop.prepare(
         short_config(shelf, tmp_path / "dpo", case=case, data={"share_prefix": False})
     )
-    assert run.pairs.settings == TreeSettings(nll=None, reference="long", share_prefix=False)
+    assert run.pairs.settings == TreeSettings(
+        nll=None, reference=("long_chosen", "long_rejected"), share_prefix=False
+    )
     rows = open_rows(shelf.rows_file(case))
     longest = max(len(row.chosen) + len(row.rejected) for row in rows)
     assert run.budget_tokens == run.pairs.largest_pair_tokens == longest

@@ -5,16 +5,29 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_longpo.data.tree import Term
+from megatron_longpo.data.forest import Term
 from megatron_longpo.parallel.groups import Groups
-from megatron_longpo.parallel.layout import AttentionPlan, RankEdges, RankPack, RankTokens
+from megatron_longpo.parallel.layout import (
+    AttentionPlan,
+    DivergenceEdges,
+    RankEdges,
+    RankPack,
+    RankTokens,
+)
 from megatron_longpo.training.pair_sums import sum_pairs
 
-C, R, N = int(Term.CHOSEN), int(Term.REJECTED), int(Term.NLL)
+C, R, N = int(Term.LONG_CHOSEN), int(Term.LONG_REJECTED), int(Term.NLL)
+SHORT_C, SHORT_R = int(Term.SHORT_CHOSEN), int(Term.SHORT_REJECTED)
+SHORT = (Term.SHORT_CHOSEN, Term.SHORT_REJECTED)
 
 
-def tokens_with_edges(edges: list[tuple[int, int, int]]) -> RankTokens:
-    """(pair, turn, terms) of each edge; sources and targets play no part in sums."""
+def tokens_with_edges(
+    edges: list[tuple[int, int, int]], *, compared_pairs: list[int] | None = None
+) -> RankTokens:
+    """(pair, turn, terms) of each edge; sources and targets play no part in sums.
+
+    `compared_pairs` are the pairs of the places where policy and reference are compared.
+    """
     pairs, turns, terms = torch.tensor(edges, dtype=torch.int64).reshape(-1, 3).T
     anything = torch.zeros(len(edges), dtype=torch.int64)
     return RankTokens(
@@ -22,6 +35,12 @@ def tokens_with_edges(edges: list[tuple[int, int, int]]) -> RankTokens:
         position_ids=anything,
         attention=AttentionPlan(pieces=(), order=None),
         edges=RankEdges(sources=anything, targets=anything, pairs=pairs, turns=turns, terms=terms),
+        divergence=DivergenceEdges(
+            sources=torch.zeros(len(compared_pairs or []), dtype=torch.int64),
+            slots=torch.arange(len(compared_pairs or [])),
+            pairs=torch.tensor(compared_pairs or [], dtype=torch.int64),
+            num_slots=len(compared_pairs or []),
+        ),
     )
 
 
@@ -34,7 +53,12 @@ POLICY_EDGES = [
     (1, 0, C | N),
     (1, 0, N),
 ]
-REFERENCE_EDGES = [(0, 0, C), (0, 1, C | R), (1, 0, R)]
+REFERENCE_EDGES = [(0, 0, SHORT_C), (0, 1, SHORT_C | SHORT_R), (1, 0, SHORT_R)]
+COUNTS = {
+    Term.LONG_CHOSEN: torch.tensor([[2, 0], [1, 0]]),
+    Term.LONG_REJECTED: torch.tensor([[1, 1], [1, 0]]),
+    Term.NLL: torch.tensor([[2, 0], [2, 0]]),
+}
 
 
 def pack(*, with_reference: bool = True) -> RankPack:
@@ -42,7 +66,8 @@ def pack(*, with_reference: bool = True) -> RankPack:
         policy=tokens_with_edges(POLICY_EDGES),
         reference=tokens_with_edges(REFERENCE_EDGES) if with_reference else None,
         turn_mask=torch.tensor([[True, True], [True, False]]),
-        nll_counts=torch.tensor([2, 2]),
+        reference_terms=SHORT if with_reference else (),
+        counts=COUNTS,
         weights=torch.tensor([1, 1]),
     )
 
@@ -53,11 +78,10 @@ LOGPS = [-1.0, -2.0, -4.0, -8.0, -16.0, -32.0, -64.0, -0.5, -0.25, -0.125]
 
 def test_an_edge_joins_the_sums_of_its_terms(single_process: Groups) -> None:
     sums = sum_pairs(torch.tensor(LOGPS), pack(), context_group=single_process.context)
-    assert sums.policy_chosen_NT.tolist() == [[-6.0, 0.0], [-32.0, 0.0]]
-    assert sums.policy_rejected_NT.tolist() == [[-4.0, -8.0], [-16.0, 0.0]]
-    assert sums.reference_chosen_NT is not None and sums.reference_rejected_NT is not None
-    assert sums.reference_chosen_NT.tolist() == [[-0.5, -0.25], [0.0, 0.0]]
-    assert sums.reference_rejected_NT.tolist() == [[0.0, -0.25], [-0.125, 0.0]]
+    assert sums.policy["long_chosen"].tolist() == [[-6.0, 0.0], [-32.0, 0.0]]
+    assert sums.policy["long_rejected"].tolist() == [[-4.0, -8.0], [-16.0, 0.0]]
+    assert sums.reference["short_chosen"].tolist() == [[-0.5, -0.25], [0.0, 0.0]]
+    assert sums.reference["short_rejected"].tolist() == [[0.0, -0.25], [-0.125, 0.0]]
     assert sums.nll_sum_N.tolist() == [3.0, 96.0]
     assert sums.nll_count_N.tolist() == [2, 2]
     assert sums.turn_mask_NT.tolist() == [[True, True], [True, False]]
@@ -66,9 +90,8 @@ def test_an_edge_joins_the_sums_of_its_terms(single_process: Groups) -> None:
 def test_only_the_policys_edges_get_a_gradient(single_process: Groups) -> None:
     logps = torch.tensor(LOGPS, requires_grad=True)
     sums = sum_pairs(logps, pack(), context_group=single_process.context)
-    assert sums.reference_chosen_NT is not None
-    total = sums.policy_chosen_NT.sum() + 10 * sums.policy_rejected_NT.sum()
-    total = total + 100 * sums.nll_sum_N.sum() + 1000 * sums.reference_chosen_NT.sum()
+    total = sums.policy["long_chosen"].sum() + 10 * sums.policy["long_rejected"].sum()
+    total = total + 100 * sums.nll_sum_N.sum() + 1000 * sums.reference["short_chosen"].sum()
     (gradient,) = torch.autograd.grad(total, logps)
     assert gradient.tolist() == [-100.0, -99.0, 11.0, 10.0, 10.0, -99.0, -100.0, 0.0, 0.0, 0.0]
 
@@ -77,7 +100,7 @@ def test_without_reference_rows_there_are_no_reference_sums(single_process: Grou
     sums = sum_pairs(
         torch.tensor(LOGPS[:7]), pack(with_reference=False), context_group=single_process.context
     )
-    assert sums.reference_chosen_NT is None and sums.reference_rejected_NT is None
+    assert sums.reference == {}
     assert sums.nll_sum_N.tolist() == [3.0, 96.0]
 
 
@@ -90,10 +113,36 @@ def test_sums_of_many_small_numbers_are_exact(single_process: Groups) -> None:
             policy=tokens_with_edges([(0, 0, C)] * count),
             reference=None,
             turn_mask=torch.tensor([[True]]),
-            nll_counts=torch.tensor([0]),
+            reference_terms=(),
+            counts={Term.LONG_CHOSEN: torch.tensor([[count]])},
             weights=torch.tensor([1]),
         ),
         context_group=single_process.context,
     )
-    assert sums.policy_chosen_NT.item() == pytest.approx(-1e4, rel=1e-7)
-    assert sums.policy_chosen_NT.dtype == torch.float64
+    assert sums.policy["long_chosen"].item() == pytest.approx(-1e4, rel=1e-7)
+    assert sums.policy["long_chosen"].dtype == torch.float64
+
+
+def test_divergences_are_summed_by_pair(single_process: Groups) -> None:
+    """They come after the edges of policy and reference."""
+    pack = RankPack(
+        policy=tokens_with_edges([(0, 0, C)], compared_pairs=[0, 1, 1]),
+        reference=tokens_with_edges([(0, 0, SHORT_C)], compared_pairs=[0, 1, 1]),
+        reference_terms=(Term.SHORT_CHOSEN,),
+        counts={
+            Term.LONG_CHOSEN: torch.tensor([[1], [0]]),
+            Term.DIVERGENCE: torch.tensor([[1], [2]]),
+        },
+        turn_mask=torch.tensor([[True], [True]]),
+        weights=torch.tensor([1, 1]),
+    )
+    scores = torch.tensor([-1.0, -2.0, 4.0, 8.0, 16.0], requires_grad=True)
+    sums = sum_pairs(scores, pack, context_group=single_process.context)
+    assert sums.policy["long_chosen"].tolist() == [[-1.0], [0.0]]
+    assert sums.reference["short_chosen"].tolist() == [[-2.0], [0.0]]
+    assert sums.token_counts.keys() == {"long_chosen"}
+    assert sums.divergence_sum_N.tolist() == [4.0, 24.0]
+    assert sums.divergence_count_N.tolist() == [1, 2]
+    assert sums.nll_count_N.tolist() == [0, 0]
+    (gradient,) = torch.autograd.grad(sums.divergence_sum_N[1], scores)
+    assert gradient.tolist() == [0.0, 0.0, 0.0, 1.0, 1.0]

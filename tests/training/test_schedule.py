@@ -2,38 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
-from megatron_longpo.objectives import Objective, build_objective
+from megatron_longpo.data.forest import Term
 from megatron_longpo.parallel.groups import Groups
 from megatron_longpo.parallel.layout import RankPack
 from megatron_longpo.training.schedule import _loss
-from tests.training.test_pair_sums import C, R, tokens_with_edges
+from tests.objectives import logps
+from tests.training.test_pair_sums import SHORT, SHORT_C, SHORT_R, C, R, tokens_with_edges
 
-
-def objective(name: str = "longpo", **settings: Any) -> Objective:
-    values: dict[str, Any] = {
-        "beta": 0.5,
-        "preference_weight": 2.0,
-        "nll_weight": 0.0,
-        "nll_scope": "chosen_answers",
-        "turns": "summed",
-        "label_smoothing": 0.0,
-    }
-    return build_objective(name, **{**values, **settings})
+LONGPO = logps.objective(preference_weight=2.0)
 
 
 def pack(weights: list[int]) -> RankPack:
     """A pair an edge: chosen and rejected, scored by policy and reference."""
     edges = [(pair, 0, term) for pair in range(len(weights)) for term in (C, R)]
+    short_edges = [(pair, 0, term) for pair in range(len(weights)) for term in (SHORT_C, SHORT_R)]
     return RankPack(
         policy=tokens_with_edges(edges),
-        reference=tokens_with_edges(edges),
+        reference=tokens_with_edges(short_edges),
         turn_mask=torch.ones(len(weights), 1, dtype=torch.bool),
-        nll_counts=torch.zeros(len(weights), dtype=torch.int64),
+        reference_terms=SHORT,
+        counts=dict.fromkeys((Term(C), Term(R)), torch.ones(len(weights), 1, dtype=torch.int64)),
         weights=torch.tensor(weights),
     )
 
@@ -44,7 +35,7 @@ def test_sums_and_the_number_of_pairs(single_process: Groups) -> None:
     loss, count, sums = _loss(
         torch.tensor(policy + reference, requires_grad=True),
         pack=pack([1, 1]),
-        objective=objective(),
+        objective=LONGPO,
         groups=single_process,
     )
     preference = sum(
@@ -70,25 +61,38 @@ def test_sums_and_the_number_of_pairs(single_process: Groups) -> None:
 
 
 def test_a_filler_counts_for_nothing_even_where_it_overflows(single_process: Groups) -> None:
-    logps = torch.tensor([-1.0, -4.0, -torch.inf, -4.0, -2.0, -2.0, -1.0, -1.0], requires_grad=True)
+    scores = torch.tensor(
+        [-1.0, -4.0, -torch.inf, -4.0, -2.0, -2.0, -1.0, -1.0], requires_grad=True
+    )
     loss, count, sums = _loss(
-        logps, pack=pack([1, 0]), objective=objective(), groups=single_process
+        scores,
+        pack=pack([1, 0]),
+        objective=LONGPO,
+        groups=single_process,
     )
     alone, _, expected = _loss(
-        logps[[0, 1, 4, 5]], pack=pack([1]), objective=objective(), groups=single_process
+        scores[[0, 1, 4, 5]],
+        pack=pack([1]),
+        objective=LONGPO,
+        groups=single_process,
     )
     assert count == 1 and loss.item() == alone.item()
     assert {k: v.item() for k, v in sums.items()} == {k: v.item() for k, v in expected.items()}
 
 
 def test_a_microbatch_of_fillers_still_has_a_backward(single_process: Groups) -> None:
-    logps = torch.full((8,), -1.0, requires_grad=True)
-    loss, count, _ = _loss(logps, pack=pack([0, 0]), objective=objective(), groups=single_process)
-    (gradient,) = torch.autograd.grad(loss, logps)
+    scores = torch.full((8,), -1.0, requires_grad=True)
+    loss, count, _ = _loss(
+        scores,
+        pack=pack([0, 0]),
+        objective=LONGPO,
+        groups=single_process,
+    )
+    (gradient,) = torch.autograd.grad(loss, scores)
     assert count == 0 and loss == 0 and gradient.eq(0).all()
 
 
 def test_what_an_objective_has_not_is_not_logged(single_process: Groups) -> None:
-    sft = objective("sft", beta=None, preference_weight=0.0, nll_weight=1.0)
+    sft = logps.objective("sft", nll_weight=1.0)
     _, _, sums = _loss(torch.zeros(8), pack=pack([1, 1]), objective=sft, groups=single_process)
     assert set(sums) == {"pairs", "loss", "nll_loss"}

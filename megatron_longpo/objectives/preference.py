@@ -1,0 +1,142 @@
+"""What the objectives that compare a chosen with a rejected answer have in common.
+
+Letters: N pairs, T turns, U units: a pair's conversation or its turns, see `turns.py`.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass, replace
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .turns import mean_over_tokens, mean_over_units, sum_over_units
+from .types import (
+    Branch,
+    Context,
+    LossOutput,
+    Needs,
+    NllScope,
+    Objective,
+    PairLogps,
+    Row,
+    Turns,
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """A preference, unit by unit."""
+
+    losses_NU: Tensor
+    """[N, U] float, with gradient, unweighted."""
+    chosen_rewards_NU: Tensor
+    """[N, U] float: what the loss compares."""
+    rejected_rewards_NU: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preference(Objective):
+    """L_n = nll_weight * NLL_n + preference_weight * mean over units of the comparison's loss.
+
+    `preference_weight: 0` leaves NLL alone to train; the preference loss and the rewards are
+    still reported. `nll_weight: 0` drops the NLL term from the work and from the report.
+    """
+
+    preference_weight: float
+    nll_weight: float
+    nll_scope: NllScope
+    turns: Turns
+
+    @abstractmethod
+    def compare(self, logps: PairLogps) -> Comparison: ...
+
+    def __call__(self, logps: PairLogps) -> LossOutput:
+        """`PairLogps -> LossOutput`; NLL is None where its weight is 0."""
+        comparison = self.compare(logps)
+        preference_N = mean_over_units(comparison.losses_NU, logps.turn_mask_NT, self.turns)
+        output = LossOutput(
+            loss_N=self.preference_weight * preference_N,
+            preference_loss_N=preference_N.detach(),
+            chosen_rewards_N=self._total(comparison.chosen_rewards_NU, logps),
+            rejected_rewards_N=self._total(comparison.rejected_rewards_NU, logps),
+        )
+        if not self.nll_weight:
+            return output
+        nll_N = mean_over_tokens(logps.nll_sum_N, logps.nll_count_N)
+        return replace(
+            output, loss_N=output.loss_N + self.nll_weight * nll_N, nll_loss_N=nll_N.detach()
+        )
+
+    def _total(self, rewards_NU: Tensor, logps: PairLogps) -> Tensor:
+        return sum_over_units(rewards_NU.detach(), logps.turn_mask_NT, self.turns)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LongPreference(Preference):
+    """A preference between the answers to the long document."""
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(policy=self.compared, nll=self.nll_scope if self.nll_weight else None)
+
+    @property
+    def compared(self) -> tuple[Row, Row]:
+        return "long_chosen", "long_rejected"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReferencedPreference(LongPreference):
+    """The same, relative to a reference that reads one context or the other."""
+
+    beta: float
+    reference_context: Context
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(
+            policy=self.compared,
+            reference=self.reference_rows,
+            nll=self.nll_scope if self.nll_weight else None,
+        )
+
+    @property
+    def reference_rows(self) -> tuple[Row, Row]:
+        context = self.reference_context
+        return context_row(context, "chosen"), context_row(context, "rejected")
+
+
+def context_row(context: Context, branch: Branch) -> Row:
+    """The answer of a branch under a context."""
+    rows: dict[tuple[Context, Branch], Row] = {
+        ("short", "chosen"): "short_chosen",
+        ("short", "rejected"): "short_rejected",
+        ("long", "chosen"): "long_chosen",
+        ("long", "rejected"): "long_rejected",
+    }
+    return rows[context, branch]
+
+
+def log_ratio(logps: PairLogps, row: Row, reference_row: Row) -> Tensor:
+    """log pi_theta(y | row) - log pi_ref(y | reference_row) of each turn's answer.
+
+    `-> [N, T]`, meaningless where the turn is absent. Without a reference its log-prob counts as 0.
+    """
+    policy_NT = logps.policy[row]
+    if reference_row not in logps.reference:
+        return policy_NT
+    return policy_NT - logps.reference[reference_row].detach()
+
+
+def logistic_loss(z: Tensor, *, beta: float, label_smoothing: float) -> Tensor:
+    """l(z) = -(1 - eps) * log sigmoid(beta z) - eps * log sigmoid(-beta z), element by element.
+
+    eps = `label_smoothing` is the chance that a pair's labels are swapped (conservative DPO;
+    a note by E. Mitchell on arXiv 2305.18290). With eps = 0 it is Equation 7 of that paper.
+    `logsigmoid` stays finite, and so does its gradient, where `sigmoid` has rounded to 0.
+    """
+    loss = -(1.0 - label_smoothing) * F.logsigmoid(beta * z)
+    if label_smoothing:
+        loss = loss - label_smoothing * F.logsigmoid(-beta * z)
+    return loss
