@@ -18,6 +18,22 @@ from megatron_longpo.config_parser import load_config
 __all__ = ["TrainConfig", "check_world", "load_train_config", "resolve"]
 
 
+ObjectiveName = Literal[
+    "longpo",
+    "dpo",
+    "ipo",
+    "simpo",
+    "orpo",
+    "sft",
+    "sft_rejected",
+    "sft_short_to_long",
+    "solopo_dpo",
+    "solopo_simpo",
+    "solopo_orpo",
+    "opsdl",
+]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
     """The policy, the model that is trained."""
@@ -79,20 +95,7 @@ class DataConfig:
 class ObjectiveConfig:
     """The loss; null values take the default of the named objective (docs/settings.md)."""
 
-    name: Literal[
-        "longpo",
-        "dpo",
-        "ipo",
-        "simpo",
-        "orpo",
-        "sft",
-        "sft_rejected",
-        "sft_short_to_long",
-        "solopo_dpo",
-        "solopo_simpo",
-        "solopo_orpo",
-        "opsdl",
-    ] = "longpo"
+    name: ObjectiveName = "longpo"
     """Which objective to train; docs/objectives.md says when to use which."""
     beta: float | None = field(default=None, metadata=limits(at_least=0))
     """Temperature of the preference term, above 0 where there is one; null = by objective."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
-from megatron_longpo.config import ObjectiveConfig
+from megatron_longpo.config import ObjectiveConfig, ObjectiveName
 from megatron_longpo.parallel.groups import ParallelSizes
 from tests.parity.cases import ALL_SHAPES, ROW_SHAPES, Case, TinyModel
 from tests.parity.steps import Steps
@@ -93,8 +93,33 @@ ODD_HEADS = Case(
 )
 """Heads that do not divide."""
 
+DIVERGENCE = Case(
+    name="ranks-divergence",
+    shapes=ALL_SHAPES[:5],
+    policy=TinyModel(kv_heads=2, tied=True),
+    reference=TinyModel(seed=2),
+    objective=ObjectiveConfig(name="opsdl"),
+    distributed_optimizer=False,
+)
+"""A place lies on other ranks in the short row than in the long one."""
+
+SHORT_ROWS = Case(
+    name="ranks-short_rows",
+    shapes=ALL_SHAPES[:5],
+    objective=ObjectiveConfig(name="solopo_dpo"),
+    distributed_optimizer=False,
+)
+"""The policy reads short rows beside the long ones, with gradient."""
+
 EXTRA = {
     2: (
+        (Layout(name="TP2+SP", sizes=ParallelSizes(tensor=2, sequence=True)), DIVERGENCE),
+        (Layout(name="TP2", sizes=ParallelSizes(tensor=2)), DIVERGENCE),
+        (Layout(name="PP2", sizes=ParallelSizes(pipeline=2)), DIVERGENCE),
+        (Layout(name="CP2 a2a", sizes=ParallelSizes(context=2), comm="a2a"), DIVERGENCE),
+        (Layout(name="CP2 all_gather", sizes=ParallelSizes(context=2)), DIVERGENCE),
+        (Layout(name="PP2", sizes=ParallelSizes(pipeline=2)), SHORT_ROWS),
+        (Layout(name="CP2 all_gather", sizes=ParallelSizes(context=2)), SHORT_ROWS),
         (Layout(name="CP2 a2a", sizes=ParallelSizes(context=2), comm="a2a"), ONE_KV_HEAD),
         (Layout(name="TP2", sizes=ParallelSizes(tensor=2)), ONE_KV_HEAD),
         (Layout(name="CP2 all_gather", sizes=ParallelSizes(context=2)), ODD_HEADS),
@@ -122,7 +147,15 @@ def step_runs(world_size: int) -> list[tuple[Layout, Steps]]:
     tied_rmsprop = Steps(distributed=False, weight_decay=0.1)
     if world_size == 4:
         layouts = {layout.name: layout for layout in LAYOUTS[4]}
-        return [(layouts["TP2xPP2"], tied_rmsprop), (layouts["DP2xCP2"], Steps())]
+        objectives = [
+            (layouts["TP2xCP2"], Steps(objective=ObjectiveConfig(name=name)))
+            for name in get_args(ObjectiveName)
+        ]
+        return [
+            (layouts["TP2xPP2"], tied_rmsprop),
+            (layouts["DP2xCP2"], Steps()),
+            *objectives,
+        ]
     layouts = {layout.name: layout for layout in LAYOUTS[2]}
     return [
         (layouts["TP2+SP"], Steps()),
