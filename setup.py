@@ -48,6 +48,7 @@ EXTRAS = {
         "types-PyYAML",  # types of pyyaml
         "types-psutil",
         "wandb>=0.19",
+        "trl>=1.0",  # our DPO is held to its DPOTrainer
     ],
 }
 
