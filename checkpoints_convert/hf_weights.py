@@ -156,7 +156,11 @@ def local_rules(
     gpt_model: GPTModel, arch: Architecture
 ) -> Iterator[tuple[torch.nn.Parameter, TensorRule]]:
     """The parameters of this rank's model with their rules, in the model's order."""
-    rules = {rule.megatron_name: rule for rule in (*tensor_rules(arch), output_rule(arch))}
+    rules = {
+        name: rule
+        for rule in (*tensor_rules(arch), output_rule(arch))
+        for name in (rule.megatron_name, rule.fused_name)
+    }
     prefix = "decoder.layers."
     for name, parameter in gpt_model.named_parameters():
         if name.startswith(prefix):

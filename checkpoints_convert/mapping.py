@@ -39,6 +39,14 @@ class TensorRule:
     split_dim: int | None = None
     """The dimension that tensor parallelism splits, None = every rank holds the whole tensor."""
 
+    @property
+    def fused_name(self) -> str:
+        """The parameter's name where norms are fused with the linear layers behind them."""
+        layers = "decoder.layers."
+        if self.layer is None:
+            return self.checkpoint_key
+        return f"{layers}{self.layer}.{self.checkpoint_key.removeprefix(layers)}"
+
 
 def tensor_rules(arch: Architecture) -> Iterator[TensorRule]:
     """The rules of the whole model, in the order of Hugging Face files."""

@@ -48,8 +48,12 @@ class ModelConfig:
     """Positions of the policy, kept in exported configs; null = the model's own."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Type of weights and activations in the model; the optimizer keeps fp32 weights."""
-    attention_kernel: Literal["auto", "te", "flash_attn", "varlen", "sdpa"] = "auto"
-    """Attention kernel; auto takes the fastest that the machine has."""
+    attention_kernel: Literal["auto", "te", "cudnn", "flash_attn", "varlen", "sdpa"] = "auto"
+    """Attention kernel; auto takes the fastest that the machine has. te and cudnn are cuDNN's, the
+    fast ones from Hopper on."""
+    layers: Literal["auto", "te", "local"] = "auto"
+    """te = Transformer Engine's fused layers, local = Megatron's own modules; auto = te on a GPU
+    in bf16 where Transformer Engine is installed. Checkpoints are the same."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -36,6 +36,7 @@ CONTRACT_DEFAULTS: dict[str, Any] = {
     "model.max_position_embeddings": None,
     "model.dtype": "bf16",
     "model.attention_kernel": "auto",
+    "model.layers": "auto",
     "reference.mode": "online",
     "reference.hf_path": "m",
     "reference.context": "short",

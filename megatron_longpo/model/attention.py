@@ -81,7 +81,9 @@ class _TreeAttentionFunction(torch.autograd.Function):
         exchange: ContextExchange,
         scale: float,
     ) -> Tensor:
-        local = (query, key, value)
+        # Values come as a view of the projection that queries and keys were copied from: kept as
+        # they are, they would keep all of it.
+        local = (query.contiguous(), key.contiguous(), value.contiguous())
         entered = exchange.enter(local, plan.order)
         attended, logsumexp = attend(entered, plan, kernel, scale=scale)
         output = exchange.leave(attended, plan.order, num_local=len(query))
@@ -125,9 +127,12 @@ def attend(
         Output [q,H,D] and log-sum-exp [H,q]; 0 for padding, which is in no piece.
     """
     query, key, value = entered
-    output = torch.zeros_like(query, memory_format=torch.contiguous_format)
     accumulator = torch.promote_types(query.dtype, torch.float32)
-    logsumexp = torch.zeros(query.shape[1], query.shape[0], dtype=accumulator, device=query.device)
+    output = torch.empty_like(query, memory_format=torch.contiguous_format)
+    logsumexp = torch.empty(query.shape[1], query.shape[0], dtype=accumulator, device=query.device)
+    for gap in _gaps([piece.queries for piece in plan.pieces], len(query)):
+        output[gap.start : gap.stop] = 0
+        logsumexp[:, gap.start : gap.stop] = 0
     for piece in plan.pieces:
         queries = piece.queries
         parts = [
@@ -141,6 +146,8 @@ def attend(
             for keys, causal in _blocks(piece)
         ]
         merged_output, merged_logsumexp = _merge(parts)
+        if len(queries) == len(query):
+            return merged_output, merged_logsumexp
         output[queries.start : queries.stop] = merged_output
         logsumexp[:, queries.start : queries.stop] = merged_logsumexp
     return output, logsumexp
@@ -158,30 +165,70 @@ def attend_backward(
 ) -> QueryKeyValue:
     """Gradients of `attend`'s query, key and value.
 
-    In fp32 at least: a key is attended from several blocks, whose gradients must not be rounded
-    in between.
+    A key is attended from several blocks, whose gradients must not be rounded in between: those of
+    key and value are summed in fp32 at least, and so is a query's over its blocks. Where the plan
+    is one block they are what the kernel returns.
     """
     query, key, value = entered
-    query_grad, key_grad, value_grad = (
-        torch.zeros_like(tensor, dtype=logsumexp.dtype) for tensor in entered
+    if len(plan.pieces) == 1 and len(plan.pieces[0].queries) == len(query) == len(key):
+        assert not plan.pieces[0].context, "all keys are the piece's own"
+        return kernel.backward(
+            output_grad, query, key, value, output, logsumexp, causal=True, scale=scale
+        )
+    query_grad = torch.empty_like(query, memory_format=torch.contiguous_format)
+    key_grad, value_grad = (
+        torch.empty(tensor.shape, dtype=logsumexp.dtype, device=tensor.device)
+        for tensor in (key, value)
     )
+    for gap in _gaps([piece.queries for piece in plan.pieces], len(query)):
+        query_grad[gap.start : gap.stop] = 0
+    # No two pieces have keys of their own in common: those are written, all others are added.
+    for gap in _gaps([piece.own_keys for piece in plan.pieces], len(key)):
+        key_grad[gap.start : gap.stop] = 0
+        value_grad[gap.start : gap.stop] = 0
+
+    def block_gradients(queries: Span, keys: Span, *, causal: bool) -> QueryKeyValue:
+        return kernel.backward(
+            _rows(output_grad, queries),
+            _rows(query, queries),
+            _rows(key, keys),
+            _rows(value, keys),
+            _rows(output, queries),
+            logsumexp[:, queries.start : queries.stop],
+            causal=causal,
+            scale=scale,
+        )
+
     for piece in plan.pieces:
+        queries, keys = piece.queries, piece.own_keys
+        gradients = block_gradients(queries, keys, causal=True)
+        query_grad[queries.start : queries.stop] = gradients[0]
+        key_grad[keys.start : keys.stop] = gradients[1]
+        value_grad[keys.start : keys.stop] = gradients[2]
+    for piece in plan.pieces:
+        if not piece.context:
+            continue
         queries = piece.queries
-        for keys, causal in _blocks(piece):
-            block_grads = kernel.backward(
-                _rows(output_grad, queries),
-                _rows(query, queries),
-                _rows(key, keys),
-                _rows(value, keys),
-                _rows(output, queries),
-                logsumexp[:, queries.start : queries.stop],
-                causal=causal,
-                scale=scale,
-            )
-            query_grad[queries.start : queries.stop] += block_grads[0]
-            key_grad[keys.start : keys.stop] += block_grads[1]
-            value_grad[keys.start : keys.stop] += block_grads[2]
+        query_sum = _rows(query_grad, queries).to(logsumexp.dtype)
+        for keys in piece.context:
+            gradients = block_gradients(queries, keys, causal=False)
+            query_sum += gradients[0]
+            key_grad[keys.start : keys.stop] += gradients[1]
+            value_grad[keys.start : keys.stop] += gradients[2]
+        query_grad[queries.start : queries.stop] = query_sum
     return query_grad, key_grad, value_grad
+
+
+def _gaps(spans: list[Span], length: int) -> list[Span]:
+    """What disjoint spans leave of [0, length)."""
+    gaps, begin = [], 0
+    for span in sorted(spans, key=lambda span: span.start):
+        if span.start > begin:
+            gaps.append(Span(begin, span.start))
+        begin = span.stop
+    if begin < length:
+        gaps.append(Span(begin, length))
+    return gaps
 
 
 def _blocks(piece: QueryPiece) -> list[tuple[Span, bool]]:
@@ -203,9 +250,9 @@ def _merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     logsumexps = torch.stack([logsumexp for _, logsumexp in parts])
     total = torch.logsumexp(logsumexps, dim=0)
     weights = (logsumexps - total).exp()
-    output = sum(
-        part.to(total.dtype) * weight.T.unsqueeze(-1)
-        for (part, _), weight in zip(parts, weights, strict=True)
-    )
-    assert isinstance(output, Tensor)
-    return output, total
+    output: Tensor | None = None
+    for (part, _), weight in zip(parts, weights, strict=True):
+        share = part * weight.T.unsqueeze(-1)
+        output = share if output is None else output.add_(share)
+    assert output is not None
+    return output.to(parts[0][0].dtype), total

@@ -2,20 +2,18 @@
 
 A kernel returns the log-sum-exp of its scores beside its output, so that blocks over different
 keys can be merged exactly, and takes the merged output and log-sum-exp in backward, which makes
-each block's gradients those of the whole (Milakov and Gimelshein 2018; Dao 2023).
+each block's gradients those of the whole (Milakov and Gimelshein 2018; Dao 2023). Those of GPUs
+are in gpu_kernels.py; kernel_choice.py chooses.
 
 Letters: q queries, k keys, H heads, G key/value heads (H is a multiple of G), D head size.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Protocol
 
 import torch
 from torch import Tensor
-
-from megatron_longpo.errors import UserError
 
 
 class AttentionKernel(Protocol):
@@ -81,59 +79,6 @@ class CpuFlashKernel:
         return query_grad, key_grad, value_grad
 
 
-class CudaFlashKernel:
-    """The flash kernel behind `scaled_dot_product_attention` on GPUs; bf16 and fp16 only."""
-
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        groups = query.shape[1] // key.shape[1]
-        output, logsumexp, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
-            _batched(query),
-            _batched(_repeated(key, groups)),
-            _batched(_repeated(value, groups)),
-            0.0,
-            causal,
-            scale=scale,
-        )
-        return _flat(output), logsumexp.squeeze(0)
-
-    def backward(
-        self,
-        output_grad: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        output: Tensor,
-        logsumexp: Tensor,
-        *,
-        causal: bool,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        groups = query.shape[1] // key.shape[1]
-        no_dropout_state = torch.zeros(2, dtype=torch.uint64, device=query.device)
-        gradients = torch.ops.aten._scaled_dot_product_flash_attention_backward(
-            _batched(output_grad),
-            _batched(query),
-            _batched(_repeated(key, groups)),
-            _batched(_repeated(value, groups)),
-            _batched(output),
-            # The kernel reads it without regard to strides.
-            logsumexp.contiguous().unsqueeze(0),
-            None,
-            None,
-            query.shape[0],
-            key.shape[0],
-            0.0,
-            causal,
-            no_dropout_state,
-            no_dropout_state,
-            scale=scale,
-        )
-        query_grad, key_grad, value_grad = (_flat(gradient) for gradient in gradients)
-        return query_grad, _summed(key_grad, groups), _summed(value_grad, groups)
-
-
 class MathKernel:
     """Plain matrix products, the scores in memory: for small fp32 runs on GPUs."""
 
@@ -182,28 +127,6 @@ class MathKernel:
             future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
             scores = scores.masked_fill(future, float("-inf"))
         return scores
-
-
-def choose_kernel(setting: str, *, device: torch.device, dtype: torch.dtype) -> AttentionKernel:
-    """Returns the kernel that `model.attention_kernel` names, or the best of this machine.
-
-    Raises:
-        UserError: if the named kernel is not to be had.
-    """
-    if setting in ("auto", "sdpa"):
-        if device.type == "cpu":
-            return CpuFlashKernel()
-        return MathKernel() if dtype == torch.float32 else CudaFlashKernel()
-    packages = {"te": "transformer_engine", "flash_attn": "flash_attn"}
-    package = packages.get(setting)
-    if package is not None and importlib.util.find_spec(package) is None:
-        raise UserError(
-            f"model.attention_kernel ({setting}): the package {package} is not installed; "
-            "install the gpu extra, or use auto"
-        )
-    raise UserError(
-        f"model.attention_kernel ({setting}): not available in this version; use auto or sdpa"
-    )
 
 
 def _batched(tensor: Tensor) -> Tensor:

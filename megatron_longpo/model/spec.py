@@ -9,10 +9,8 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
@@ -21,7 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_longpo.errors import UserError
 from megatron_longpo.model.architectures import Architecture
-from megatron_longpo.model.norm import RMSNorm
+from megatron_longpo.model.layer_specs import LayerKind, layer_spec, norm_class
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """Settings' names of the dtypes that parameters and activations may have."""
@@ -48,11 +46,13 @@ def transformer_config(
     recompute: Literal["none", "selective", "full"] = "none",
     trainable: bool = True,
     fusions: bool | None = None,
+    layers: LayerKind = "local",
 ) -> TransformerConfig:
     """Megatron's config of `arch` under these parallel sizes.
 
     `trainable=False` is for the frozen reference: nothing is recomputed for a backward that never
     comes. `fusions` are Megatron's jitted elementwise kernels; None = where there is a GPU.
+    `layers` are those that `build_gpt` will be given: Transformer Engine's have a fused RoPE.
     Weights are not initialised, since `load_hf_weights` writes every one of them.
     """
     check_sizes(arch, tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual_pipeline)
@@ -98,6 +98,7 @@ def transformer_config(
             bias_activation_fusion=fusions,
             bias_dropout_fusion=fusions,
             masked_softmax_fusion=False,
+            apply_rope_fusion=layers == "te",
             gradient_accumulation_fusion=False,
             **_recompute_settings(recompute if trainable else "none"),
         )
@@ -111,6 +112,7 @@ def build_gpt(
     pre_process: bool = True,
     post_process: bool = True,
     vp_stage: int | None = None,
+    layers: LayerKind = "local",
 ) -> GPTModel:
     """This rank's pipeline chunk, with parameters not yet written.
 
@@ -118,9 +120,10 @@ def build_gpt(
     `.embedding` and `.decoder` with angles from `rope.rotary_angles`, not `.forward`.
     """
     pipeline_rank = ProcessGroupCollection.use_mpu_process_groups(["pp"]).pp.rank()
-    layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pipeline_rank)
+    num_layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pipeline_rank)
     block = TransformerBlockSubmodules(
-        layer_specs=[_layer_spec(arch, core_attention)] * layers, layer_norm=RMSNorm
+        layer_specs=[layer_spec(layers, arch, core_attention)] * num_layers,
+        layer_norm=norm_class(layers),
     )
     model = GPTModel(
         config=config,
@@ -157,19 +160,6 @@ def _mark_sharded_weights(model: GPTModel) -> None:
             tensor_parallel.set_tensor_model_parallel_attributes(
                 tensor=weight, is_parallel=True, dim=partition_dim, stride=1
             )
-
-
-def _layer_spec(arch: Architecture, core_attention: Callable[..., torch.nn.Module]) -> ModuleSpec:
-    """Stock local layer, and so stock checkpoint keys, with our norm and core attention."""
-    spec = get_gpt_layer_local_spec(qk_layernorm=arch.qk_norm, normalization="RMSNorm")
-    spec.submodules.input_layernorm = RMSNorm
-    spec.submodules.pre_mlp_layernorm = RMSNorm
-    attention = spec.submodules.self_attention.submodules
-    attention.core_attention = core_attention
-    if arch.qk_norm:
-        attention.q_layernorm = RMSNorm
-        attention.k_layernorm = RMSNorm
-    return spec
 
 
 def _recompute_settings(recompute: str) -> dict[str, Any]:

@@ -26,7 +26,8 @@ from megatron_longpo.data.tree import TreeSettings
 from megatron_longpo.errors import UserError
 from megatron_longpo.model.architectures import Architecture, read_architecture
 from megatron_longpo.model.attention import TreeAttention
-from megatron_longpo.model.kernels import choose_kernel
+from megatron_longpo.model.kernel_choice import choose_kernel
+from megatron_longpo.model.layer_specs import accumulate_in_main_grad, choose_layers
 from megatron_longpo.model.longpo_model import ChunkModel, LongPOModel
 from megatron_longpo.model.rope import inverse_frequencies
 from megatron_longpo.model.spec import DTYPES, build_gpt, check_sizes, transformer_config
@@ -163,9 +164,18 @@ def parallel_sizes(config: TrainConfig) -> ParallelSizes:
     )
 
 
-def build_model(config: TrainConfig, sources: ModelSources, groups: Groups) -> list[Any]:
-    """This rank's chunks with their weights, wrapped by Megatron's DDP."""
-    policy = _chunk(config, sources.policy, sources.policy_folder, groups, trainable=True)
+def build_model(
+    config: TrainConfig,
+    sources: ModelSources,
+    groups: Groups,
+    *,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[Any]:
+    """This rank's chunks with their weights, wrapped by Megatron's DDP.
+
+    `say` is told which attention kernel and layers the policy runs on, and why no faster ones.
+    """
+    policy = _chunk(config, sources.policy, sources.policy_folder, groups, trainable=True, say=say)
     reference = None
     if sources.reference is not None:
         assert sources.reference_folder is not None
@@ -199,11 +209,30 @@ def connect(model: list[Any], optimizer: MegatronOptimizer) -> None:
 
 
 def _chunk(
-    config: TrainConfig, arch: Architecture, folder: str, groups: Groups, *, trainable: bool
+    config: TrainConfig,
+    arch: Architecture,
+    folder: str,
+    groups: Groups,
+    *,
+    trainable: bool,
+    say: Callable[[str], None] = lambda line: None,
 ) -> ChunkModel:
     sizes = groups.sizes
     dtype = config.model.dtype
-    kernel = choose_kernel(config.model.attention_kernel, device=groups.device, dtype=DTYPES[dtype])
+    kernel = choose_kernel(
+        config.model.attention_kernel,
+        device=groups.device,
+        dtype=DTYPES[dtype],
+        head_dim=arch.head_dim,
+    )
+    layers = choose_layers(
+        config.model.layers,
+        device=groups.device,
+        dtype=DTYPES[dtype],
+        has_lora=config.lora is not None,
+    )
+    say(kernel.line)
+    say(layers.line)
     heads, kv_heads = _heads_per_rank(arch, sizes.tensor)
     exchange = make_exchange(
         config.parallel.context_comm, groups.context, num_heads=heads, num_kv_heads=kv_heads
@@ -218,14 +247,18 @@ def _chunk(
         sequence=sizes.sequence,
         recompute=config.train.recompute,
         trainable=trainable,
+        layers=layers.kind,
     )
     gpt = build_gpt(
         arch,
         megatron_config,
-        core_attention=functools.partial(TreeAttention, kernel=kernel, exchange=exchange),
+        core_attention=functools.partial(TreeAttention, kernel=kernel.kernel, exchange=exchange),
         pre_process=groups.is_first_stage,
         post_process=groups.is_last_stage,
+        layers=layers.kind,
     )
+    if trainable and layers.kind == "te":
+        accumulate_in_main_grad(gpt)
     load_hf_weights(gpt, arch, folder)
     return ChunkModel(
         gpt=gpt,

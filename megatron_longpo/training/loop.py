@@ -129,7 +129,7 @@ def prepare(config: TrainConfig) -> Run:
             f"the last {sampler.dropped_pairs_per_epoch} pairs of each epoch's order are left out: "
             f"they do not fill a global batch of {config.train.global_batch_pairs}"
         )
-    model = build.build_model(config, sources, groups)
+    model = build.build_model(config, sources, groups, say=console.say)
     optimizer = make_optimizer(config.optimizer, model, bf16=config.model.dtype == "bf16")
     build.connect(model, optimizer)
     run = Run(

@@ -1,4 +1,4 @@
-"""Every kernel that this machine can run equals a softmax over the whole score matrix."""
+"""Every kernel of CPUs equals a softmax over the whole score matrix; tests/gpu has the others."""
 
 from __future__ import annotations
 
@@ -8,14 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_longpo.errors import UserError
-from megatron_longpo.model.kernels import (
-    AttentionKernel,
-    CpuFlashKernel,
-    CudaFlashKernel,
-    MathKernel,
-    choose_kernel,
-)
+from megatron_longpo.model.kernels import AttentionKernel, CpuFlashKernel, MathKernel
 from tests.model.dense_attention import block_mask, dense_attention, dense_gradients
 
 SCALE = 0.3
@@ -116,46 +109,3 @@ def test_one_blocks_gradient_is_its_share_of_the_whole() -> None:
         torch.testing.assert_close(key_grad, expected[1][keys])
         torch.testing.assert_close(value_grad, expected[2][keys])
     torch.testing.assert_close(whole_query_grad, expected[0])
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_cuda_kernel_is_softmax_attention(shape: tuple[Any, ...]) -> None:
-    *sizes, causal = shape
-    inputs, grad = random_block(*sizes, dtype=torch.bfloat16)
-    on_gpu = [tensor.to("cuda") for tensor in inputs]
-    check_kernel(CudaFlashKernel(), on_gpu, grad.to("cuda"), causal=causal, tolerance=2e-2)
-
-
-@pytest.mark.parametrize("setting", ["auto", "sdpa"])
-@pytest.mark.parametrize(
-    ("device", "dtype", "kernel"),
-    [
-        ("cpu", torch.float32, CpuFlashKernel),
-        ("cpu", torch.bfloat16, CpuFlashKernel),
-        ("cuda", torch.float32, MathKernel),
-        ("cuda", torch.bfloat16, CudaFlashKernel),
-    ],
-)
-def test_the_kernel_follows_the_machine(
-    setting: str, device: str, dtype: torch.dtype, kernel: type
-) -> None:
-    chosen = choose_kernel(setting, device=torch.device(device), dtype=dtype)
-    assert isinstance(chosen, kernel)
-
-
-@pytest.mark.parametrize(
-    ("setting", "installed", "message"),
-    [
-        ("te", None, "package transformer_engine is not installed; .*gpu extra, or use auto"),
-        ("flash_attn", None, "package flash_attn is not installed"),
-        ("te", "there", "not available in this version; use auto or sdpa"),
-        ("varlen", None, "not available in this version; use auto or sdpa"),
-    ],
-)
-def test_a_kernel_that_is_not_there_is_refused(
-    setting: str, installed: Any, message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: installed)
-    with pytest.raises(UserError, match=rf"model\.attention_kernel \({setting}\): .*{message}"):
-        choose_kernel(setting, device=torch.device("cpu"), dtype=torch.float32)

@@ -1,0 +1,184 @@
+"""Which attention kernel runs: the one that a setting names, or the fastest of this machine.
+
+A kernel is taken only after a trial: a small causal block and a rectangle, forward and backward,
+against plain matrix products. A package that is installed and does not fit the driver, the GPU or
+torch is thus named before training, and never trained with.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from megatron_longpo.errors import UserError
+from megatron_longpo.model.gpu_kernels import (
+    CudnnKernel,
+    FlashAttnKernel,
+    FlashKernel,
+    TransformerEngineKernel,
+    VarlenKernel,
+)
+from megatron_longpo.model.kernels import AttentionKernel, CpuFlashKernel, MathKernel
+
+HOPPER = (9, 0)
+"""Compute capability from which cuDNN's attention is the faster one."""
+
+LARGEST_HEAD = {"te": 128, "cudnn": 128, "flash_attn": 256, "varlen": 256, "sdpa": 256}
+"""Largest head that each kernel has a backward for."""
+
+TRIAL_LENGTHS = ((192, 192, True), (160, 256, False))
+"""(queries, keys, causal); not below what `CudnnKernel` leaves to another kernel."""
+TRIAL_TOLERANCE = 2e-2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Workload:
+    """What the kernel will be asked for."""
+
+    device: torch.device
+    dtype: torch.dtype
+    head_dim: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KernelChoice:
+    """The kernel, and what the start of a run says about it."""
+
+    setting: str
+    """The value of `model.attention_kernel` that would force it."""
+    kernel: AttentionKernel
+    line: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Candidate:
+    title: str
+    make: Callable[[], AttentionKernel]
+    package: str | None = None
+
+
+_CANDIDATES = {
+    "te": _Candidate(
+        title="cuDNN through Transformer Engine",
+        make=TransformerEngineKernel,
+        package="transformer_engine",
+    ),
+    "cudnn": _Candidate(title="cuDNN through torch", make=CudnnKernel),
+    "flash_attn": _Candidate(
+        title="package flash-attn", make=FlashAttnKernel, package="flash_attn"
+    ),
+    "varlen": _Candidate(title="torch.nn.attention.varlen", make=VarlenKernel),
+    "sdpa": _Candidate(title="FlashAttention 2 in torch", make=FlashKernel),
+}
+
+
+def choose_kernel(
+    setting: str, *, device: torch.device, dtype: torch.dtype, head_dim: int
+) -> KernelChoice:
+    """Returns the kernel that `model.attention_kernel` names, or the best of this machine.
+
+    Raises:
+        UserError: if the named kernel is not to be had; it says why.
+    """
+    workload = Workload(device=device, dtype=dtype, head_dim=head_dim)
+    plain = _plain_choice(workload)
+    if plain is not None and setting in ("auto", "sdpa"):
+        return plain
+    if setting != "auto":
+        kernel, obstacle = _obtain(setting, workload)
+        if kernel is None:
+            raise UserError(f"model.attention_kernel ({setting}): {obstacle}; use auto")
+        return _choice(setting, kernel, rejected={})
+    rejected: dict[str, str] = {}
+    for name in _preferred(torch.cuda.get_device_capability(device)):
+        kernel, obstacle = _obtain(name, workload)
+        if kernel is not None:
+            return _choice(name, kernel, rejected=rejected)
+        rejected[name] = obstacle
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in rejected.items())
+    raise UserError(f"model.attention_kernel (auto): no kernel runs on this GPU ({reasons})")
+
+
+def _plain_choice(workload: Workload) -> KernelChoice | None:
+    """Where there is nothing to choose: no GPU, or fp32 on one."""
+    if workload.device.type == "cpu":
+        line = "attention: sdpa (torch's flash kernel for CPUs; there is no GPU)"
+        return KernelChoice(setting="sdpa", kernel=CpuFlashKernel(), line=line)
+    if workload.dtype == torch.float32:
+        line = "attention: sdpa (plain matrix products: fast kernels take bf16, not fp32)"
+        return KernelChoice(setting="sdpa", kernel=MathKernel(), line=line)
+    return None
+
+
+def _preferred(capability: tuple[int, int]) -> tuple[str, ...]:
+    """`auto`'s order, the fastest first."""
+    return ("te", "cudnn", "sdpa") if capability >= HOPPER else ("sdpa", "te", "cudnn")
+
+
+def _obtain(name: str, workload: Workload) -> tuple[AttentionKernel | None, str]:
+    """The kernel, or None and why not."""
+    candidate = _CANDIDATES[name]
+    if workload.device.type == "cpu":
+        return None, "it needs a GPU"
+    if candidate.package is not None and importlib.util.find_spec(candidate.package) is None:
+        return None, f"the package {candidate.package} is not installed (the gpu extra has it)"
+    if workload.dtype == torch.float32:
+        return None, "it takes bf16, and model.dtype is fp32"
+    if workload.head_dim > LARGEST_HEAD[name] or workload.head_dim % 8:
+        return None, (
+            f"it takes heads of up to {LARGEST_HEAD[name]} in steps of 8, and the model's are of "
+            f"{workload.head_dim}"
+        )
+    try:
+        kernel = candidate.make()
+        error = trial_error(kernel, workload)
+    except Exception as failure:  # whatever a package throws where it does not fit
+        return None, f"its trial run failed ({_first_line(failure)})"
+    if not error <= TRIAL_TOLERANCE:
+        return None, f"its trial run was off by {error:.2g}"
+    return kernel, ""
+
+
+def trial_error(kernel: AttentionKernel, workload: Workload) -> float:
+    """The largest relative error of a small run against `MathKernel`; NaN counts as infinite."""
+    generator = torch.Generator(device=workload.device).manual_seed(0)
+    exact, scale = MathKernel(), workload.head_dim**-0.5
+    worst = 0.0
+    for queries, keys, causal in TRIAL_LENGTHS:
+        query, key, value, grad = (
+            torch.randn(
+                length,
+                heads,
+                workload.head_dim,
+                generator=generator,
+                device=workload.device,
+                dtype=workload.dtype,
+            )
+            for length, heads in ((queries, 4), (keys, 2), (keys, 2), (queries, 4))
+        )
+        results = []
+        for which in (kernel, exact):
+            output, logsumexp = which.forward(query, key, value, causal=causal, scale=scale)
+            gradients = which.backward(
+                grad, query, key, value, output, logsumexp, causal=causal, scale=scale
+            )
+            results.append((output, logsumexp, *gradients))
+        for actual, expected in zip(*results, strict=True):
+            difference = (actual.float() - expected.float()).norm() / expected.float().norm()
+            worst = max(worst, float(difference.nan_to_num(nan=float("inf"))))
+    return worst
+
+
+def _choice(name: str, kernel: AttentionKernel, *, rejected: dict[str, str]) -> KernelChoice:
+    line = f"attention: {name} ({_CANDIDATES[name].title})"
+    for other, reason in rejected.items():
+        line += f"; not {other}: {reason}"
+    return KernelChoice(setting=name, kernel=kernel, line=line)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
