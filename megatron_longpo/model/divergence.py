@@ -16,7 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_longpo.model.logprob_head import CHUNK_BYTES, VocabularyShard, log_sum_exp
+from megatron_longpo.model.logprob_head import VocabularyShard, log_sum_exp
+
+CHUNK_BYTES = 256 * 2**20
+"""Room for one model's logits of a chunk in fp32; backward needs several times that."""
 
 
 def reverse_kl(

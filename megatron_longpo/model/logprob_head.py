@@ -10,16 +10,22 @@ a chunk.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp
 
-CHUNK_BYTES = 256 * 2**20
-"""Room for one chunk's logits in fp32; backward needs about twice that at its peak."""
+from megatron_longpo.model.logit_rows import logits_gradient_, row_statistics
+
+CHUNK_BYTES = 1280 * 2**20
+"""Room for one chunk's logits, of which there is one copy: gradients overwrite them. Fewer chunks
+add to the weight's gradient, as large as 2 GiB in fp32, less often."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,12 +67,12 @@ def edge_logps(
         sources: [e] int64, indices into `hidden`; may repeat.
         targets: [e] int64 token ids.
         shard: what the rows of `weight` are.
-        chunk_bytes: bytes of one chunk's logits in fp32.
+        chunk_bytes: bytes of one chunk's logits.
 
     Returns:
         [e] in fp32 (fp64 for fp64 inputs), the same on every tensor-parallel rank.
     """
-    chunk_edges = max(1, chunk_bytes // (4 * weight.shape[0]))
+    chunk_edges = max(1, chunk_bytes // (weight.element_size() * weight.shape[0]))
     return _EdgeLogps.apply(hidden, weight, sources, targets, shard, chunk_edges)
 
 
@@ -82,50 +88,150 @@ class _EdgeLogps(torch.autograd.Function):
         chunk_edges: int,
     ) -> Tensor:
         accumulator = torch.promote_types(hidden.dtype, torch.float32)
-        logps = torch.empty(len(sources), dtype=accumulator, device=hidden.device)
-        normalizers = torch.empty_like(logps)
-        for begin in range(0, len(sources), chunk_edges):
-            chunk = slice(begin, begin + chunk_edges)
-            logits = _logits(hidden[sources[chunk]], weight, shard, accumulator)
-            normalizer = log_sum_exp(logits, shard.group)
-            normalizers[chunk] = normalizer
-            logps[chunk] = _target_logits(logits, targets[chunk], shard) - normalizer
-        ctx.save_for_backward(hidden, weight, sources, targets, normalizers)
-        ctx.shard, ctx.chunk_edges = shard, chunk_edges
+        edges = _Edges.of(sources, chunk_edges=chunk_edges, num_tokens=len(hidden))
+        columns = _local_columns(targets, shard)
+        normalizers = torch.empty(len(sources), dtype=accumulator, device=hidden.device)
+        logps = torch.empty_like(normalizers)
+        for chunk in edges.chunks():
+            logits = edges.states(hidden, chunk) @ weight.T
+            normalizers[chunk], logps[chunk] = row_statistics(
+                logits, columns[chunk], num_valid=shard.num_valid
+            )
+        normalizers = _log_sum_over(normalizers, shard.group)
+        if shard.group.size() > 1:
+            dist.all_reduce(logps, group=shard.group)
+        logps -= normalizers
+        ctx.save_for_backward(hidden, weight, columns, normalizers)
+        ctx.edges, ctx.num_valid = edges, shard.num_valid
         return logps
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (logps_grad,) = grads
-        hidden, weight, sources, targets, normalizers = ctx.saved_tensors
-        shard: VocabularyShard = ctx.shard
-        hidden_grad = torch.zeros_like(hidden, dtype=normalizers.dtype)
+        hidden, weight, columns, normalizers = ctx.saved_tensors
+        edges: _Edges = ctx.edges
+        hidden_grad = _HiddenGradient(edges, hidden, accumulator=normalizers.dtype)
         weight_grad = torch.zeros_like(weight, dtype=normalizers.dtype)
-        for begin in range(0, len(sources), ctx.chunk_edges):
-            chunk = slice(begin, begin + ctx.chunk_edges)
-            states = hidden[sources[chunk]]
-            logits = _logits(states, weight, shard, normalizers.dtype)
-            # d logp / d logits = onehot(target) - softmax
-            logits_grad = logits.sub_(normalizers[chunk, None]).exp_().neg_()
-            rows, is_local = _local_rows(targets[chunk], shard)
-            logits_grad.scatter_add_(1, rows[:, None], is_local.to(logits_grad.dtype)[:, None])
-            logits_grad = logits_grad.mul_(logps_grad[chunk, None]).to(weight.dtype)
-            # The last token of a shared prefix is the source of several edges.
-            hidden_grad.index_add_(0, sources[chunk], (logits_grad @ weight).to(hidden_grad.dtype))
-            weight_grad += logits_grad.T @ states
-        return hidden_grad.to(hidden.dtype), weight_grad.to(weight.dtype), None, None, None, None
+        for chunk in edges.chunks():
+            states = edges.states(hidden, chunk)
+            logits_grad = logits_gradient_(
+                states @ weight.T,
+                columns[chunk],
+                normalizers[chunk],
+                logps_grad[chunk],
+                num_valid=ctx.num_valid,
+            )
+            hidden_grad.add(chunk, logits_grad, weight)
+            _add_product(weight_grad, logits_grad.T, states)
+        return hidden_grad.total(), weight_grad.to(weight.dtype), None, None, None, None
 
 
-def _logits(states: Tensor, weight: Tensor, shard: VocabularyShard, dtype: torch.dtype) -> Tensor:
-    """[c,h] -> [c,v]; rows of the vocabulary's padding get no probability."""
-    logits = (states @ weight.T).to(dtype)
-    logits[:, shard.num_valid :] = float("-inf")
-    return logits
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Edges:
+    """Sources of all edges, looked at once on the CPU: which follow each other, which repeat."""
+
+    sources: Tensor
+    """[e] on the device."""
+    on_host: np.ndarray
+    """[e], the same."""
+    repeated: np.ndarray
+    """[r] sources of several edges, such as the last token of a shared prefix; ascending."""
+    is_covered: bool
+    """Whether every token is a source."""
+    chunk_edges: int
+
+    @staticmethod
+    def of(sources: Tensor, *, chunk_edges: int, num_tokens: int) -> _Edges:
+        on_host = sources.cpu().numpy()
+        counts = np.bincount(on_host, minlength=num_tokens)
+        return _Edges(
+            sources=sources,
+            on_host=on_host,
+            repeated=np.flatnonzero(counts > 1),
+            is_covered=bool((counts > 0).all()),
+            chunk_edges=chunk_edges,
+        )
+
+    def chunks(self) -> Iterator[slice]:
+        """Cuts of the edges; none is empty."""
+        num_edges = len(self.on_host)
+        for begin in range(0, num_edges, self.chunk_edges):
+            yield slice(begin, min(begin + self.chunk_edges, num_edges))
+
+    def run(self, chunk: slice) -> slice | None:
+        """The tokens that a chunk's sources are, where they are neighbours in ascending order."""
+        sources = self.on_host[chunk]
+        is_run = (np.diff(sources) == 1).all()
+        return slice(int(sources[0]), int(sources[-1]) + 1) if is_run else None
+
+    def states(self, hidden: Tensor, chunk: slice) -> Tensor:
+        """[t,h] -> [c,h]; a view where the sources are neighbours."""
+        run = self.run(chunk)
+        return hidden[self.sources[chunk]] if run is None else hidden[run]
+
+
+class _HiddenGradient:
+    """The gradient of hidden states in their own dtype, summed in fp32 where sources repeat.
+
+    A gradient of all tokens in fp32 would be the largest tensor of the head, for the sake of the
+    few tokens that have more than one edge.
+    """
+
+    def __init__(self, edges: _Edges, hidden: Tensor, *, accumulator: torch.dtype) -> None:
+        self.edges = edges
+        make = torch.empty_like if edges.is_covered else torch.zeros_like
+        self.gradient = make(hidden, memory_format=torch.contiguous_format)
+        self.repeated = torch.from_numpy(edges.repeated).to(hidden.device)
+        self.sums = hidden.new_zeros(len(edges.repeated), hidden.shape[1], dtype=accumulator)
+
+    def add(self, chunk: slice, logits_grad: Tensor, weight: Tensor) -> None:
+        """Takes in a chunk's [c,v]; rows of repeated sources are put right by `total`."""
+        run = self.edges.run(chunk)
+        if run is None:
+            rows = logits_grad @ weight
+            self.gradient[self.edges.sources[chunk]] = rows
+        else:
+            rows = torch.mm(logits_grad, weight, out=self.gradient[run])
+        if len(self.repeated):
+            sources = self.edges.on_host[chunk]
+            here = np.flatnonzero(np.isin(sources, self.edges.repeated))
+            slots = np.searchsorted(self.edges.repeated, sources[here])
+            device = rows.device
+            self.sums.index_add_(
+                0,
+                torch.from_numpy(slots).to(device),
+                rows[torch.from_numpy(here).to(device)].to(self.sums.dtype),
+            )
+
+    def total(self) -> Tensor:
+        """[t,h]."""
+        self.gradient[self.repeated] = self.sums.to(self.gradient.dtype)
+        return self.gradient
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, in the total's dtype though the factors have fewer digits."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    elif left.is_cuda and _has_mixed_addmm():
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        total += left @ right
+
+
+@functools.cache
+def _has_mixed_addmm() -> bool:
+    """Whether torch (from 2.8) can add the product of bf16 matrices to an fp32 one."""
+    return "dtype_out" in torch.ops.aten.addmm.overloads()
 
 
 def log_sum_exp(logits: Tensor, group: ProcessGroup) -> Tensor:
     """[c,v] -> [c], over the whole vocabulary."""
-    local = torch.logsumexp(logits, dim=-1)
+    return _log_sum_over(torch.logsumexp(logits, dim=-1), group)
+
+
+def _log_sum_over(local: Tensor, group: ProcessGroup) -> Tensor:
+    """[e] log-sum-exps over each rank's vocabulary -> over the whole one."""
     if group.size() == 1:
         return local
     highest = local.clone()
@@ -135,17 +241,7 @@ def log_sum_exp(logits: Tensor, group: ProcessGroup) -> Tensor:
     return highest + total.log()
 
 
-def _target_logits(logits: Tensor, targets: Tensor, shard: VocabularyShard) -> Tensor:
-    """[c,v], [c] -> [c]: the logit of each target, from the rank that holds it."""
-    rows, is_local = _local_rows(targets, shard)
-    picked = logits.gather(1, rows[:, None]).squeeze(1).masked_fill(~is_local, 0)
-    if shard.group.size() > 1:
-        dist.all_reduce(picked, group=shard.group)
-    return picked
-
-
-def _local_rows(targets: Tensor, shard: VocabularyShard) -> tuple[Tensor, Tensor]:
-    """Row of each target in this rank's weight (0 where it has none), and whether it has one."""
-    rows = targets - shard.start
-    is_local = (rows >= 0) & (rows < shard.num_valid)
-    return torch.where(is_local, rows, 0), is_local
+def _local_columns(targets: Tensor, shard: VocabularyShard) -> Tensor:
+    """[e]: column of each target in this rank's logits, -1 where it has none."""
+    columns = targets - shard.start
+    return torch.where((columns >= 0) & (columns < shard.num_valid), columns, -1)

@@ -47,7 +47,7 @@ def test_edges_get_what_the_full_softmax_gives(
     dtype: torch.dtype, chunk_edges: int, single_process: Groups
 ) -> None:
     inputs = head_inputs(dtype)
-    chunk_bytes = 4 * PADDED * chunk_edges
+    chunk_bytes = dtype.itemsize * PADDED * chunk_edges
     actual = edge_logps(*inputs, shard(single_process), chunk_bytes=chunk_bytes)
     expected = full_softmax(*inputs)
     assert actual.dtype == dtype and actual.shape == (len(SOURCES),)
@@ -60,6 +60,35 @@ def test_edges_get_what_the_full_softmax_gives(
     for ours, theirs in zip(actual_grads, expected_grads, strict=True):
         torch.testing.assert_close(ours, theirs)
     assert actual_grads[1][VOCAB:].eq(0).all(), "padding rows are not trained"
+
+
+@pytest.mark.parametrize("chunk_edges", [2, 3, 1000])
+@pytest.mark.parametrize(
+    "sources",
+    [
+        list(range(TOKENS)),
+        [1, 2, 3, 4, 5, 6],
+        # A shared prefix: its last token leads into both branches.
+        [0, 1, 2, 3, 4, 5, 3, 6, 7, 8],
+    ],
+    ids=["every token", "a run", "a tree"],
+)
+def test_neighbouring_sources_are_taken_as_they_lie(
+    sources: list[int], chunk_edges: int, single_process: Groups
+) -> None:
+    hidden, weight, _, _ = head_inputs()
+    targets = torch.arange(len(sources)) % VOCAB
+    inputs = (hidden, weight, torch.tensor(sources), targets)
+    chunk_bytes = 8 * PADDED * chunk_edges
+    actual = edge_logps(*inputs, shard(single_process), chunk_bytes=chunk_bytes)
+    expected = full_softmax(*inputs)
+    torch.testing.assert_close(actual, expected)
+    grad = torch.arange(1.0, len(sources) + 1, dtype=torch.float64)
+    actual_grads = torch.autograd.grad(actual, inputs[:2], grad)
+    for ours, theirs in zip(
+        actual_grads, torch.autograd.grad(expected, inputs[:2], grad), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_derivatives_are_those_of_finite_differences(single_process: Groups) -> None:
@@ -79,7 +108,7 @@ def test_bf16_sums_gradients_in_fp32(single_process: Groups) -> None:
     sources = torch.full((500,), 2)
     targets = torch.arange(500) % VOCAB
     inputs = (hidden, weight, sources, targets)
-    actual = edge_logps(*inputs, shard(single_process), chunk_bytes=4 * PADDED)
+    actual = edge_logps(*inputs, shard(single_process), chunk_bytes=2 * PADDED)
     assert actual.dtype == torch.float32
     exact = [hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()]
     expected = full_softmax(exact[0], exact[1], sources, targets)
