@@ -27,6 +27,7 @@ from megatron_longpo.errors import (
     UserError,
     nearest,
 )
+from megatron_longpo.gpu_memory import allow_expandable_segments
 from megatron_longpo.launch import Launch, run_torchrun
 
 
@@ -226,6 +227,7 @@ def run_command(command: Command, arguments: list[str]) -> int:
         if command.name == "train":
             # Before the imports, which take seconds in which a signal would end the process.
             stop.listen()
+            allow_expandable_segments()
         _load(command.run)(config)
         return EXIT_DONE
     _load("megatron_longpo.config:check_world")(config, launch.num_processes * launch.num_nodes)

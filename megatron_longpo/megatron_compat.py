@@ -23,6 +23,10 @@ _STATE_HOLDS_STEP: bool = not megatron_distrib_optimizer.HAVE_APEX_OR_TE
 """Where Megatron found neither, it looks for `step` in each parameter's state."""
 
 
+LARGEST_BATCH = 64 * 2**20
+"""Parameters that RMSprop updates at a time, unless one tensor alone has more."""
+
+
 class RMSprop(torch.optim.AdamW):
     """torch.optim.RMSprop's update, with a state that Megatron takes for Adam's.
 
@@ -51,18 +55,33 @@ class RMSprop(torch.optim.AdamW):
             params = [param for param in group["params"] if param.grad is not None]
             if not params:
                 continue
-            grads = [param.grad for param in params]
-            if group["weight_decay"]:
-                grads = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
-            square_averages = [self.state[param]["exp_avg_sq"] for param in params]
-            alpha = group["betas"][1]
-            torch._foreach_mul_(square_averages, alpha)
-            torch._foreach_addcmul_(square_averages, grads, grads, 1 - alpha)
-            denominators = torch._foreach_sqrt(square_averages)
-            torch._foreach_add_(denominators, group["eps"])
-            torch._foreach_addcdiv_(params, grads, denominators, -group["lr"])
+            for batch in _batches(params):
+                self._update(batch, group)
             if _STATE_HOLDS_STEP:
                 torch._foreach_add_([self.state[param]["step"] for param in params], 1)
+
+    def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        grads = [grad for param in params if (grad := param.grad) is not None]
+        if group["weight_decay"]:
+            grads = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
+        square_averages = [self.state[param]["exp_avg_sq"] for param in params]
+        alpha = group["betas"][1]
+        torch._foreach_mul_(square_averages, alpha)
+        torch._foreach_addcmul_(square_averages, grads, grads, 1 - alpha)
+        denominators = torch._foreach_sqrt(square_averages)
+        torch._foreach_add_(denominators, group["eps"])
+        torch._foreach_addcdiv_(params, grads, denominators, -group["lr"])
+
+
+def _batches(params: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Cuts parameters up so that temporary copies stay small beside the optimizer's state."""
+    batch: list[Tensor] = []
+    for param in params:
+        if batch and sum(other.numel() for other in (*batch, param)) > LARGEST_BATCH:
+            yield batch
+            batch = []
+        batch.append(param)
+    yield batch
 
 
 def build_optimizer(

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from megatron_longpo.model.kernels import AttentionKernel
 from megatron_longpo.parallel.context import ContextExchange, QueryKeyValue
@@ -85,7 +86,8 @@ class _TreeAttentionFunction(torch.autograd.Function):
         # they are, they would keep all of it.
         local = (query.contiguous(), key.contiguous(), value.contiguous())
         entered = exchange.enter(local, plan.order)
-        attended, logsumexp = attend(entered, plan, kernel, scale=scale)
+        with record_function("attention"):
+            attended, logsumexp = attend(entered, plan, kernel, scale=scale)
         output = exchange.leave(attended, plan.order, num_local=len(query))
         ctx.save_for_backward(*(local if exchange.keeps_local else entered), output, logsumexp)
         ctx.plan, ctx.kernel, ctx.exchange, ctx.scale = plan, kernel, exchange, scale
@@ -99,15 +101,12 @@ class _TreeAttentionFunction(torch.autograd.Function):
         entered = (query, key, value)
         if exchange.keeps_local:
             entered = exchange.enter(entered, plan.order)
-        gradients = attend_backward(
-            exchange.enter_like_query(output_grads[0], plan.order),
-            entered,
-            exchange.enter_like_query(output, plan.order),
-            logsumexp,
-            plan,
-            ctx.kernel,
-            scale=ctx.scale,
-        )
+        output_grad = exchange.enter_like_query(output_grads[0], plan.order)
+        entered_output = exchange.enter_like_query(output, plan.order)
+        with record_function("attention"):
+            gradients = attend_backward(
+                output_grad, entered, entered_output, logsumexp, plan, ctx.kernel, scale=ctx.scale
+            )
         gradients = exchange.leave_gradients(gradients, plan.order, num_local=len(output))
         return (*(gradient.to(query.dtype) for gradient in gradients), None, None, None, None)
 

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp
+from torch.profiler import record_function
 
 from megatron_longpo.model.logit_rows import logits_gradient_, row_statistics
 
@@ -92,11 +93,13 @@ class _EdgeLogps(torch.autograd.Function):
         columns = _local_columns(targets, shard)
         normalizers = torch.empty(len(sources), dtype=accumulator, device=hidden.device)
         logps = torch.empty_like(normalizers)
-        for chunk in edges.chunks():
-            logits = edges.states(hidden, chunk) @ weight.T
-            normalizers[chunk], logps[chunk] = row_statistics(
-                logits, columns[chunk], num_valid=shard.num_valid
-            )
+        with record_function("head"):
+            for chunk in edges.chunks():
+                logits = edges.states(hidden, chunk) @ weight.T
+                normalizers[chunk], logps[chunk] = row_statistics(
+                    logits, columns[chunk], num_valid=shard.num_valid
+                )
+                del logits  # before the next chunk's are there
         normalizers = _log_sum_over(normalizers, shard.group)
         if shard.group.size() > 1:
             dist.all_reduce(logps, group=shard.group)
@@ -108,6 +111,11 @@ class _EdgeLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (logps_grad,) = grads
+        with record_function("head"):
+            return *_EdgeLogps._gradients(ctx, logps_grad), None, None, None, None
+
+    @staticmethod
+    def _gradients(ctx: Any, logps_grad: Tensor) -> tuple[Tensor, Tensor]:
         hidden, weight, columns, normalizers = ctx.saved_tensors
         edges: _Edges = ctx.edges
         hidden_grad = _HiddenGradient(edges, hidden, accumulator=normalizers.dtype)
@@ -123,7 +131,8 @@ class _EdgeLogps(torch.autograd.Function):
             )
             hidden_grad.add(chunk, logits_grad, weight)
             _add_product(weight_grad, logits_grad.T, states)
-        return hidden_grad.total(), weight_grad.to(weight.dtype), None, None, None, None
+            del logits_grad  # before the next chunk's are there
+        return hidden_grad.total(), weight_grad.to(weight.dtype)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -35,6 +35,9 @@ from megatron_longpo.objectives import Objective, build_objective
 from megatron_longpo.parallel.context import kv_repeats, make_exchange
 from megatron_longpo.parallel.groups import Groups, ParallelSizes
 
+WeightsWriter = Callable[[Any, Architecture, str], None]
+"""Takes this rank's model, its architecture and its Hugging Face folder."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSources:
@@ -170,17 +173,32 @@ def build_model(
     groups: Groups,
     *,
     say: Callable[[str], None] = lambda line: None,
+    write_weights: WeightsWriter = load_hf_weights,
 ) -> list[Any]:
     """This rank's chunks with their weights, wrapped by Megatron's DDP.
 
     `say` is told which attention kernel and layers the policy runs on, and why no faster ones.
+    `write_weights` fills every parameter of a model.
     """
-    policy = _chunk(config, sources.policy, sources.policy_folder, groups, trainable=True, say=say)
+    policy = _chunk(
+        config,
+        sources.policy,
+        sources.policy_folder,
+        groups,
+        trainable=True,
+        say=say,
+        write_weights=write_weights,
+    )
     reference = None
     if sources.reference is not None:
         assert sources.reference_folder is not None
         reference = _chunk(
-            config, sources.reference, sources.reference_folder, groups, trainable=False
+            config,
+            sources.reference,
+            sources.reference_folder,
+            groups,
+            trainable=False,
+            write_weights=write_weights,
         )
     model: Any = LongPOModel(
         policy=policy, reference=reference, tensor_group=groups.tensor, context_group=groups.context
@@ -215,6 +233,7 @@ def _chunk(
     groups: Groups,
     *,
     trainable: bool,
+    write_weights: WeightsWriter,
     say: Callable[[str], None] = lambda line: None,
 ) -> ChunkModel:
     sizes = groups.sizes
@@ -259,7 +278,7 @@ def _chunk(
     )
     if trainable and layers.kind == "te":
         accumulate_in_main_grad(gpt)
-    load_hf_weights(gpt, arch, folder)
+    write_weights(gpt, arch, folder)
     return ChunkModel(
         gpt=gpt,
         inv_freq=inverse_frequencies(arch).to(groups.device),

@@ -90,8 +90,13 @@ def run_training(config: TrainConfig) -> None:
         process_groups.shutdown()
 
 
-def prepare(config: TrainConfig) -> Run:
-    """Checks everything, cheapest first, builds the model and resumes where there is something."""
+def prepare(
+    config: TrainConfig, *, write_weights: build.WeightsWriter = build.load_hf_weights
+) -> Run:
+    """Checks everything, cheapest first, builds the model and resumes where there is something.
+
+    `write_weights` replaces the reading of Hugging Face weights, for benchmarks.
+    """
     run_folder.check_writable(config)
     check_trackers(config.logging)
     if config.checkpoint.resume == "never":
@@ -129,7 +134,7 @@ def prepare(config: TrainConfig) -> Run:
             f"the last {sampler.dropped_pairs_per_epoch} pairs of each epoch's order are left out: "
             f"they do not fill a global batch of {config.train.global_batch_pairs}"
         )
-    model = build.build_model(config, sources, groups, say=console.say)
+    model = build.build_model(config, sources, groups, say=console.say, write_weights=write_weights)
     optimizer = make_optimizer(config.optimizer, model, bf16=config.model.dtype == "bf16")
     build.connect(model, optimizer)
     run = Run(
