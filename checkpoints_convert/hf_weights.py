@@ -22,6 +22,7 @@ from checkpoints_convert.mapping import (
 )
 from megatron_longpo.errors import UserError
 from megatron_longpo.model.architectures import Architecture
+from megatron_longpo.model.lora import is_adapter_parameter
 from megatron_longpo.model.spec import padded_vocab_size
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -155,7 +156,7 @@ def load_hf_weights(gpt_model: GPTModel, arch: Architecture, hf_folder: str) -> 
 def local_rules(
     gpt_model: GPTModel, arch: Architecture
 ) -> Iterator[tuple[torch.nn.Parameter, TensorRule]]:
-    """The parameters of this rank's model with their rules, in the model's order."""
+    """The parameters of this rank's model with their rules, in the model's order; no adapters."""
     rules = {
         name: rule
         for rule in (*tensor_rules(arch), output_rule(arch))
@@ -163,6 +164,8 @@ def local_rules(
     }
     prefix = "decoder.layers."
     for name, parameter in gpt_model.named_parameters():
+        if is_adapter_parameter(name):
+            continue
         if name.startswith(prefix):
             local, rest = name.removeprefix(prefix).split(".", 1)
             layer = gpt_model.decoder.layers[int(local)].layer_number - 1

@@ -15,6 +15,8 @@ from megatron_longpo.config_checks import check_world, resolve
 from megatron_longpo.config_fields import limits
 from megatron_longpo.config_parser import load_config
 
+LoraTarget = Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
+
 __all__ = ["TrainConfig", "check_world", "load_train_config", "resolve"]
 
 
@@ -245,14 +247,15 @@ class LoggingConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoraConfig:
-    """Low-rank adapters; not available yet."""
+    """Train low-rank adapters and not the weights (docs/lora.md); null = off. They want an
+    optimizer.lr of 1e-5 to 1e-4."""
 
     rank: int = field(default=16, metadata=limits(at_least=1))
     """Rank of the adapters."""
     alpha: float = field(default=32.0, metadata=limits(above=0))
     """Their scale; the update is alpha / rank times the product."""
-    targets: tuple[str, ...] = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
-    """Modules that get an adapter."""
+    targets: tuple[LoraTarget, ...] = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+    """Layers that get an adapter: query, key and value; attention output; gate and up; down."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -97,7 +97,6 @@ def _check_available(config: TrainConfig) -> None:
             config.checkpoint.async_save,
             "false",
         ),
-        "lora": ("set", config.lora is not None, "null"),
     }
     for key, (value, is_asked, remedy) in not_yet.items():
         if is_asked:
@@ -139,6 +138,12 @@ def _check_rest(config: TrainConfig) -> None:
             f"train.eval_interval ({train.eval_interval}) needs rows to evaluate on. Set "
             "data.eval_path, or train.eval_interval 0"
         )
+    if config.lora is not None and len(set(config.lora.targets)) != len(config.lora.targets):
+        raise UserError(
+            f"lora.targets ({', '.join(config.lora.targets)}): a layer stands twice. Name each once"
+        )
+    if config.lora is not None and not config.lora.targets:
+        raise UserError("lora.targets ([]): nothing is left to train. Name a layer, or set lora null")
     if config.reference.cache_path is not None:
         raise UserError(
             f"reference.cache_path ({config.reference.cache_path}) is read where reference.mode is "

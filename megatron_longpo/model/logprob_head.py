@@ -115,11 +115,13 @@ class _EdgeLogps(torch.autograd.Function):
             return *_EdgeLogps._gradients(ctx, logps_grad), None, None, None, None
 
     @staticmethod
-    def _gradients(ctx: Any, logps_grad: Tensor) -> tuple[Tensor, Tensor]:
+    def _gradients(ctx: Any, logps_grad: Tensor) -> tuple[Tensor, Tensor | None]:
         hidden, weight, columns, normalizers = ctx.saved_tensors
         edges: _Edges = ctx.edges
         hidden_grad = _HiddenGradient(edges, hidden, accumulator=normalizers.dtype)
-        weight_grad = torch.zeros_like(weight, dtype=normalizers.dtype)
+        weight_grad = None
+        if ctx.needs_input_grad[1]:
+            weight_grad = torch.zeros_like(weight, dtype=normalizers.dtype)
         for chunk in edges.chunks():
             states = edges.states(hidden, chunk)
             logits_grad = logits_gradient_(
@@ -130,9 +132,12 @@ class _EdgeLogps(torch.autograd.Function):
                 num_valid=ctx.num_valid,
             )
             hidden_grad.add(chunk, logits_grad, weight)
-            _add_product(weight_grad, logits_grad.T, states)
+            if weight_grad is not None:
+                _add_product(weight_grad, logits_grad.T, states)
             del logits_grad  # before the next chunk's are there
-        return hidden_grad.total(), weight_grad.to(weight.dtype)
+        if weight_grad is not None:
+            weight_grad = weight_grad.to(weight.dtype)
+        return hidden_grad.total(), weight_grad
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

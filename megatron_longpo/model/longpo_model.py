@@ -23,6 +23,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_longpo.model.divergence import reverse_kl
 from megatron_longpo.model.logprob_head import VocabularyShard, edge_logps
+from megatron_longpo.model.lora import adapter_state, adapters, adapters_off, load_adapter_state
 from megatron_longpo.model.rope import rotary_angles
 from megatron_longpo.parallel.layout import RankPack, RankTokens
 
@@ -44,7 +45,8 @@ class LongPOModel(MegatronModule):
     Under pipeline parallelism what travels between stages is one tensor, `[policy tokens |
     reference tokens]`; every stage knows both lengths from the pack. The policy runs with
     gradients, the reference without. Megatron sees the policy: its config, its embeddings and, in
-    checkpoints, its parameters under the keys of a plain GPTModel.
+    checkpoints, its parameters under the keys of a plain GPTModel, or its adapters where it has
+    some. A reference on the policy's own GPTModel is that model with its adapters off.
     """
 
     def __init__(
@@ -57,7 +59,8 @@ class LongPOModel(MegatronModule):
     ) -> None:
         super().__init__(config=policy.gpt.config)
         self.policy = policy.gpt
-        self.reference = reference.gpt if reference is not None else None
+        has_own_weights = reference is not None and reference.gpt is not policy.gpt
+        self.reference = reference.gpt if has_own_weights else None
         self._chunks = {"policy": policy, "reference": reference}
         self._tensor_group = tensor_group
         self._context_group = context_group
@@ -87,7 +90,7 @@ class LongPOModel(MegatronModule):
                 return policy_hidden
             return self._logps(policy, pack.policy, self._whole(policy, policy_hidden))
         reference = self._chunk("reference")
-        with torch.no_grad():
+        with torch.no_grad(), adapters_off(reference.gpt):
             reference_hidden = self._hidden(reference, pack.reference, reference_input)
         if not self.post_process:
             return torch.cat([policy_hidden, reference_hidden])
@@ -202,5 +205,21 @@ class LongPOModel(MegatronModule):
         return self
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The policy's, under the keys of a plain GPTModel; the reference is not saved."""
+        """The policy's, under the keys of a plain GPTModel; the reference is not saved.
+
+        Of a policy with adapters they alone are saved.
+        """
+        if self.has_adapters:
+            return adapter_state(self.policy)
         return self.policy.sharded_state_dict(*args, **kwargs)
+
+    def load_saved(self, state: dict[str, Any]) -> None:
+        """Writes what was loaded by `sharded_state_dict`."""
+        if self.has_adapters:
+            load_adapter_state(self.policy, state)
+        else:
+            self.policy.load_state_dict(state, strict=True)
+
+    @property
+    def has_adapters(self) -> bool:
+        return any(True for _ in adapters(self.policy))

@@ -7,6 +7,7 @@ import functools
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from megatron.core.distributed import (
@@ -14,11 +15,13 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
+from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import Float16Module
 
 from checkpoints_convert.hf_folder import local_hf_folder
 from checkpoints_convert.hf_weights import load_hf_weights
+from checkpoints_convert.lora_record import LoraRecord
 from megatron_longpo.config import TrainConfig
 from megatron_longpo.data.catalog import PairCatalog, RowLimits
 from megatron_longpo.data.rows import open_rows
@@ -29,6 +32,7 @@ from megatron_longpo.model.attention import TreeAttention
 from megatron_longpo.model.kernel_choice import choose_kernel
 from megatron_longpo.model.layer_specs import accumulate_in_main_grad, choose_layers
 from megatron_longpo.model.longpo_model import ChunkModel, LongPOModel
+from megatron_longpo.model.lora import LoraSettings, attach_adapters
 from megatron_longpo.model.rope import inverse_frequencies
 from megatron_longpo.model.spec import DTYPES, build_gpt, check_sizes, transformer_config
 from megatron_longpo.objectives import Objective, build_objective
@@ -47,6 +51,15 @@ class ModelSources:
     policy: Architecture
     reference_folder: str | None
     reference: Architecture | None
+    lora: LoraRecord | None
+    """The policy's adapters, None where all of its weights train."""
+
+    @property
+    def shares_weights(self) -> bool:
+        """Whether the reference is the policy without its adapters, and needs no second model."""
+        if self.lora is None or self.reference_folder is None:
+            return False
+        return Path(self.reference_folder).resolve() == Path(self.policy_folder).resolve()
 
 
 def read_models(config: TrainConfig) -> ModelSources:
@@ -78,11 +91,16 @@ def read_models(config: TrainConfig) -> ModelSources:
         assert config.reference.hf_path is not None, "settings are resolved"
         reference_folder = local_hf_folder(config.reference.hf_path)
         reference = read_architecture(reference_folder)
+    lora = None
+    if config.lora is not None:
+        settings = LoraSettings(**dataclasses.asdict(config.lora))
+        lora = LoraRecord.of(settings, base=model.hf_path, base_folder=policy_folder)
     return ModelSources(
         policy_folder=policy_folder,
         policy=policy,
         reference_folder=reference_folder,
         reference=reference,
+        lora=lora,
     )
 
 
@@ -189,8 +207,17 @@ def build_model(
         say=say,
         write_weights=write_weights,
     )
+    if sources.lora is not None:
+        attach_adapters(
+            policy.gpt,
+            sources.lora.settings,
+            seed=config.train.seed,
+            tensor_group=groups.tensor,
+        )
     reference = None
-    if sources.reference is not None:
+    if sources.reference is not None and sources.shares_weights:
+        reference = _chunk_of(policy.gpt, sources.reference, groups)
+    elif sources.reference is not None:
         assert sources.reference_folder is not None
         reference = _chunk(
             config,
@@ -279,6 +306,10 @@ def _chunk(
     if trainable and layers.kind == "te":
         accumulate_in_main_grad(gpt)
     write_weights(gpt, arch, folder)
+    return _chunk_of(gpt, arch, groups)
+
+
+def _chunk_of(gpt: GPTModel, arch: Architecture, groups: Groups) -> ChunkModel:
     return ChunkModel(
         gpt=gpt,
         inv_freq=inverse_frequencies(arch).to(groups.device),

@@ -24,6 +24,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from checkpoints_convert.hf_folder import write_hf_side_files
+from checkpoints_convert.lora_record import LORA_NAME, LoraRecord, read_lora_record
 from checkpoints_convert.torch_dist import (
     HF_FOLDER_NAME,
     TRACKER_NAME,
@@ -61,7 +62,7 @@ class TrainingState:
     """What a checkpoint holds and restores, besides the position in the data."""
 
     model: Sequence[Any]
-    """This rank's chunks; `sharded_state_dict` gives the policy alone."""
+    """This rank's chunks; `sharded_state_dict` gives the policy alone, or its adapters alone."""
     optimizer: MegatronOptimizer
     optimizer_kind: dict[str, Any]
     """The settings `optimizer.*` that decide what its state is: name and distributed."""
@@ -91,6 +92,7 @@ def save(
     arch: Architecture,
     dtype: str,
     keep: int,
+    lora: LoraRecord | None = None,
 ) -> Path:
     """Saves step `step` under `folder` and deletes all but the `keep` newest checkpoints.
 
@@ -102,6 +104,7 @@ def save(
         arch: the policy, with its changed RoPE, as the saved config has it.
         dtype: torch's name of the weights' type.
         keep: how many checkpoints stay.
+        lora: what the policy's adapters are, if it has some.
 
     Returns:
         The folder of the checkpoint.
@@ -126,6 +129,8 @@ def save(
         )
         write_text(temporary / PROGRESS_NAME, json.dumps(asdict(progress), indent=2) + "\n")
         write_hf_side_files(hf_source, temporary / HF_FOLDER_NAME, arch, dtype=dtype)
+        if lora is not None:
+            write_text(temporary / LORA_NAME, lora.text())
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
         write_text(folder / TRACKER_NAME, f"{step}\n")
@@ -139,8 +144,8 @@ def newest(folder: Path) -> Path | None:
     return find_iteration_folder(str(folder)) if (folder / TRACKER_NAME).is_file() else None
 
 
-def check_matches(checkpoint: Path, arch: Architecture) -> None:
-    """Refuses a checkpoint of another model before any weights are loaded."""
+def check_matches(checkpoint: Path, arch: Architecture, lora: LoraRecord | None = None) -> None:
+    """Refuses a checkpoint of another model or other adapters before any weights are loaded."""
     saved = read_architecture(str(checkpoint / HF_FOLDER_NAME))
     for field in SHAPE_FIELDS:
         ours, theirs = getattr(arch, field), getattr(saved, field)
@@ -149,6 +154,37 @@ def check_matches(checkpoint: Path, arch: Architecture) -> None:
                 f"checkpoint.resume ({checkpoint}): its model has {field} {theirs}, model.hf_path "
                 f"has {ours}; give the checkpoint's own model, or another checkpoint"
             )
+    _check_adapters(checkpoint, read_lora_record(checkpoint), lora)
+
+
+def _check_adapters(checkpoint: Path, saved: LoraRecord | None, ours: LoraRecord | None) -> None:
+    where = f"checkpoint.resume ({checkpoint})"
+    if saved is None and ours is None:
+        return
+    if saved is None:
+        raise UserError(
+            f"{where}: it has whole weights, and lora is set; export it, and train adapters on "
+            "that folder as model.hf_path"
+        )
+    if ours is None:
+        raise UserError(
+            f"{where}: it has adapters alone, and lora is null; set lora as it was (rank "
+            f"{saved.rank}, alpha {saved.alpha:g}, targets {', '.join(saved.targets)}), or export "
+            "it, and train that folder as model.hf_path"
+        )
+    for key in ("rank", "alpha", "targets"):
+        mine, theirs = getattr(ours, key), getattr(saved, key)
+        if mine != theirs:
+            shown = [", ".join(v) if isinstance(v, tuple) else f"{v:g}" for v in (mine, theirs)]
+            raise UserError(
+                f"lora.{key} ({shown[0]}): {checkpoint} was saved with {shown[1]}; restore it, or "
+                "choose another checkpoint"
+            )
+    if ours.base_fingerprint != saved.base_fingerprint:
+        raise UserError(
+            f"model.hf_path ({ours.base}): its weights are not those that the adapters of "
+            f"{checkpoint} were trained on ({saved.base}); restore it, or choose another checkpoint"
+        )
 
 
 def load(checkpoint: Path, state: TrainingState, *, load_optimizer: bool) -> int:
@@ -175,8 +211,7 @@ def load(checkpoint: Path, state: TrainingState, *, load_optimizer: bool) -> int
     )
     loaded = dist_checkpointing.load(wanted, str(checkpoint))
     for index, chunk in enumerate(state.model):
-        policy = _unwrapped(chunk).policy
-        policy.load_state_dict(loaded[_model_key(index, state.model)], strict=True)
+        _unwrapped(chunk).load_saved(loaded[_model_key(index, state.model)])
     if with_optimizer:
         state.optimizer.load_state_dict(loaded["optimizer"])
     else:

@@ -106,7 +106,7 @@ def prepare(
     build.check_layout(config, sources)
     resume_from = _checkpoint_to_resume(config)
     if resume_from is not None:
-        checkpoint.check_matches(resume_from, sources.policy)
+        checkpoint.check_matches(resume_from, sources.policy, sources.lora)
     parallel = config.parallel
     groups = process_groups.initialize(
         build.parallel_sizes(config),
@@ -239,7 +239,12 @@ def train_step(run: Run) -> Metrics:
 def _work_metrics(run: Run, pairs: list[int], step_time: float) -> Metrics:
     sizes = run.pairs.sizes_of(pairs)
     tokens = sum(size.policy_tokens for size in sizes)
-    flops = step_flops(sizes, run.sources.policy, run.sources.reference)
+    flops = step_flops(
+        sizes,
+        run.sources.policy,
+        run.sources.reference,
+        lora=None if run.sources.lora is None else run.sources.lora.settings,
+    )
     return {
         "tokens": tokens,
         "unshared_tokens": sum(size.unshared_tokens for size in sizes),
@@ -304,6 +309,7 @@ def _save(run: Run) -> None:
         arch=run.sources.policy,
         dtype=str(DTYPES[config.model.dtype]).removeprefix("torch."),
         keep=config.checkpoint.keep,
+        lora=run.sources.lora,
     )
     run.console.say(f"saved {folder}")
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from megatron_longpo.config import ObjectiveConfig
+from megatron_longpo.config import LoraConfig, ObjectiveConfig
 from megatron_longpo.data.rows import PreferenceRow
 from tests.random_rows import random_row
 
@@ -123,6 +123,8 @@ class Case:
     dtype: Literal["fp32", "bf16"] = "fp32"
     distributed_optimizer: bool = True
     seed: int = 0
+    lora: LoraConfig | None = None
+    """Adapters on the policy; their B is not 0, so that both matrices have a gradient."""
 
     def __str__(self) -> str:
         return self.name
@@ -298,4 +300,42 @@ OBJECTIVE_CASES = [
     Case(name="sft_rejected", reference=None, objective=ObjectiveConfig(name="sft_rejected")),
 ]
 
-CASES = [*FAMILY_CASES, *SHAPE_CASES, *PACKING_CASES, *MODEL_CASES, *OBJECTIVE_CASES]
+LORA = LoraConfig(rank=3, alpha=8.0)
+
+
+def _lora_case(name: str, **settings: Any) -> Case:
+    """The reference is the policy's own base, unless `settings` say otherwise."""
+    policy = settings.pop("policy", TinyModel(family="qwen2"))
+    return Case(
+        name=f"lora-{name}",
+        **{"policy": policy, "reference": policy, "lora": LORA, **settings},
+    )
+
+
+LORA_CASES = [
+    _lora_case("qwen2"),
+    _lora_case("qwen3-tied", policy=TinyModel(family="qwen3", tied=True, head_dim=16)),
+    _lora_case("two_rows", share_prefix=False, policy=TinyModel()),
+    _lora_case("recompute_selective", recompute="selective"),
+    _lora_case("recompute_full", recompute="full"),
+    # In the first layer nothing before the MLP trains.
+    _lora_case(
+        "mlp_recomputed",
+        recompute="selective",
+        lora=LoraConfig(rank=2, alpha=2.0, targets=("linear_fc1", "linear_fc2")),
+    ),
+    _lora_case("queries_alone", lora=LoraConfig(rank=1, alpha=0.5, targets=("linear_qkv",))),
+    _lora_case("another_reference", reference=REFERENCE),
+    _lora_case("without_reference", reference=None),
+    _lora_case("sft", reference=None, objective=ObjectiveConfig(name="sft")),
+    _lora_case("plain_optimizer", distributed_optimizer=False),
+]
+
+CASES = [
+    *FAMILY_CASES,
+    *SHAPE_CASES,
+    *PACKING_CASES,
+    *MODEL_CASES,
+    *OBJECTIVE_CASES,
+    *LORA_CASES,
+]

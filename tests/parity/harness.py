@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import zlib
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,12 +32,14 @@ from megatron_longpo.training.metrics import LOSS_KEYS, Metrics
 from tests.oracle import OracleResult, oracle_step
 from tests.parity.cases import Case, TinyModel
 from tests.parity.gather import gathered
+from tests.parity.peft_adapters import gathered_adapters, with_adapters, write_b
 from tools.tiny_models import make_tiny_model
 
 RELATIVE = 1e-5
 """Of every logged sum and loss, fp32 against fp32."""
 GRADIENT = 1e-5
 """Norm of the difference over the norm."""
+TRAIN_SEED = RunConfig().seed
 NOISE = 1e-6
 """What a tensor's gradient may be off by, as a part of the whole gradient's norm: a key's bias
 has a true gradient of 0."""
@@ -66,7 +69,7 @@ class Shelf:
 
     def oracle_policy(self, case: Case) -> Any:
         """The policy in transformers; `oracle_step` clears the gradients it finds."""
-        key = (case.policy, case.rope_theta, case.rope_scaling)
+        key = (case.policy, case.rope_theta, case.rope_scaling, case.lora)
         if key not in self._models:
             self._models[key] = load_policy(self, case)
         return self._models[key]
@@ -81,13 +84,14 @@ class Shelf:
 
 
 def load_policy(shelf: Shelf, case: Case) -> Any:
-    """The policy of a case in transformers, freshly read, with the case's RoPE."""
+    """The policy of a case in transformers, freshly read, with the case's RoPE and adapters."""
     folder = shelf.hf_folder(case.policy)
     config = AutoConfig.from_pretrained(folder)
     rope = dict(case.rope_scaling) if case.rope_scaling else dict(config.rope_parameters)
     rope["rope_theta"] = case.rope_theta or config.rope_parameters["rope_theta"]
     config.rope_parameters = rope
-    return load_hf(folder, config=config)
+    model = load_hf(folder, config=config)
+    return model if case.lora is None else with_adapters(model, case.lora, seed=TRAIN_SEED)
 
 
 def load_hf(folder: str, **settings: Any) -> Any:
@@ -129,6 +133,7 @@ def train_config(
         "train": RunConfig(global_batch_pairs=len(case.shapes), recompute=case.recompute),
         "checkpoint": CheckpointConfig(interval=0),
         "logging": LoggingConfig(dir=str(shelf.root / f"run-{case.name}"), tensorboard=False),
+        "lora": case.lora,
     }
     return resolve(TrainConfig(**{**settings, **sections}))
 
@@ -169,28 +174,43 @@ def run_case(
     parallel = parallel_config(groups.sizes, context_comm)
     run = loop.prepare(train_config(case, shelf, parallel=parallel))
     assert run.groups is groups
+    if case.lora is not None:
+        write_b(run)
     metrics = loop.train_step(run)
     return CaseResult(metrics=metrics, gradients=policy_gradients(run))
 
 
 def policy_gradients(run: loop.Run) -> dict[str, Tensor]:
-    """The gradient that the last step left, whole, by Hugging Face name."""
-    return gathered(run, lambda parameter: parameter.main_grad)
+    """The gradient that the last step left, whole, by Hugging Face name or, of adapters, PEFT's."""
+    return _gathered_trained(run, lambda parameter: parameter.main_grad)
 
 
 def policy_parameters(run: loop.Run) -> dict[str, Tensor]:
-    """The policy's weights by Hugging Face name, copied."""
-    return gathered(run, lambda parameter: parameter)
+    """What trains of the policy, by the same names, copied."""
+    return _gathered_trained(run, lambda parameter: parameter)
+
+
+def _gathered_trained(
+    run: loop.Run, of: Callable[[torch.nn.Parameter], Tensor]
+) -> dict[str, Tensor]:
+    return gathered(run, of) if run.config.lora is None else gathered_adapters(run, of)
+
+
+def trained(model: Any) -> dict[str, Tensor]:
+    """The parameters of a transformers or PEFT model that train, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def oracle_for(case: Case, shelf: Shelf) -> OracleResult:
     """The same step in plain transformers and torch."""
-    return oracle_step(
-        shelf.oracle_policy(case),
+    policy = shelf.oracle_policy(case)
+    result = oracle_step(
+        policy,
         shelf.oracle_reference(case),
         case.rows,
         **oracle_settings(train_config(case, shelf)),
     )
+    return replace(result, gradients={name: result.gradients[name] for name in trained(policy)})
 
 
 def oracle_settings(config: TrainConfig) -> dict[str, Any]:

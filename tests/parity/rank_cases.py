@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from megatron_longpo.config import ObjectiveConfig, ObjectiveName
 from megatron_longpo.parallel.groups import ParallelSizes
-from tests.parity.cases import ALL_SHAPES, ROW_SHAPES, Case, TinyModel
+from tests.parity.cases import ALL_SHAPES, LORA, ROW_SHAPES, Case, TinyModel
 from tests.parity.steps import Steps
 
 
@@ -111,8 +111,30 @@ SHORT_ROWS = Case(
 )
 """The policy reads short rows beside the long ones, with gradient."""
 
+LORA_CASE = Case(
+    name="ranks-lora",
+    shapes=ALL_SHAPES[:5],
+    policy=TinyModel(family="qwen2", tied=True),
+    reference=TinyModel(family="qwen2", tied=True),
+    distributed_optimizer=False,
+    recompute="full",
+    lora=LORA,
+)
+"""Runs under every layout too."""
+
+LORA_ONE_KV_HEAD = Case(
+    name="ranks-lora_one_kv_head",
+    shapes=ALL_SHAPES[:2],
+    policy=TinyModel(kv_heads=1),
+    reference=TinyModel(kv_heads=1),
+    distributed_optimizer=False,
+    lora=LORA,
+)
+
 EXTRA = {
     2: (
+        *((layout, LORA_CASE) for layout in LAYOUTS[2]),
+        (Layout(name="TP2+SP", sizes=ParallelSizes(tensor=2, sequence=True)), LORA_ONE_KV_HEAD),
         (Layout(name="TP2+SP", sizes=ParallelSizes(tensor=2, sequence=True)), DIVERGENCE),
         (Layout(name="TP2", sizes=ParallelSizes(tensor=2)), DIVERGENCE),
         (Layout(name="PP2", sizes=ParallelSizes(pipeline=2)), DIVERGENCE),
@@ -125,6 +147,7 @@ EXTRA = {
         (Layout(name="CP2 all_gather", sizes=ParallelSizes(context=2)), ODD_HEADS),
     ),
     4: (
+        *((layout, LORA_CASE) for layout in LAYOUTS[4]),
         (Layout(name="CP4 a2a", sizes=ParallelSizes(context=4), comm="a2a"), CASES[0]),
         (Layout(name="CP4 all_gather", sizes=ParallelSizes(context=4)), ANSWERS_OF_ONE_TOKEN),
         (
@@ -155,6 +178,7 @@ def step_runs(world_size: int) -> list[tuple[Layout, Steps]]:
             (layouts["TP2xPP2"], tied_rmsprop),
             (layouts["DP2xCP2"], Steps()),
             *objectives,
+            (layouts["TP2xPP2"], Steps(lora=LORA)),
         ]
     layouts = {layout.name: layout for layout in LAYOUTS[2]}
     return [
@@ -163,4 +187,6 @@ def step_runs(world_size: int) -> list[tuple[Layout, Steps]]:
         (layouts["DP2"], Steps()),
         (layouts["DP2"], Steps(optimizer="adam", weight_decay=0.1)),
         (layouts["CP2 all_gather"], Steps()),
+        (layouts["TP2+SP"], Steps(lora=LORA)),
+        (layouts["DP2"], Steps(lora=LORA, optimizer="adam")),
     ]

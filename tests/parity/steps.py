@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_longpo.config import (
     DataConfig,
+    LoraConfig,
     ObjectiveConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -28,7 +29,9 @@ from tests.parity.harness import (
     oracle_settings,
     policy_parameters,
     train_config,
+    trained,
 )
+from tests.parity.peft_adapters import write_b
 
 BATCH, STEPS, LR, EPS, CLIP = 4, 5, 1e-3, 1e-5, 0.05
 """10 pairs: the third step begins the second epoch, and 2 pairs of the first are left out. The
@@ -61,19 +64,24 @@ class Steps:
     objective: ObjectiveConfig = field(
         default_factory=lambda: ObjectiveConfig(beta=0.1, preference_weight=0.5)
     )
+    lora: LoraConfig | None = None
 
     def __str__(self) -> str:
         return self.case.name
 
     @property
     def case(self) -> Case:
+        policy = TinyModel(family="qwen2", tied=not self.distributed)
+        reference = REFERENCE if self.lora is None else policy
+        kind = self.objective.name if self.lora is None else f"{self.objective.name}_lora"
         return Case(
-            name=f"five_steps_{self.optimizer}_{self.distributed}_{self.objective.name}",
+            name=f"five_steps_{self.optimizer}_{self.distributed}_{kind}",
             shapes=ALL_SHAPES,
-            policy=TinyModel(family="qwen2", tied=not self.distributed),
-            reference=None if self.objective.name in WITHOUT_REFERENCE else REFERENCE,
+            policy=policy,
+            reference=None if self.objective.name in WITHOUT_REFERENCE else reference,
             objective=self.objective,
             seed=7,
+            lora=self.lora,
         )
 
 
@@ -106,6 +114,8 @@ def our_steps(steps: Steps, shelf: Shelf, *, parallel: ParallelConfig | None = N
         ),
     )
     run = loop.prepare(config)
+    if steps.lora is not None:
+        write_b(run)
     before = policy_parameters(run)
     metrics = [loop.train_step(run) for _ in range(STEPS)]
     return History(metrics=metrics, before=before, after=policy_parameters(run))
@@ -115,7 +125,7 @@ def oracle_steps(steps: Steps, shelf: Shelf) -> History:
     case = steps.case
     sampler = PairSampler(len(case.rows), global_batch_pairs=BATCH, shuffle=True, seed=DATA_SEED)
     policy = load_policy(shelf, case)
-    before = {key: tensor.detach().clone() for key, tensor in policy.named_parameters()}
+    before = {key: tensor.detach().clone() for key, tensor in trained(policy).items()}
     metrics = oracle_train(
         policy,
         shelf.oracle_reference(case),
@@ -127,7 +137,7 @@ def oracle_steps(steps: Steps, shelf: Shelf) -> History:
         eps=EPS,
         **oracle_settings(train_config(case, shelf)),
     )
-    after = {key: tensor.detach() for key, tensor in policy.named_parameters()}
+    after = {key: tensor.detach() for key, tensor in trained(policy).items()}
     return History(metrics=metrics, before=before, after=after)
 
 
