@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from megatron_longpo.errors import UserError
@@ -58,13 +59,7 @@ def write_hf_side_files(
     """
     source, destination = Path(hf_source_folder), Path(destination_folder)
     destination.mkdir(parents=True, exist_ok=True)
-    for pattern in SIDE_FILES:
-        for path in sorted(source.glob(pattern)):
-            target = destination / path.name
-            if path.is_dir():
-                shutil.copytree(path, target, dirs_exist_ok=True)
-            else:
-                shutil.copyfile(path, target)
+    copy_files(source, destination, SIDE_FILES)
     _, config = read_hf_config(str(source))
     config = effective_hf_config(config, arch)
     if dtype is not None:
@@ -72,3 +67,14 @@ def write_hf_side_files(
         config["torch_dtype"] = config["dtype"] = dtype
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (destination / "config.json").write_text(text, encoding="utf-8")
+
+
+def copy_files(source: Path, destination: Path, patterns: Iterable[str]) -> None:
+    """Copies what matches, folders with what is in them."""
+    for pattern in patterns:
+        for path in sorted(source.glob(pattern)):
+            target = destination / path.name
+            if path.is_dir():
+                shutil.copytree(path, target, dirs_exist_ok=True)
+            else:
+                shutil.copyfile(path, target)

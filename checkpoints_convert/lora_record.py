@@ -1,4 +1,4 @@
-"""`lora.json` of a checkpoint that holds adapters: which they are, and what they were trained on."""
+"""`lora.json` of a checkpoint with adapters: which they are, and what they were trained on."""
 
 from __future__ import annotations
 

@@ -7,11 +7,12 @@ Also the Hugging Face view of a model in memory, for tests.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -23,6 +24,8 @@ from checkpoints_convert.config import ExportConfig
 from checkpoints_convert.destination import new_folder
 from checkpoints_convert.hf_folder import write_hf_side_files
 from checkpoints_convert.hf_weights import INDEX_NAME, WEIGHTS_NAME, local_rules
+from checkpoints_convert.lora_export import export_adapter, open_lora_checkpoint
+from checkpoints_convert.lora_record import read_lora_record
 from checkpoints_convert.mapping import TensorRule, hf_shapes, tensor_rules, to_hf
 from checkpoints_convert.torch_dist import HF_FOLDER_NAME, TorchDistReader, find_iteration_folder
 from megatron_longpo.errors import UserError
@@ -32,6 +35,9 @@ from megatron_longpo.model.spec import DTYPES
 MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.")
 """What the model's keys begin with; a checkpoint also has optimizer and RNG entries."""
 
+Reader = Callable[[TensorRule], list[Tensor]]
+"""Gives a rule's Hugging Face tensors, whole."""
+
 
 def run_export(config: ExportConfig) -> None:
     """Writes a Hugging Face folder that transformers 4 and 5 read."""
@@ -40,12 +46,23 @@ def run_export(config: ExportConfig) -> None:
     hf_folder = iteration / HF_FOLDER_NAME
     arch = read_architecture(str(hf_folder))
     reader = TorchDistReader(iteration)
-    _check_keys(reader, arch)
-    dtype = DTYPES[config.dtype] if config.dtype else _common_dtype(reader, arch)
+    record = read_lora_record(iteration)
+    if record is None:
+        _refuse_lora_settings(config, iteration)
+        _check_keys(reader, arch)
+        own_dtype = _common_dtype(reader, arch)
+        read: Reader = functools.partial(_read, reader, arch)
+    else:
+        lora = open_lora_checkpoint(reader, record, arch, base=config.base)
+        if config.lora == "adapter":
+            export_adapter(lora, config)
+            return
+        own_dtype, read = lora.dtype, lora.merged
+    dtype = DTYPES[config.dtype] if config.dtype else own_dtype
     with new_folder(
         config.destination, overwrite=config.overwrite, replaceable=_is_hf_folder
     ) as folder:
-        _write_weights(reader, arch, folder, dtype=dtype, limit=limit)
+        _write_weights(read, arch, folder, dtype=dtype, limit=limit)
         write_hf_side_files(hf_folder, folder, arch, dtype=str(dtype).removeprefix("torch."))
     print(f"{config.destination}: {arch.family}, {arch.num_layers} layers, {dtype}")
 
@@ -112,8 +129,27 @@ def _common_dtype(reader: TorchDistReader, arch: Architecture) -> torch.dtype:
     return max(dtypes, key=lambda dtype: dtype.itemsize)
 
 
+def _read(reader: TorchDistReader, arch: Architecture, rule: TensorRule) -> list[Tensor]:
+    """The rule's Hugging Face tensors."""
+    return to_hf(rule, arch, reader.read(rule.checkpoint_key, layer=rule.layer))
+
+
+def _refuse_lora_settings(config: ExportConfig, iteration: Path) -> None:
+    for key, is_set in (("lora", config.lora != "merged"), ("base", config.base is not None)):
+        if is_set:
+            raise UserError(
+                f"{key} ({getattr(config, key)}): {iteration} has whole weights and no adapters; "
+                "leave it out"
+            )
+
+
 def _write_weights(
-    reader: TorchDistReader, arch: Architecture, folder: Path, *, dtype: torch.dtype, limit: int
+    read: Reader,
+    arch: Architecture,
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    limit: int,
 ) -> None:
     files = _plan_files(arch, dtype=dtype, limit=limit)
     weight_map: dict[str, str] = {}
@@ -123,8 +159,7 @@ def _write_weights(
             name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
         tensors: dict[str, Tensor] = {}
         for rule in rules:
-            stored = reader.read(rule.checkpoint_key, layer=rule.layer)
-            for hf_name, tensor in zip(rule.hf_names, to_hf(rule, arch, stored), strict=True):
+            for hf_name, tensor in zip(rule.hf_names, read(rule), strict=True):
                 tensors[hf_name] = tensor.to(dtype).contiguous()
         (folder / name).touch()
         mode = (folder / name).stat().st_mode

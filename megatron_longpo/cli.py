@@ -112,7 +112,10 @@ COMMANDS = (
         summary="Turn a Megatron checkpoint into a Hugging Face folder.",
         config="checkpoints_convert.config:ExportConfig",
         run="checkpoints_convert.megatron_to_hf:run_export",
-        examples=("longpo convert export runs/a/checkpoints models/a-hf",),
+        examples=(
+            "longpo convert export runs/a/checkpoints models/a-hf",
+            "longpo convert export runs/lora/checkpoints models/a-adapter --lora adapter",
+        ),
         positionals=("source", "destination"),
     ),
     Command(

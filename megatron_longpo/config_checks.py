@@ -143,7 +143,9 @@ def _check_rest(config: TrainConfig) -> None:
             f"lora.targets ({', '.join(config.lora.targets)}): a layer stands twice. Name each once"
         )
     if config.lora is not None and not config.lora.targets:
-        raise UserError("lora.targets ([]): nothing is left to train. Name a layer, or set lora null")
+        raise UserError(
+            "lora.targets ([]): nothing is left to train. Name a layer, or set lora null"
+        )
     if config.reference.cache_path is not None:
         raise UserError(
             f"reference.cache_path ({config.reference.cache_path}) is read where reference.mode is "

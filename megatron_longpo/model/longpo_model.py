@@ -59,8 +59,9 @@ class LongPOModel(MegatronModule):
     ) -> None:
         super().__init__(config=policy.gpt.config)
         self.policy = policy.gpt
-        has_own_weights = reference is not None and reference.gpt is not policy.gpt
-        self.reference = reference.gpt if has_own_weights else None
+        self.reference: GPTModel | None = None
+        if reference is not None and reference.gpt is not policy.gpt:
+            self.reference = reference.gpt
         self._chunks = {"policy": policy, "reference": reference}
         self._tensor_group = tensor_group
         self._context_group = context_group

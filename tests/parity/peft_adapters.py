@@ -79,9 +79,7 @@ def write_b(run: Run) -> None:
     run.optimizer.reload_model_params()
 
 
-def gathered_adapters(
-    run: Run, of: Callable[[torch.nn.Parameter], Tensor]
-) -> dict[str, Tensor]:
+def gathered_adapters(run: Run, of: Callable[[torch.nn.Parameter], Tensor]) -> dict[str, Tensor]:
     """`of(parameter)` of every adapter, whole, on every rank, by PEFT's names."""
     parameters = {
         f"{adapter.layer}.{adapter.target}.{leaf}": parameter
