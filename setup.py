@@ -49,6 +49,7 @@ EXTRAS = {
         "types-psutil",
         "wandb>=0.19",
         "trl>=1.0",  # our DPO is held to its DPOTrainer
+        "peft>=0.17",  # the tests' second opinion on adapters
     ],
 }
 

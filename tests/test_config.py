@@ -15,6 +15,7 @@ import yaml
 from megatron_longpo import objectives
 from megatron_longpo.config import (
     LoraConfig,
+    LoraTarget,
     ModelConfig,
     ObjectiveConfig,
     TrainConfig,
@@ -26,6 +27,7 @@ from megatron_longpo.config_checks import OBJECTIVE_DEFAULTS
 from megatron_longpo.config_fields import default_text, flat_values, settings_of
 from megatron_longpo.errors import UserError
 from megatron_longpo.megatron_flags import MEGATRON_FLAGS, SWIFT_FLAGS, suggestion
+from megatron_longpo.model import lora
 
 ROOT = Path(__file__).parents[1]
 REQUIRED = ["--model.hf_path=m", "--data.path=d", "--logging.dir=runs/a"]
@@ -351,7 +353,9 @@ def test_what_is_required_is_asked_for() -> None:
         (["--reference.mode=cached"], "reference.mode (cached) is not available yet. Use online"),
         (["--reference.offload"], "reference.offload (true) is not available yet. Use false"),
         (["--checkpoint.async_save"], "checkpoint.async_save (true) is not available yet"),
-        (["--lora.rank=4"], "lora (set) is not available yet. Use null"),
+        (["--lora.targets=[]"], "lora.targets ([]): nothing is left to train"),
+        (["--lora.targets=[linear_fc1,linear_fc1]"], "lora.targets (linear_fc1, linear_fc1): a"),
+        (["--lora.targets=[q_proj]"], "must be a list, each item one of linear_qkv, linear_proj"),
         (["--parallel.sequence"], "parallel.tensor is 1. Use false"),
         (["--objective.beta=0"], "objective.beta (0) must be above 0 for longpo"),
         (
@@ -396,8 +400,19 @@ def test_resolve_checks_ranges_of_configs_made_in_python() -> None:
     config = dataclasses.replace(load(), model=ModelConfig(hf_path="m", rope_theta=0.0))
     with pytest.raises(UserError, match=r"model\.rope_theta \(0\) must be above 0"):
         resolve(config)
-    with pytest.raises(UserError, match=r"^lora "):
-        resolve(dataclasses.replace(load(), lora=LoraConfig()))
+    with pytest.raises(UserError, match=r"^lora\.targets "):
+        resolve(dataclasses.replace(load(), lora=LoraConfig(targets=())))
+
+
+def test_lora_is_on_where_any_of_it_is_set(tmp_path: Path) -> None:
+    assert load("--lora.rank=4").lora == LoraConfig(rank=4)
+    file = write(tmp_path, "lora: {alpha: 8, targets: [linear_fc2, linear_qkv]}\n")
+    expected = LoraConfig(alpha=8.0, targets=("linear_fc2", "linear_qkv"))
+    assert load(f"--config={file}").lora == expected
+
+
+def test_the_layers_for_adapters_are_the_models() -> None:
+    assert LoraConfig().targets == get_args(LoraTarget) == tuple(lora.TARGETS)
 
 
 # World size

@@ -137,7 +137,7 @@ def test_the_base_in_an_adapters_folder_has_the_policys_positions(
     assert f"{case.rope_theta:g}" in readme and shelf.hf_folder(MODELS[0]) in readme
     link = adapter / "base" / "model.safetensors"
     assert link.is_symlink() and link.samefile(Path(shelf.hf_folder(MODELS[0])) / link.name)
-    assert not any((path.is_symlink() for path in adapter.iterdir()))
+    assert not any(path.is_symlink() for path in adapter.iterdir())
     # A folder that has moved must not lead to the original model by accident.
     moved = adapter.rename(tmp_path / "moved")
     with pytest.raises(OSError, match="adapter/base"):

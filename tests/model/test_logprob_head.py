@@ -138,6 +138,16 @@ def test_no_edges_give_nothing_and_a_zero_gradient(single_process: Groups) -> No
         assert gradient.eq(0).all()
 
 
+def test_a_frozen_weight_gets_no_gradient(single_process: Groups) -> None:
+    hidden, weight, sources, targets = head_inputs()
+    logps = edge_logps(hidden, weight, sources, targets, shard(single_process))
+    (expected,) = torch.autograd.grad(logps.sum(), hidden)
+    frozen = weight.detach()
+    logps = edge_logps(hidden, frozen, sources, targets, shard(single_process))
+    (actual,) = torch.autograd.grad(logps.sum(), hidden)
+    assert torch.equal(actual, expected) and frozen.grad is None
+
+
 def test_backward_keeps_no_logits(single_process: Groups) -> None:
     inputs = head_inputs()
     kept: list[int] = []

@@ -8,7 +8,8 @@ import pytest
 
 from megatron_longpo.data.packing import PairSize
 from megatron_longpo.model.architectures import Architecture, RopeSettings
-from megatron_longpo.training.flops import layer_parameters, step_flops
+from megatron_longpo.model.lora import LoraSettings
+from megatron_longpo.training.flops import adapter_parameters, layer_parameters, step_flops
 
 ARCH = Architecture(
     family="llama",
@@ -49,6 +50,16 @@ def test_a_step_by_hand() -> None:
     assert step_flops([SIZE], ARCH, None) == policy
     assert step_flops([SIZE], ARCH, ARCH) == pytest.approx(policy + reference)
     assert step_flops([SIZE, SIZE], ARCH, ARCH) == pytest.approx(2 * (policy + reference))
+
+
+def test_frozen_matrices_cost_a_third_less_and_adapters_come_on_top() -> None:
+    lora = LoraSettings(rank=2, alpha=1.0, targets=("linear_qkv", "linear_fc2"))
+    # 3 in and 16 out for queries, keys and values; 5 in and 3 out for the down projection.
+    assert adapter_parameters(ARCH, lora) == 2 * (19 + 8)
+    frozen = 4 * 234 * 10 + 12 * 2 * 8 * 40 + 4 * 3 * 7 * 9
+    assert step_flops([SIZE], ARCH, None, lora=lora) == frozen + 6 * 2 * 54 * 10
+    extra = step_flops([SIZE], ARCH, ARCH, lora=lora) - step_flops([SIZE], ARCH, None, lora=lora)
+    assert extra == pytest.approx(step_flops([SIZE], ARCH, ARCH) - step_flops([SIZE], ARCH, None))
 
 
 def test_the_reference_counts_by_its_own_shape() -> None:

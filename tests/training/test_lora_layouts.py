@@ -64,7 +64,7 @@ def test_adapters_of_two_ranks_go_on_in_one_process(
     after, ends = policy_parameters(straight), policy_parameters(resumed)
     for key, tensor in after.items():
         change = float((tensor - before[key]).norm())
-        assert 0 < change and float((ends[key] - tensor).norm()) <= 1e-3 * change, key
+        assert change > 0 and float((ends[key] - tensor).norm()) <= 1e-3 * change, key
 
     # The checkpoint that two ranks wrote at the end is the whole policy, too.
     run_export(
