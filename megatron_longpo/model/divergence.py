@@ -100,7 +100,9 @@ class _ReverseKL(torch.autograd.Function):
         normalizers, teacher_normalizers, divergences = kept
         shard: VocabularyShard = ctx.shard
         hidden_grad = torch.zeros_like(hidden, dtype=normalizers.dtype)
-        weight_grad = torch.zeros_like(weight, dtype=normalizers.dtype)
+        weight_grad = None
+        if ctx.needs_input_grad[1]:
+            weight_grad = torch.zeros_like(weight, dtype=normalizers.dtype)
         for begin in range(0, len(sources), ctx.chunk_places):
             chunk = slice(begin, begin + ctx.chunk_places)
             states = hidden[sources[chunk]]
@@ -115,8 +117,11 @@ class _ReverseKL(torch.autograd.Function):
             logits_grad = logits_grad.to(weight.dtype)
             valid = weight[: shard.num_valid]
             hidden_grad.index_add_(0, sources[chunk], (logits_grad @ valid).to(hidden_grad.dtype))
-            weight_grad[: shard.num_valid] += logits_grad.T @ states
-        return hidden_grad.to(hidden.dtype), weight_grad.to(weight.dtype), *[None] * 5
+            if weight_grad is not None:
+                weight_grad[: shard.num_valid] += logits_grad.T @ states
+        if weight_grad is not None:
+            weight_grad = weight_grad.to(weight.dtype)
+        return hidden_grad.to(hidden.dtype), weight_grad, *[None] * 5
 
 
 def _logits(states: Tensor, weight: Tensor, shard: VocabularyShard, dtype: torch.dtype) -> Tensor:

@@ -232,6 +232,21 @@ def test_a_record_that_is_not_the_checkpoints_is_refused(
         export(tmp_path, "out")
 
 
+@pytest.mark.parametrize("lora", ["merged", "adapter"])
+def test_damaged_adapters_are_refused(
+    lora: str, shelf: Shelf, tmp_path: Path, single_process: Groups
+) -> None:
+    run = loop.prepare(short_config(shelf, tmp_path, case=lora_case(MODELS[0], lora=LORA), steps=1))
+    loop.train_step(run)
+    (model,) = unwrap_model(run.model)
+    with torch.no_grad():
+        model.policy.decoder.layers[1].mlp.linear_fc2.adapter.lora_b[3, 1] = float("nan")
+    loop._save(run)
+    with pytest.raises(UserError, match=r"linear_fc2\.adapter\.lora_b of layer 1 holds NaN"):
+        export(tmp_path, "out", lora=lora)
+    assert not (tmp_path / "out").exists()
+
+
 def test_only_an_adapters_folder_is_replaced(
     shelf: Shelf, tmp_path: Path, single_process: Groups
 ) -> None:

@@ -329,6 +329,8 @@ LORA_CASES = [
     _lora_case("without_reference", reference=None),
     _lora_case("sft", reference=None, objective=ObjectiveConfig(name="sft")),
     _lora_case("plain_optimizer", distributed_optimizer=False),
+    _lora_case("opsdl", objective=ObjectiveConfig(name="opsdl")),
+    _lora_case("solopo_dpo", objective=ObjectiveConfig(name="solopo_dpo")),
 ]
 
 CASES = [

@@ -7,6 +7,7 @@ from typing import Literal
 import pytest
 
 from megatron_longpo.parallel.groups import Groups
+from tests.parity.cases import LORA
 from tests.parity.harness import Shelf
 from tests.parity.steps import Steps, compare_steps, oracle_steps, our_steps
 
@@ -23,4 +24,12 @@ def test_weights_after_five_steps_are_the_oracles(
     single_process: Groups,
 ) -> None:
     steps = Steps(optimizer=name, distributed=distributed, weight_decay=weight_decay)
+    compare_steps(our_steps(steps, shelf), oracle_steps(steps, shelf))
+
+
+@pytest.mark.parametrize("name", ["rmsprop", "adam"])
+def test_adapters_after_five_steps_are_pefts(
+    name: Literal["rmsprop", "adam"], shelf: Shelf, single_process: Groups
+) -> None:
+    steps = Steps(optimizer=name, weight_decay=0.1, lora=LORA)
     compare_steps(our_steps(steps, shelf), oracle_steps(steps, shelf))
