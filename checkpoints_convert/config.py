@@ -33,7 +33,7 @@ class ExportConfig:
     overwrite: bool = False
     """Replace a destination that is not empty, if it is a Hugging Face folder."""
     max_shard_size: str = "5GB"
-    """Largest safetensors file, such as `500MB` or `5GB`; also about the memory that it takes."""
+    """Largest safetensors file, such as `500MB` or `5GB`."""
     lora: Literal["merged", "adapter"] = "merged"
     """Of a LoRA checkpoint: the whole model with the adapters in it, or a folder for PEFT."""
     base: str | None = None

@@ -5,6 +5,7 @@ python -m checkpoints_convert.hf_to_megatron SRC_HF DST_MEGATRON
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Iterator
@@ -13,21 +14,29 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from torch import Tensor
 
 from checkpoints_convert.config import ImportConfig
 from checkpoints_convert.destination import new_folder
 from checkpoints_convert.hf_folder import local_hf_folder, write_hf_side_files
-from checkpoints_convert.hf_weights import HfWeights, load_hf_weights
+from checkpoints_convert.hf_weights import HfWeights
+from checkpoints_convert.mapping import TensorRule, local_shard, tensor_rules
 from checkpoints_convert.torch_dist import (
     HF_FOLDER_NAME,
     TRACKER_NAME,
     is_import_result,
     iteration_folder,
 )
+from checkpoints_convert.torch_dist_writer import Part, write_torch_dist
 from megatron_longpo.errors import UserError
 from megatron_longpo.model.architectures import Architecture, read_architecture
-from megatron_longpo.model.spec import DTYPES, build_gpt, transformer_config
+from megatron_longpo.model.spec import (
+    DTYPES,
+    build_gpt,
+    padded_vocab_size,
+    transformer_config,
+)
 from megatron_longpo.parallel import groups
 
 
@@ -45,15 +54,21 @@ def run_import(config: ImportConfig) -> None:
     source = local_hf_folder(config.source)
     arch = read_architecture(source)
     weights = HfWeights(source)
-    weights.check_names(arch)
+    weights.check(arch)
     dtype = config.dtype or stored_dtype(weights)
     with new_folder(
         config.destination, overwrite=config.overwrite, replaceable=is_import_result
     ) as folder:
         iteration = iteration_folder(folder, 0)
         iteration.mkdir()
-        with _single_process():
-            _save_weights(arch, source, str(iteration), dtype)
+        with single_process():
+            objects = _stock_objects(arch)
+        write_torch_dist(
+            iteration,
+            _parts(arch, weights, DTYPES[dtype]),
+            objects=objects,
+            common={"iteration": 0, "checkpoint_version": 3.0},
+        )
         torch_name = str(DTYPES[dtype]).removeprefix("torch.")
         write_hf_side_files(source, iteration / HF_FOLDER_NAME, arch, dtype=torch_name)
         (folder / TRACKER_NAME).write_text("0\n", encoding="utf-8")
@@ -73,17 +88,45 @@ def stored_dtype(weights: HfWeights) -> Literal["bf16", "fp32"]:
     )
 
 
-def _save_weights(
-    arch: Architecture, source: str, iteration: str, dtype: Literal["bf16", "fp32"]
-) -> None:
-    model = build_gpt(arch, transformer_config(arch, dtype=dtype), core_attention=NoAttention)
-    load_hf_weights(model, arch, source)
-    state = {"model": model.sharded_state_dict(), "iteration": 0, "checkpoint_version": 3.0}
-    dist_checkpointing.save(state, iteration)
+def _parts(arch: Architecture, weights: HfWeights, dtype: torch.dtype) -> list[Part]:
+    """The whole model's tensors, none of them read yet."""
+    padded_rows = padded_vocab_size(arch, 1)
+
+    def make(rule: TensorRule) -> Tensor:
+        whole = weights.read_rule(rule, arch)
+        whole = local_shard(rule, whole, rank=0, size=1, padded_vocab_size=padded_rows)
+        return whole.to(dtype)
+
+    return [
+        Part(
+            key=rule.checkpoint_key,
+            shape=(padded_rows, *rule.shape[1:]) if rule.kind == "vocab" else rule.shape,
+            dtype=dtype,
+            make=functools.partial(make, rule),
+            layer=rule.layer,
+            num_layers=None if rule.layer is None else arch.num_layers,
+        )
+        for rule in tensor_rules(arch)
+    ]
+
+
+def _stock_objects(arch: Architecture) -> dict[str, Any]:
+    """What a stock model saves beside its tensors: empty extra states, but it asks for them.
+
+    Needs Megatron's process groups. The model that is asked has no storage.
+    """
+    with torch.device("meta"):
+        model = build_gpt(arch, transformer_config(arch), core_attention=NoAttention)
+    state = model.sharded_state_dict()
+    expected = {rule.checkpoint_key for rule in tensor_rules(arch)}
+    objects = {v.unique_key: v.data for v in state.values() if isinstance(v, ShardedObject)}
+    keys = {v.key for v in state.values() if not isinstance(v, ShardedObject)}
+    assert keys == expected, keys ^ expected
+    return objects
 
 
 @contextmanager
-def _single_process() -> Iterator[None]:
+def single_process() -> Iterator[None]:
     """Megatron's groups for a world of one, or those that the caller has started."""
     if dist.is_initialized():
         yield

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,6 @@ from torch import Tensor
 
 from checkpoints_convert.mapping import (
     TensorRule,
-    hf_shapes,
     local_shard,
     output_rule,
     tensor_rules,
@@ -31,70 +32,103 @@ SAFETENSORS_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch
 """Stored dtypes that weights can be read from."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredTensor:
+    """What a safetensors header says of a tensor."""
+
+    path: Path
+    dtype: str
+    """safetensors' name, such as `BF16`."""
+    shape: tuple[int, ...]
+
+
 class HfWeights:
-    """The tensors of a Hugging Face folder by name; only what is asked for is read."""
+    """The tensors of a Hugging Face folder by name; only what is asked for is read.
+
+    A file is open only while a tensor is read: what has been read of an open file counts as this
+    process's memory, in the end the whole model.
+    """
 
     def __init__(self, hf_folder: str) -> None:
         self.folder = Path(hf_folder)
-        self._open_files: dict[Path, Any] = {}
-        self._path_of = self._find_tensors()
+        self._stored = self._find_tensors()
 
     def __contains__(self, name: str) -> bool:
-        return name in self._path_of
+        return name in self._stored
 
     @property
     def names(self) -> list[str]:
-        return list(self._path_of)
+        return list(self._stored)
 
     def path_of(self, name: str) -> Path:
-        return self._path_of[name]
+        return self._stored[name].path
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._stored[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
-        stored = self._file(self._path_of[name]).get_slice(name).get_dtype()
-        if stored not in SAFETENSORS_DTYPES:
+        stored = self._stored[name]
+        if stored.dtype not in SAFETENSORS_DTYPES:
             raise UserError(
-                f"{self._path_of[name]}: {name} has dtype {stored}; "
+                f"{stored.path}: {name} has dtype {stored.dtype}; "
                 f"supported: {', '.join(SAFETENSORS_DTYPES)} (unquantised weights)"
             )
-        return SAFETENSORS_DTYPES[stored]
+        return SAFETENSORS_DTYPES[stored.dtype]
 
-    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """The whole tensor on the CPU, checked for its shape and for NaN and infinity."""
-        path = self._path_of[name]
+    def read(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
+        """The whole tensor on the CPU, checked for NaN and infinity, and for a shape if given."""
         self.dtype(name)
-        tensor = self._file(path).get_tensor(name)
-        if tuple(tensor.shape) != shape:
-            raise UserError(
-                f"{path}: {name} has shape {list(tensor.shape)}, config.json asks for "
-                f"{list(shape)}; the weights belong to another config"
-            )
+        if shape is not None:
+            self._check_shape(name, shape)
+        path = self._stored[name].path
+        with _open(path) as file:
+            # A copy: the file's own tensor would keep it open.
+            tensor = file.get_tensor(name).clone()
         if not torch.isfinite(tensor).all():
             raise UserError(f"{path}: {name} holds NaN or infinity; the weights are damaged")
         return tensor
 
-    def check_names(self, arch: Architecture) -> None:
-        """Refuses a folder that lacks a tensor of the model, or has one that no rule reads."""
-        expected = {name for rule in tensor_rules(arch) for name in rule.hf_names}
-        for name in sorted(expected):
+    def read_rule(self, rule: TensorRule, arch: Architecture) -> Tensor:
+        """The whole Megatron tensor that `rule` makes of this folder's, without padding."""
+        return to_megatron(rule, arch, [self.read(name) for name in rule.hf_names])
+
+    def check(self, arch: Architecture) -> None:
+        """Refuses a folder that lacks a tensor of the model, or has one of another shape, of a
+        dtype that is not read, or that no rule reads."""
+        expected = {
+            name: shape
+            for rule in tensor_rules(arch)
+            for name, shape in zip(rule.hf_names, rule.hf_shapes, strict=True)
+        }
+        for name, shape in sorted(expected.items()):
             if name not in self:
                 raise UserError(
                     f"{self.folder}: tensor {name} is missing; the download is incomplete or "
                     "config.json belongs to another model"
                 )
-        for name in sorted(self._path_of):
-            if name not in expected and not _is_ignored(name, arch):
+            self._check_shape(name, shape)
+            self.dtype(name)
+        for name in sorted(self._stored):
+            if name not in expected and not is_ignored(name, arch):
                 raise UserError(
-                    f"{self._path_of[name]}: tensor {name} has no place in this architecture "
+                    f"{self.path_of(name)}: tensor {name} has no place in this architecture "
                     f"({arch.family}); config.json belongs to another model"
                 )
 
-    def _find_tensors(self) -> dict[str, Path]:
+    def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        if self.shape(name) != shape:
+            raise UserError(
+                f"{self.path_of(name)}: {name} has shape {list(self.shape(name))}, config.json "
+                f"asks for {list(shape)}; the weights belong to another config"
+            )
+
+    def _find_tensors(self) -> dict[str, StoredTensor]:
         index = self.folder / INDEX_NAME
         if index.is_file():
             return self._read_index(index)
         single = self.folder / WEIGHTS_NAME
         if single.is_file():
-            return {name: single for name in self._file(single).keys()}  # noqa: SIM118
+            return _read_header(single)
         if any(self.folder.glob("pytorch_model*.bin")):
             raise UserError(
                 f"{self.folder}: weights are in torch .bin files only; convert them to "
@@ -102,28 +136,42 @@ class HfWeights:
             )
         raise UserError(f"{self.folder}: no {WEIGHTS_NAME} and no {INDEX_NAME} here")
 
-    def _read_index(self, index: Path) -> dict[str, Path]:
+    def _read_index(self, index: Path) -> dict[str, StoredTensor]:
         try:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{index}: no readable weight_map; restore the file") from error
-        paths = {name: self.folder / file for name, file in weight_map.items()}
-        for path in sorted(set(paths.values())):
+        headers: dict[str, dict[str, StoredTensor]] = {}
+        for file in sorted(set(weight_map.values())):
+            path = self.folder / file
             if not path.is_file():
                 raise UserError(f"{path}: named in {INDEX_NAME} but missing; fetch it again")
-            stored = set(self._file(path).keys())
-            for name in sorted(name for name, where in paths.items() if where == path):
-                if name not in stored:
-                    raise UserError(f"{path}: tensor {name} is missing, though the index names it")
-        return paths
+            headers[file] = _read_header(path)
+        for name, file in sorted(weight_map.items()):
+            if name not in headers[file]:
+                raise UserError(
+                    f"{self.folder / file}: tensor {name} is missing, though the index names it"
+                )
+        return {name: headers[file][name] for name, file in weight_map.items()}
 
-    def _file(self, path: Path) -> Any:
-        if path not in self._open_files:
-            try:
-                self._open_files[path] = safe_open(path, framework="pt", device="cpu")
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{path}: not a readable safetensors file ({error})") from error
-        return self._open_files[path]
+
+def _read_header(path: Path) -> dict[str, StoredTensor]:
+    with _open(path) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        return {
+            name: StoredTensor(path=path, dtype=found.get_dtype(), shape=tuple(found.get_shape()))
+            for name, found in slices.items()
+        }
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    try:
+        opened = safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a readable safetensors file ({error})") from error
+    with opened as file:
+        yield file
 
 
 def load_hf_weights(gpt_model: GPTModel, arch: Architecture, hf_folder: str) -> None:
@@ -133,18 +181,14 @@ def load_hf_weights(gpt_model: GPTModel, arch: Architecture, hf_folder: str) -> 
     reads what it needs, one Hugging Face tensor at a time. Call it before the model is wrapped.
     """
     weights = HfWeights(hf_folder)
-    weights.check_names(arch)
+    weights.check(arch)
     size = gpt_model.config.tensor_model_parallel_size
     rank = gpt_model.tp_group.rank()
     with torch.no_grad():
         for parameter, rule in local_rules(gpt_model, arch):
-            shapes = hf_shapes(rule, arch)
-            parts = [
-                weights.read(name, shape) for name, shape in zip(rule.hf_names, shapes, strict=True)
-            ]
             shard = local_shard(
                 rule,
-                to_megatron(rule, arch, parts),
+                weights.read_rule(rule, arch),
                 rank=rank,
                 size=size,
                 padded_vocab_size=padded_vocab_size(arch, size),
@@ -174,7 +218,7 @@ def local_rules(
         yield parameter, rules[name]
 
 
-def _is_ignored(name: str, arch: Architecture) -> bool:
+def is_ignored(name: str, arch: Architecture) -> bool:
     """Tensors that transformers does not read either."""
     return name.endswith("rotary_emb.inv_freq") or (
         arch.tied_embeddings and name == "lm_head.weight"

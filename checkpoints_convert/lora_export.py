@@ -28,7 +28,7 @@ from checkpoints_convert.hf_folder import (
 )
 from checkpoints_convert.hf_weights import INDEX_NAME, HfWeights
 from checkpoints_convert.lora_record import LORA_NAME, LoraRecord
-from checkpoints_convert.mapping import TensorRule, hf_shapes, tensor_rules, to_hf
+from checkpoints_convert.mapping import TensorRule, tensor_rules, to_hf
 from checkpoints_convert.torch_dist import HF_FOLDER_NAME, TorchDistReader
 from megatron_longpo.errors import UserError
 from megatron_longpo.model.architectures import Architecture, read_architecture
@@ -85,10 +85,9 @@ class LoraCheckpoint:
 
     def merged(self, rule: TensorRule) -> list[Tensor]:
         """The rule's Hugging Face tensors in fp32, with the update where they have one."""
-        shapes = hf_shapes(rule, self.arch)
         weights = [
             self.base.read(name, shape).float()
-            for name, shape in zip(rule.hf_names, shapes, strict=True)
+            for name, shape in zip(rule.hf_names, rule.hf_shapes, strict=True)
         ]
         if not self.has_adapter(rule):
             return weights
@@ -238,9 +237,8 @@ def _adapter_keys(record: LoraRecord, arch: Architecture) -> dict[str, tuple[int
     keys: dict[str, tuple[int, ...]] = {}
     for rule in tensor_rules(arch):
         if _target_of(rule) in record.targets:
-            shapes = hf_shapes(rule, arch)
-            rows = sum(shape[0] for shape in shapes)
-            keys[_adapter_key(rule, "lora_a")] = (arch.num_layers, record.rank, shapes[0][1])
+            rows, columns = rule.shape
+            keys[_adapter_key(rule, "lora_a")] = (arch.num_layers, record.rank, columns)
             keys[_adapter_key(rule, "lora_b")] = (arch.num_layers, rows, record.rank)
     return keys
 

@@ -1,15 +1,16 @@
 """Which Hugging Face tensors make up which Megatron tensor, and the way there and back.
 
-One `TensorRule` a Megatron tensor. All four families share the same names; they differ in which
-rules apply (q/k/v bias, q/k norm, untied output layer).
+`LAYER_TABLE` and the three rows before it list every tensor once; a `TensorRule` is a row filled in
+for one model and layer. The families share the names; they differ in which rows apply.
+docs/architectures.md says how to add one.
 
 Letters: G key/value heads, Q query heads a key/value head, D head size, H hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -35,6 +36,8 @@ class TensorRule:
     layer: int | None
     """The layer's number from 0, None outside the layers."""
     hf_names: tuple[str, ...]
+    hf_shapes: tuple[tuple[int, ...], ...]
+    """The shapes that the Hugging Face tensors must have."""
     kind: Kind = "plain"
     split_dim: int | None = None
     """The dimension that tensor parallelism splits, None = every rank holds the whole tensor."""
@@ -47,45 +50,147 @@ class TensorRule:
             return self.checkpoint_key
         return f"{layers}{self.layer}.{self.checkpoint_key.removeprefix(layers)}"
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The Megatron tensor's, without padding."""
+        return (sum(shape[0] for shape in self.hf_shapes), *self.hf_shapes[0][1:])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One Megatron tensor of the model, or of every layer."""
+
+    megatron: str
+    """Parameter name, of a layer's without `decoder.layers.N.`."""
+    hf: Mapping[str, str]
+    """Hugging Face names, of a layer's without `model.layers.N.`, with their dimensions: a letter
+    of `dimensions` each."""
+    key: str | None = None
+    """Name in a checkpoint, None = as `megatron`."""
+    kind: Kind = "plain"
+    split_dim: int | None = None
+    only_if: str | None = None
+    """The field of `Architecture` that must be true for the row to apply."""
+
+
+EMBEDDING = Row(
+    megatron="embedding.word_embeddings.weight",
+    hf={"model.embed_tokens.weight": "vh"},
+    kind="vocab",
+    split_dim=0,
+)
+FINAL_NORM = Row(megatron="decoder.final_layernorm.weight", hf={"model.norm.weight": "h"})
+OUTPUT = Row(
+    megatron="output_layer.weight",
+    hf={"lm_head.weight": "vh"},
+    kind="vocab",
+    split_dim=0,
+)
+
+LAYER_TABLE = (
+    # Stock checkpoints call a norm by the linear layer that it is fused with elsewhere.
+    Row(
+        megatron="input_layernorm.weight",
+        hf={"input_layernorm.weight": "h"},
+        key="self_attention.linear_qkv.layer_norm_weight",
+    ),
+    Row(
+        megatron="self_attention.linear_qkv.weight",
+        hf={
+            "self_attn.q_proj.weight": "qh",
+            "self_attn.k_proj.weight": "kh",
+            "self_attn.v_proj.weight": "kh",
+        },
+        kind="qkv",
+        split_dim=0,
+    ),
+    Row(
+        megatron="self_attention.linear_qkv.bias",
+        hf={
+            "self_attn.q_proj.bias": "q",
+            "self_attn.k_proj.bias": "k",
+            "self_attn.v_proj.bias": "k",
+        },
+        kind="qkv",
+        split_dim=0,
+        only_if="qkv_bias",
+    ),
+    Row(
+        megatron="self_attention.q_layernorm.weight",
+        hf={"self_attn.q_norm.weight": "d"},
+        only_if="qk_norm",
+    ),
+    Row(
+        megatron="self_attention.k_layernorm.weight",
+        hf={"self_attn.k_norm.weight": "d"},
+        only_if="qk_norm",
+    ),
+    Row(
+        megatron="self_attention.linear_proj.weight",
+        hf={"self_attn.o_proj.weight": "hq"},
+        split_dim=1,
+    ),
+    Row(
+        megatron="pre_mlp_layernorm.weight",
+        hf={"post_attention_layernorm.weight": "h"},
+        key="mlp.linear_fc1.layer_norm_weight",
+    ),
+    Row(
+        megatron="mlp.linear_fc1.weight",
+        hf={"mlp.gate_proj.weight": "fh", "mlp.up_proj.weight": "fh"},
+        kind="gate_up",
+        split_dim=0,
+    ),
+    Row(megatron="mlp.linear_fc2.weight", hf={"mlp.down_proj.weight": "hf"}, split_dim=1),
+)
+"""The tensors of a layer, in the order of Hugging Face files."""
+
+
+def dimensions(arch: Architecture) -> dict[str, int]:
+    """What the letters of the tables stand for."""
+    return {
+        "v": arch.vocab_size,
+        "h": arch.hidden_size,
+        "q": arch.num_heads * arch.head_dim,
+        "k": arch.num_kv_heads * arch.head_dim,
+        "d": arch.head_dim,
+        "f": arch.ffn_hidden_size,
+    }
+
 
 def tensor_rules(arch: Architecture) -> Iterator[TensorRule]:
     """The rules of the whole model, in the order of Hugging Face files."""
-    yield TensorRule(
-        megatron_name="embedding.word_embeddings.weight",
-        checkpoint_key="embedding.word_embeddings.weight",
-        layer=None,
-        hf_names=("model.embed_tokens.weight",),
-        kind="vocab",
-        split_dim=0,
-    )
+    yield _rule(EMBEDDING, arch)
     for layer in range(arch.num_layers):
-        yield from _layer_rules(arch, layer)
-    yield TensorRule(
-        megatron_name="decoder.final_layernorm.weight",
-        checkpoint_key="decoder.final_layernorm.weight",
-        layer=None,
-        hf_names=("model.norm.weight",),
-    )
+        for row in LAYER_TABLE:
+            if row.only_if is None or getattr(arch, row.only_if):
+                yield _rule(row, arch, layer=layer)
+    yield _rule(FINAL_NORM, arch)
     if not arch.tied_embeddings:
-        yield output_rule(arch)
+        yield _rule(OUTPUT, arch)
 
 
 def output_rule(arch: Architecture) -> TensorRule:
     """The output layer. Where it is tied, a last pipeline stage holds a copy of the embedding."""
-    name = "model.embed_tokens.weight" if arch.tied_embeddings else "lm_head.weight"
+    row = OUTPUT if not arch.tied_embeddings else replace(OUTPUT, hf=EMBEDDING.hf)
+    return _rule(row, arch)
+
+
+def _rule(row: Row, arch: Architecture, *, layer: int | None = None) -> TensorRule:
+    sizes = dimensions(arch)
+    ours, theirs, key = "", "", row.key or row.megatron
+    if layer is not None:
+        ours, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."
+        key = f"decoder.layers.{key}"
     return TensorRule(
-        megatron_name="output_layer.weight",
-        checkpoint_key="output_layer.weight",
-        layer=None,
-        hf_names=(name,),
-        kind="vocab",
-        split_dim=0,
+        megatron_name=ours + row.megatron,
+        checkpoint_key=key,
+        layer=layer,
+        hf_names=tuple(theirs + name for name in row.hf),
+        hf_shapes=tuple(tuple(sizes[letter] for letter in dims) for dims in row.hf.values()),
+        kind=row.kind,
+        split_dim=row.split_dim,
     )
-
-
-def hf_shapes(rule: TensorRule, arch: Architecture) -> list[tuple[int, ...]]:
-    """The shapes that the rule's Hugging Face tensors must have."""
-    return [_hf_shape(name, arch) for name in rule.hf_names]
 
 
 def to_megatron(rule: TensorRule, arch: Architecture, parts: Sequence[Tensor]) -> Tensor:
@@ -120,75 +225,6 @@ def local_shard(
         # Each rank holds its part of the gate above its part of the up projection.
         return torch.cat([half.chunk(size)[rank] for half in tensor.chunk(2)])
     return tensor.chunk(size, dim=rule.split_dim)[rank]
-
-
-def _layer_rules(arch: Architecture, layer: int) -> Iterator[TensorRule]:
-    def rule(
-        megatron: str,
-        *hf: str,
-        key: str | None = None,
-        kind: Kind = "plain",
-        split_dim: int | None = None,
-    ) -> TensorRule:
-        return TensorRule(
-            megatron_name=f"decoder.layers.{layer}.{megatron}",
-            checkpoint_key=f"decoder.layers.{key or megatron}",
-            layer=layer,
-            hf_names=tuple(f"model.layers.{layer}.{name}" for name in hf),
-            kind=kind,
-            split_dim=split_dim,
-        )
-
-    # Stock checkpoints call a norm by the linear layer that it is fused with elsewhere.
-    yield rule(
-        "input_layernorm.weight",
-        "input_layernorm.weight",
-        key="self_attention.linear_qkv.layer_norm_weight",
-    )
-    for leaf in ("weight", "bias") if arch.qkv_bias else ("weight",):
-        yield rule(
-            f"self_attention.linear_qkv.{leaf}",
-            *(f"self_attn.{which}_proj.{leaf}" for which in "qkv"),
-            kind="qkv",
-            split_dim=0,
-        )
-    if arch.qk_norm:
-        yield rule("self_attention.q_layernorm.weight", "self_attn.q_norm.weight")
-        yield rule("self_attention.k_layernorm.weight", "self_attn.k_norm.weight")
-    yield rule("self_attention.linear_proj.weight", "self_attn.o_proj.weight", split_dim=1)
-    yield rule(
-        "pre_mlp_layernorm.weight",
-        "post_attention_layernorm.weight",
-        key="mlp.linear_fc1.layer_norm_weight",
-    )
-    yield rule(
-        "mlp.linear_fc1.weight",
-        "mlp.gate_proj.weight",
-        "mlp.up_proj.weight",
-        kind="gate_up",
-        split_dim=0,
-    )
-    yield rule("mlp.linear_fc2.weight", "mlp.down_proj.weight", split_dim=1)
-
-
-def _hf_shape(name: str, arch: Architecture) -> tuple[int, ...]:
-    query_size = arch.num_heads * arch.head_dim
-    key_size = arch.num_kv_heads * arch.head_dim
-    module, leaf = name.split(".")[-2:]
-    rows, columns = {
-        "embed_tokens": (arch.vocab_size, arch.hidden_size),
-        "lm_head": (arch.vocab_size, arch.hidden_size),
-        "q_proj": (query_size, arch.hidden_size),
-        "k_proj": (key_size, arch.hidden_size),
-        "v_proj": (key_size, arch.hidden_size),
-        "o_proj": (arch.hidden_size, query_size),
-        "gate_proj": (arch.ffn_hidden_size, arch.hidden_size),
-        "up_proj": (arch.ffn_hidden_size, arch.hidden_size),
-        "down_proj": (arch.hidden_size, arch.ffn_hidden_size),
-        "q_norm": (arch.head_dim, None),
-        "k_norm": (arch.head_dim, None),
-    }.get(module, (arch.hidden_size, None))
-    return (rows,) if columns is None or leaf == "bias" else (rows, columns)
 
 
 def _join_qkv(arch: Architecture, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

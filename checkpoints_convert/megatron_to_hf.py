@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
-from safetensors.torch import save_file
 from torch import Tensor
 
 from checkpoints_convert.config import ExportConfig
@@ -26,7 +25,8 @@ from checkpoints_convert.hf_folder import write_hf_side_files
 from checkpoints_convert.hf_weights import INDEX_NAME, WEIGHTS_NAME, local_rules
 from checkpoints_convert.lora_export import export_adapter, open_lora_checkpoint
 from checkpoints_convert.lora_record import read_lora_record
-from checkpoints_convert.mapping import TensorRule, hf_shapes, tensor_rules, to_hf
+from checkpoints_convert.mapping import TensorRule, tensor_rules, to_hf
+from checkpoints_convert.safetensors_writer import write_safetensors
 from checkpoints_convert.torch_dist import HF_FOLDER_NAME, TorchDistReader, find_iteration_folder
 from megatron_longpo.errors import UserError
 from megatron_longpo.model.architectures import Architecture, read_architecture
@@ -100,7 +100,7 @@ def _check_keys(reader: TorchDistReader, arch: Architecture) -> None:
     for rule in tensor_rules(arch):
         expected.add(rule.checkpoint_key)
         shape = reader.shape(rule.checkpoint_key)
-        wanted = _stored_shape(rule, arch)
+        wanted = rule.shape if rule.layer is None else (arch.num_layers, *rule.shape)
         if rule.kind == "vocab":
             matches = shape[1:] == wanted[1:] and shape[0] >= wanted[0]
         else:
@@ -117,12 +117,6 @@ def _check_keys(reader: TorchDistReader, arch: Architecture) -> None:
             )
 
 
-def _stored_shape(rule: TensorRule, arch: Architecture) -> tuple[int, ...]:
-    shapes = hf_shapes(rule, arch)
-    whole = (sum(shape[0] for shape in shapes), *shapes[0][1:])
-    return whole if rule.layer is None else (arch.num_layers, *whole)
-
-
 def _common_dtype(reader: TorchDistReader, arch: Architecture) -> torch.dtype:
     """The checkpoint's dtype; the widest one, should there be two."""
     dtypes = {reader.dtype(rule.checkpoint_key) for rule in tensor_rules(arch)}
@@ -131,7 +125,14 @@ def _common_dtype(reader: TorchDistReader, arch: Architecture) -> torch.dtype:
 
 def _read(reader: TorchDistReader, arch: Architecture, rule: TensorRule) -> list[Tensor]:
     """The rule's Hugging Face tensors."""
-    return to_hf(rule, arch, reader.read(rule.checkpoint_key, layer=rule.layer))
+    stored = reader.read(rule.checkpoint_key, layer=rule.layer)
+    if not torch.isfinite(stored).all():
+        where = "" if rule.layer is None else f" of layer {rule.layer}"
+        raise UserError(
+            f"{reader.folder}: tensor {rule.checkpoint_key}{where} holds NaN or infinity; the run "
+            "has diverged or the checkpoint is damaged: export an earlier iteration"
+        )
+    return to_hf(rule, arch, stored)
 
 
 def _refuse_lora_settings(config: ExportConfig, iteration: Path) -> None:
@@ -157,18 +158,16 @@ def _write_weights(
         name = WEIGHTS_NAME
         if len(files) > 1:
             name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        tensors: dict[str, Tensor] = {}
-        for rule in rules:
-            for hf_name, tensor in zip(rule.hf_names, read(rule), strict=True):
-                tensors[hf_name] = tensor.to(dtype).contiguous()
-        (folder / name).touch()
-        mode = (folder / name).stat().st_mode
-        save_file(tensors, folder / name, metadata={"format": "pt"})
-        # safetensors lets only the owner read its files, whatever the umask.
-        (folder / name).chmod(mode)
-        weight_map.update(dict.fromkeys(tensors, name))
+        shapes = {
+            hf_name: shape
+            for rule in rules
+            for hf_name, shape in zip(rule.hf_names, rule.hf_shapes, strict=True)
+        }
+        tensors = (tensor.to(dtype) for rule in rules for tensor in read(rule))
+        write_safetensors(folder / name, shapes, tensors, dtype=dtype)
+        weight_map.update(dict.fromkeys(shapes, name))
     if len(files) > 1:
-        total = sum(_bytes(rule, arch, dtype) for rules in files for rule in rules)
+        total = sum(_bytes(rule, dtype) for rules in files for rule in rules)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         text = json.dumps(index, indent=2) + "\n"
         (folder / INDEX_NAME).write_text(text, encoding="utf-8")
@@ -179,7 +178,7 @@ def _plan_files(arch: Architecture, *, dtype: torch.dtype, limit: int) -> list[l
     files: list[list[TensorRule]] = [[]]
     size = 0
     for rule in tensor_rules(arch):
-        more = _bytes(rule, arch, dtype)
+        more = _bytes(rule, dtype)
         if files[-1] and size + more > limit:
             files.append([])
             size = 0
@@ -188,8 +187,8 @@ def _plan_files(arch: Architecture, *, dtype: torch.dtype, limit: int) -> list[l
     return files
 
 
-def _bytes(rule: TensorRule, arch: Architecture, dtype: torch.dtype) -> int:
-    return sum(math.prod(shape) for shape in hf_shapes(rule, arch)) * dtype.itemsize
+def _bytes(rule: TensorRule, dtype: torch.dtype) -> int:
+    return sum(math.prod(shape) for shape in rule.hf_shapes) * dtype.itemsize
 
 
 def _is_hf_folder(folder: Path) -> bool:

@@ -7,7 +7,6 @@ import torch
 
 from checkpoints_convert.mapping import (
     TensorRule,
-    hf_shapes,
     local_shard,
     tensor_rules,
     to_hf,
@@ -26,7 +25,7 @@ def rule_of(name: str) -> TensorRule:
 def parts_of(rule: TensorRule) -> list[torch.Tensor]:
     """Every element differs, so that no exchange of rows goes unseen."""
     start, parts = 0, []
-    for shape in hf_shapes(rule, ARCH):
+    for shape in rule.hf_shapes:
         count = int(torch.Size(shape).numel())
         parts.append(torch.arange(start, start + count, dtype=torch.float32).reshape(shape))
         start += count
