@@ -38,6 +38,7 @@ from megatron_longpo.model.spec import (
     transformer_config,
 )
 from megatron_longpo.parallel import groups
+from megatron_longpo.parallel.groups import Groups
 
 
 class NoAttention(torch.nn.Module):
@@ -48,7 +49,15 @@ class NoAttention(torch.nn.Module):
 
 
 def run_import(config: ImportConfig) -> None:
-    """Writes `config.destination` as contract.md section 6 has it, without optimizer state."""
+    print(import_checkpoint(config))
+
+
+def import_checkpoint(config: ImportConfig) -> str:
+    """Writes `config.destination` as contract.md section 6 has it, without optimizer state.
+
+    Returns:
+        A line that says what was written.
+    """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("convert import runs in one process; start it without torchrun")
     source = local_hf_folder(config.source)
@@ -72,7 +81,7 @@ def run_import(config: ImportConfig) -> None:
         torch_name = str(DTYPES[dtype]).removeprefix("torch.")
         write_hf_side_files(source, iteration / HF_FOLDER_NAME, arch, dtype=torch_name)
         (folder / TRACKER_NAME).write_text("0\n", encoding="utf-8")
-    print(f"{config.destination}: {arch.family}, {arch.num_layers} layers, {dtype}, iteration 0")
+    return f"{config.destination}: {arch.family}, {arch.num_layers} layers, {dtype}, iteration 0"
 
 
 def stored_dtype(weights: HfWeights) -> Literal["bf16", "fp32"]:
@@ -126,16 +135,15 @@ def _stock_objects(arch: Architecture) -> dict[str, Any]:
 
 
 @contextmanager
-def single_process() -> Iterator[None]:
-    """Megatron's groups for a world of one, or those that the caller has started."""
-    if dist.is_initialized():
-        yield
-        return
-    groups.initialize(groups.ParallelSizes())
+def single_process() -> Iterator[Groups]:
+    """Megatron's groups for a world of one; ended afterwards unless they were there before."""
+    had_groups = dist.is_initialized()
+    started = groups.initialize(groups.ParallelSizes())
     try:
-        yield
+        yield started
     finally:
-        groups.shutdown()
+        if not had_groups:
+            groups.shutdown()
 
 
 if __name__ == "__main__":

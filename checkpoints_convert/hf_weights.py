@@ -60,6 +60,12 @@ class HfWeights:
     def names(self) -> list[str]:
         return list(self._stored)
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the files."""
+        paths = {stored.path for stored in self._stored.values()}
+        return sum(path.stat().st_size for path in paths)
+
     def path_of(self, name: str) -> Path:
         return self._stored[name].path
 
@@ -156,12 +162,14 @@ class HfWeights:
 
 
 def _read_header(path: Path) -> dict[str, StoredTensor]:
+    stored = {}
     with _open(path) as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        return {
-            name: StoredTensor(path=path, dtype=found.get_dtype(), shape=tuple(found.get_shape()))
-            for name, found in slices.items()
-        }
+        for name in file.keys():  # noqa: SIM118
+            found = file.get_slice(name)
+            stored[name] = StoredTensor(
+                path=path, dtype=found.get_dtype(), shape=tuple(found.get_shape())
+            )
+    return stored
 
 
 @contextmanager

@@ -155,8 +155,12 @@ def open_lora_checkpoint(
     )
 
 
-def export_adapter(checkpoint: LoraCheckpoint, config: ExportConfig) -> None:
-    """Writes a PEFT folder. Adapters are small: all of them are held at once."""
+def export_adapter(checkpoint: LoraCheckpoint, config: ExportConfig) -> str:
+    """Writes a PEFT folder. Adapters are small: all of them are held at once.
+
+    Returns:
+        A line that says what was written.
+    """
     dtype = DTYPES[config.dtype] if config.dtype else checkpoint.dtype
     final = Path(config.destination).expanduser().absolute()
     with new_folder(
@@ -190,7 +194,7 @@ def export_adapter(checkpoint: LoraCheckpoint, config: ExportConfig) -> None:
             config=ADAPTER_CONFIG_NAME,
         )
         (folder / "README.md").write_text(readme, encoding="utf-8")
-    print(f"{config.destination}: adapter of rank {checkpoint.record.rank}, {dtype}, for {base}")
+    return f"{config.destination}: adapter of rank {checkpoint.record.rank}, {dtype}, for {base}"
 
 
 def _peft_tensors(checkpoint: LoraCheckpoint) -> Iterator[tuple[str, Tensor]]:

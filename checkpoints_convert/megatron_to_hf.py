@@ -40,7 +40,15 @@ Reader = Callable[[TensorRule], list[Tensor]]
 
 
 def run_export(config: ExportConfig) -> None:
-    """Writes a Hugging Face folder that transformers 4 and 5 read."""
+    print(export_checkpoint(config))
+
+
+def export_checkpoint(config: ExportConfig) -> str:
+    """Writes a Hugging Face folder that transformers 4 and 5 read.
+
+    Returns:
+        A line that says what was written.
+    """
     limit = parse_size(config.max_shard_size)
     iteration = find_iteration_folder(config.source)
     hf_folder = iteration / HF_FOLDER_NAME
@@ -55,8 +63,7 @@ def run_export(config: ExportConfig) -> None:
     else:
         lora = open_lora_checkpoint(reader, record, arch, base=config.base)
         if config.lora == "adapter":
-            export_adapter(lora, config)
-            return
+            return export_adapter(lora, config)
         own_dtype, read = lora.dtype, lora.merged
     dtype = DTYPES[config.dtype] if config.dtype else own_dtype
     with new_folder(
@@ -64,7 +71,7 @@ def run_export(config: ExportConfig) -> None:
     ) as folder:
         _write_weights(read, arch, folder, dtype=dtype, limit=limit)
         write_hf_side_files(hf_folder, folder, arch, dtype=str(dtype).removeprefix("torch."))
-    print(f"{config.destination}: {arch.family}, {arch.num_layers} layers, {dtype}")
+    return f"{config.destination}: {arch.family}, {arch.num_layers} layers, {dtype}"
 
 
 def hf_named_tensors(gpt_model: GPTModel, arch: Architecture) -> Iterator[tuple[str, Tensor]]:

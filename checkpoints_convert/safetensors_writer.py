@@ -30,7 +30,7 @@ def write_safetensors(
         for (name, shape), tensor in zip(shapes.items(), tensors, strict=True):
             assert tensor.shape == shape and tensor.dtype == dtype, name
             # numpy knows no bfloat16.
-            file.write(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+            file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def _header(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:

@@ -20,9 +20,11 @@ from megatron_longpo.config_help import config_text, help_text
 from megatron_longpo.config_parser import load_config, unchecked_values
 from megatron_longpo.errors import (
     EXIT_BAD_INPUT,
+    EXIT_CHECK_FAILED,
     EXIT_DONE,
     EXIT_INTERRUPTED,
     EXIT_STOPPED_ON_REQUEST,
+    CheckFailed,
     StopRequested,
     UserError,
     nearest,
@@ -119,6 +121,20 @@ COMMANDS = (
         positionals=("source", "destination"),
     ),
     Command(
+        name="convert verify",
+        summary="Prove the converters on a Hugging Face model: import and export it, then compare "
+        "weights, logits on real text, tokenizer and config.",
+        config="checkpoints_convert.config:VerifyConfig",
+        run="checkpoints_convert.verify:run_verify",
+        examples=(
+            "longpo convert verify models/hf",
+            "longpo convert verify models/hf --text chapter.txt --json",
+            "longpo convert verify models/hf --export models/a-hf",
+            "longpo convert verify models/hf-70b --logits false --work_dir /scratch",
+        ),
+        positionals=("source",),
+    ),
+    Command(
         name="report",
         summary="Plot and summarise what training runs logged.",
         config="megatron_longpo.training.report:ReportConfig",
@@ -147,6 +163,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         _wait_for_first_rank()
         print(f"longpo: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_BAD_INPUT
+    except CheckFailed as error:
+        print(f"longpo: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_CHECK_FAILED
     except StopRequested as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"longpo: {' '.join(str(error).split())}", file=sys.stderr)

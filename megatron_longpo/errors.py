@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Iterable
 
 EXIT_DONE = 0
+EXIT_CHECK_FAILED = 1
+"""A command that compares has found a difference, and has shown it."""
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 EXIT_STOPPED_ON_REQUEST = 75
@@ -16,6 +18,13 @@ class UserError(ValueError):
     """Bad input or settings. The message is one line: what (key, file and line), value, remedy.
 
     `cli.main` prints the message on stderr and exits with `EXIT_BAD_INPUT`; nothing else does.
+    """
+
+
+class CheckFailed(Exception):
+    """A comparison that the user asked for found a difference (exit code 1); one line says which.
+
+    Unlike a `UserError` nobody's input is wrong: the two things compared are not the same.
     """
 
 

@@ -18,7 +18,7 @@ from megatron_longpo import __version__, cli
 from megatron_longpo.cli import COMMANDS, Command, find_command, main, take_launch
 from megatron_longpo.config_help import config_text
 from megatron_longpo.config_parser import load_config, unchecked_values
-from megatron_longpo.errors import StopRequested, UserError
+from megatron_longpo.errors import CheckFailed, StopRequested, UserError
 from megatron_longpo.launch import Launch
 
 ROOT = Path(__file__).parents[1]
@@ -148,7 +148,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["tran"], "tran: no such command. The nearest is train"),
         (["zzz"], "zzz: no such command. There are generate, tokenize"),
         (["convert"], "convert needs a second word. Use convert export or convert import"),
-        (["convert", "verify"], "convert needs a second word"),
+        (["convert", "check"], "convert needs a second word"),
+        (["convert", "verify"], "source is missing"),
         (["train", "--parallel.tensr", "2"], "The nearest is parallel.tensor"),
         (["train", "--nproc", "none"], "--nproc (none) must be an integer, at least 1"),
         (["train", "--nproc"], "--nproc () must be an integer, at least 1"),
@@ -249,6 +250,7 @@ def test_the_function_gets_resolved_settings(train_with: Any) -> None:
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
+        (CheckFailed("b is 2\ninstead of 1"), 1, "longpo: b is 2 instead of 1"),
         (UserError("two\nlines"), 2, "longpo: two lines"),
         (StopRequested("saved step 4"), 75, "longpo: saved step 4"),
         (KeyboardInterrupt(), 130, "longpo: interrupted"),

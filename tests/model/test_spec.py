@@ -17,6 +17,7 @@ from megatron_longpo.errors import UserError
 from megatron_longpo.model.architectures import read_architecture
 from megatron_longpo.model.norm import RMSNorm
 from megatron_longpo.model.spec import build_gpt, padded_vocab_size, transformer_config
+from tests.convert.models import MODELS
 from tests.model.plain_attention import PlainAttention, forward_logits
 from tests.model.test_norm import TINY
 from tools.tiny_models import make_tiny_model
@@ -24,34 +25,9 @@ from tools.tiny_models import make_tiny_model
 INPUT_IDS = torch.tensor([5, 299, 17, 17, 42, 0, 128, 250, 3, 77])
 
 
-@pytest.mark.parametrize(
-    ("family", "changes"),
-    [
-        ("llama", {"tied": True}),
-        ("llama", {"kv_heads": 4, "head_dim": 24}),
-        (
-            "llama",
-            {
-                "rope_scaling": {
-                    "rope_type": "llama3",
-                    "factor": 8.0,
-                    "low_freq_factor": 1.0,
-                    "high_freq_factor": 4.0,
-                    "original_max_position_embeddings": 16,
-                }
-            },
-        ),
-        ("mistral", {}),
-        ("qwen2", {"tied": True}),
-        ("qwen2", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
-        ("qwen3", {"tied": True, "head_dim": 16}),
-        ("qwen3", {}),
-    ],
-)
-def test_logits_are_those_of_transformers(
-    tmp_path: Path, single_process: Any, family: str, changes: dict[str, Any]
-) -> None:
-    folder = make_tiny_model(family, tmp_path, tokenizer=False, **changes)
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_those_of_transformers(tmp_path: Path, single_process: Any, name: str) -> None:
+    folder = make_tiny_model(folder=tmp_path, tokenizer=False, **MODELS[name])
     arch = read_architecture(folder)
     model = build_gpt(arch, transformer_config(arch, dtype="fp32"), core_attention=PlainAttention)
     load_hf_weights(model, arch, folder)

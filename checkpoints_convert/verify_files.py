@@ -1,0 +1,115 @@
+"""Comparisons of Hugging Face folders, one tensor in memory at a time.
+
+Each returns what it compared, in words, and raises CheckFailed at the first difference.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from checkpoints_convert.hf_weights import HfWeights, is_ignored
+from megatron_longpo.errors import CheckFailed
+from megatron_longpo.model.architectures import Architecture, read_architecture, read_hf_config
+
+BITS = {2: torch.int16, 4: torch.int32}
+"""Integers as wide as a dtype, by bytes: they tell -0 from 0."""
+
+NOT_SETTINGS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+"""Keys of transformers' config objects that are not about the model; dtypes are the weights'."""
+
+
+def compare_weights(
+    source: HfWeights, export: HfWeights, arch: Architecture, *, dtype: torch.dtype | None
+) -> str:
+    """Every weight bit by bit; `dtype` is what they were converted to, None = left as they were.
+
+    Where embedding and output are tied, an output layer in the source's file is read by nobody, and
+    none is exported.
+    """
+    names = [name for name in source.names if not is_ignored(name, arch)]
+    if missing := sorted(set(names) ^ set(export.names)):
+        where = "source" if missing[0] in export else "export"
+        raise CheckFailed(f"{missing[0]} is missing in the {where}")
+    num_elements = 0
+    for name in names:
+        expected, actual = source.read(name), export.read(name)
+        expected = expected if dtype is None else expected.to(dtype)
+        _compare_tensor(name, expected, actual)
+        num_elements += expected.numel()
+    dtypes = sorted({str(export.dtype(name)).removeprefix("torch.") for name in names})
+    return f"{len(names)} tensors of {num_elements:,} weights, {', '.join(dtypes)}, bit by bit"
+
+
+def _compare_tensor(name: str, expected: Tensor, actual: Tensor) -> None:
+    if expected.dtype != actual.dtype:
+        raise CheckFailed(f"{name} has dtype {actual.dtype} instead of {expected.dtype}")
+    if expected.shape != actual.shape:
+        raise CheckFailed(f"{name} has shape {list(actual.shape)} not {list(expected.shape)}")
+    bits = BITS[expected.itemsize]
+    if not torch.equal(expected.view(bits), actual.view(bits)):
+        difference = (expected.double() - actual.double()).abs()
+        raise CheckFailed(
+            f"{name} differs in {int((difference > 0).sum())} of {expected.numel()} weights, by up "
+            f"to {difference.max().item():.3g}"
+        )
+
+
+def compare_shapes(source: HfWeights, trained: HfWeights) -> str:
+    """Names and shapes of a trained model's tensors; the values are what training has changed."""
+    ours, theirs = (
+        {name: list(weights.shape(name)) for name in weights.names} for weights in (source, trained)
+    )
+    for name in sorted(ours | theirs):
+        if ours.get(name) != theirs.get(name):
+            raise CheckFailed(f"{name} is {theirs.get(name)} and {ours.get(name)} in the source")
+    return f"{len(ours)} tensors have the source's names and shapes"
+
+
+def compare_configs(source: str, export: str, *, trained: bool = False) -> str:
+    """What we and transformers read from both config.json.
+
+    `trained`: positions and RoPE may differ.
+    """
+    theirs, ours = read_architecture(source), read_architecture(export)
+    if trained:
+        theirs = dataclasses.replace(theirs, rope=ours.rope)
+    for field in dataclasses.fields(theirs):
+        _compare_value(field.name, getattr(theirs, field.name), getattr(ours, field.name))
+    _check_both_spellings(export, ours)
+    if trained:
+        return "same architecture; positions and RoPE may differ"
+    source_settings, export_settings = _settings(source), _settings(export)
+    for key, value in source_settings.items():
+        _compare_value(key, value, export_settings.get(key))
+    return (
+        f"{len(source_settings)} settings as transformers reads them; rope_theta "
+        f"{ours.rope.theta:g} for transformers 4 and 5"
+    )
+
+
+def _check_both_spellings(export: str, arch: Architecture) -> None:
+    """transformers 4 reads `rope_theta` and `rope_scaling`, 5 reads `rope_parameters`."""
+    _, raw = read_hf_config(export)
+    parameters = raw.get("rope_parameters") or {}
+    _compare_value("rope_theta", arch.rope.theta, raw.get("rope_theta"))
+    _compare_value("rope_parameters.rope_theta", arch.rope.theta, parameters.get("rope_theta"))
+    for key, value in (arch.rope.scaling or {"rope_type": "default"}).items():
+        _compare_value(f"rope_parameters.{key}", value, parameters.get(key))
+    for key, value in (arch.rope.scaling or {}).items():
+        _compare_value(f"rope_scaling.{key}", value, (raw.get("rope_scaling") or {}).get(key))
+
+
+def _compare_value(name: str, expected: Any, actual: Any) -> None:
+    if expected != actual:
+        raise CheckFailed(f"{name} is {actual!r} instead of {expected!r}")
+
+
+def _settings(folder: str) -> dict[str, Any]:
+    from transformers import AutoConfig
+
+    settings = AutoConfig.from_pretrained(folder).to_dict()
+    return {key: value for key, value in settings.items() if key not in NOT_SETTINGS}
