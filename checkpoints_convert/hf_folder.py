@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from megatron_longpo.errors import UserError
 from megatron_longpo.model.architectures import Architecture, effective_hf_config, read_hf_config
@@ -65,12 +66,11 @@ def write_hf_side_files(
     if dtype is not None:
         # transformers 4 and 5 call it differently.
         config["torch_dtype"] = config["dtype"] = dtype
-    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-    (destination / "config.json").write_text(text, encoding="utf-8")
+    _write_json(destination / "config.json", config)
 
 
 def copy_files(source: Path, destination: Path, patterns: Iterable[str]) -> None:
-    """Copies what matches, folders with what is in them."""
+    """Copies what matches, folders with what is in them; tokenizers so that 4 and 5 read them."""
     for pattern in patterns:
         for path in sorted(source.glob(pattern)):
             target = destination / path.name
@@ -78,3 +78,27 @@ def copy_files(source: Path, destination: Path, patterns: Iterable[str]) -> None
                 shutil.copytree(path, target, dirs_exist_ok=True)
             else:
                 shutil.copyfile(path, target)
+    _spell_for_both_versions(destination / "tokenizer_config.json")
+
+
+def _spell_for_both_versions(tokenizer_config: Path) -> None:
+    """Rewrites what transformers 5 writes and 4 does not read; 5 reads the older words as well."""
+    if not tokenizer_config.is_file():
+        return
+    try:
+        settings = json.loads(tokenizer_config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{tokenizer_config}: not valid JSON ({error})") from error
+    older = dict(settings)
+    if older.get("tokenizer_class") == "TokenizersBackend":
+        older["tokenizer_class"] = "PreTrainedTokenizerFast"
+        older.pop("backend", None)
+    if isinstance(older.get("extra_special_tokens"), list):
+        older["additional_special_tokens"] = older.pop("extra_special_tokens")
+    if older != settings:
+        _write_json(tokenizer_config, older)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8")
