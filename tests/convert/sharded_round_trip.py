@@ -1,6 +1,7 @@
-"""Two ranks load a model split over them and save it; rank 0 exports it and compares.
+"""Two ranks load a model split over them, from safetensors and from an import, and save it; rank 0
+exports what they saved and compares.
 
-Started by test_sharded.py under torchrun, once for all cases:
+Started by test_sharded.py under torchrun, once for all cases, after `prepare`:
 
     torchrun --nproc-per-node 2 tests/convert/sharded_round_trip.py FOLDER
 """
@@ -15,11 +16,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.models.gpt.gpt_model import GPTModel
 from safetensors.torch import load_file
 
-from checkpoints_convert.config import ExportConfig
+from checkpoints_convert.config import ExportConfig, ImportConfig
 from checkpoints_convert.hf_folder import write_hf_side_files
-from checkpoints_convert.hf_to_megatron import NoAttention
+from checkpoints_convert.hf_to_megatron import NoAttention, run_import
 from checkpoints_convert.hf_weights import load_hf_weights
 from checkpoints_convert.megatron_to_hf import run_export
 from checkpoints_convert.torch_dist import HF_FOLDER_NAME, iteration_folder
@@ -38,18 +40,30 @@ CASES: list[dict[str, Any]] = [
 ]
 
 
+def prepare(folder: Path) -> None:
+    """Makes each case's model and its import, in one process."""
+    for number, case in enumerate(CASES):
+        changes = {key: value for key, value in case.items() if key != "sizes"}
+        place = folder / str(number)
+        make_tiny_model(folder=place / "hf", layers=4, tokenizer=False, **changes)
+        run_import(ImportConfig(source=str(place / "hf"), destination=str(place / "import")))
+
+
 def run_case(folder: Path, case: dict[str, Any]) -> None:
-    changes = {key: value for key, value in case.items() if key not in ("family", "sizes")}
     start_distributed(folder)
     state = groups.initialize(groups.ParallelSizes(**case["sizes"]))
     iteration = iteration_folder(folder / "megatron", 7)
     hf = str(folder / "hf")
     if state.is_main:
-        make_tiny_model(case["family"], hf, layers=4, tokenizer=False, **changes)
         iteration.mkdir(parents=True)
     dist.barrier()
     arch = read_architecture(hf)
-    dist_checkpointing.save(load_chunks(arch, hf, state, case["sizes"]), str(iteration))
+    chunks = build_chunks(arch, state, case["sizes"])
+    for model in chunks:
+        load_hf_weights(model, arch, hf)
+        check_tied_copy(model, arch, hf)
+    check_import(chunks, build_chunks(arch, state, case["sizes"]), folder / "import")
+    dist_checkpointing.save(sharded(chunks), str(iteration))
     dist.barrier()
     if state.is_main:
         write_hf_side_files(hf, iteration / HF_FOLDER_NAME, arch)
@@ -73,16 +87,13 @@ def start_distributed(folder: Path) -> None:
     )
 
 
-def load_chunks(
-    arch: Architecture, hf: str, state: groups.Groups, sizes: dict[str, Any]
-) -> dict[str, Any]:
-    """This rank's model chunks with weights, as a sharded state dict."""
+def build_chunks(arch: Architecture, state: groups.Groups, sizes: dict[str, Any]) -> list[GPTModel]:
+    """This rank's model chunks, their weights not written yet."""
     config = transformer_config(arch, dtype="fp32", **sizes)
     stages = sizes.get("virtual_pipeline")
     last = (stages or 1) - 1
-    chunks: dict[str, Any] = {}
-    for stage in range(last + 1):
-        model = build_gpt(
+    return [
+        build_gpt(
             arch,
             config,
             core_attention=NoAttention,
@@ -90,12 +101,31 @@ def load_chunks(
             post_process=state.is_last_stage and stage == last,
             vp_stage=stage if stages else None,
         )
-        load_hf_weights(model, arch, hf)
-        if model.post_process and not model.pre_process and arch.tied_embeddings:
-            stored = load_file(Path(hf) / "model.safetensors")["model.embed_tokens.weight"]
-            assert torch.equal(model.output_layer.weight[: arch.vocab_size], stored)
-        chunks[f"model{stage}"] = model.sharded_state_dict()
-    return chunks
+        for stage in range(last + 1)
+    ]
+
+
+def sharded(chunks: list[GPTModel]) -> dict[str, Any]:
+    return {f"model{index}": model.sharded_state_dict() for index, model in enumerate(chunks)}
+
+
+def check_tied_copy(model: GPTModel, arch: Architecture, hf: str) -> None:
+    if model.post_process and not model.pre_process and arch.tied_embeddings:
+        stored = load_file(Path(hf) / "model.safetensors")["model.embed_tokens.weight"]
+        assert torch.equal(model.output_layer.weight[: arch.vocab_size], stored)
+
+
+def check_import(expected: list[GPTModel], chunks: list[GPTModel], checkpoint: Path) -> None:
+    """Megatron's own loader must find every weight of these ranks in an import."""
+    for model in chunks:
+        for parameter in model.parameters():
+            parameter.data.fill_(float("nan"))
+    loaded = dist_checkpointing.load(sharded(chunks), str(iteration_folder(checkpoint, 0)))
+    for index, (model, right) in enumerate(zip(chunks, expected, strict=True)):
+        model.load_state_dict(loaded[f"model{index}"])
+        parameters = dict(model.named_parameters())
+        for name, parameter in right.named_parameters():
+            assert torch.equal(parameters[name], parameter), name
 
 
 def main() -> None:

@@ -6,15 +6,20 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core import dist_checkpointing
+from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from checkpoints_convert.config import ExportConfig, ImportConfig
 from checkpoints_convert.hf_folder import write_hf_side_files
-from checkpoints_convert.hf_to_megatron import run_import
+from checkpoints_convert.hf_to_megatron import NoAttention, run_import
+from checkpoints_convert.hf_weights import load_hf_weights
 from checkpoints_convert.megatron_to_hf import parse_size, run_export
+from checkpoints_convert.safetensors_writer import write_safetensors
 from megatron_longpo.errors import UserError
 from megatron_longpo.model.architectures import read_architecture
+from megatron_longpo.model.spec import build_gpt, transformer_config
 from tests.convert.models import MODELS
 from tools.tiny_models import make_tiny_model
 
@@ -169,6 +174,41 @@ def test_export_refuses_what_is_no_checkpoint_or_another_models(
         with pytest.raises(UserError, match=message):
             run_export(ExportConfig(source=str(megatron), destination=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_of_a_run_that_diverged_is_not_exported(
+    tmp_path: Path, single_process: Any
+) -> None:
+    hf = make_tiny_model("llama", tmp_path / "hf", tokenizer=False)
+    arch = read_architecture(hf)
+    model = build_gpt(arch, transformer_config(arch, dtype="fp32"), core_attention=NoAttention)
+    load_hf_weights(model, arch, hf)
+    with torch.no_grad():
+        model.decoder.layers[1].mlp.linear_fc2.weight[5, 7] = float("nan")
+    iteration = tmp_path / "run" / "iter_0000003"
+    iteration.mkdir(parents=True)
+    dist_checkpointing.save({"model": model.sharded_state_dict()}, str(iteration))
+    write_hf_side_files(hf, iteration / "hf", arch)
+    with pytest.raises(UserError, match=r"linear_fc2\.weight of layer 1 holds NaN") as caught:
+        run_export(ExportConfig(source=str(iteration), destination=str(tmp_path / "out")))
+    assert "\n" not in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "run"]
+
+
+def test_files_are_laid_out_as_the_library_lays_them_out(tmp_path: Path) -> None:
+    tensors = {"b": torch.randn(3, 5), "a": torch.randn(7)}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    path = tmp_path / "x.safetensors"
+    # A view with gaps, as a split of joined weights is.
+    spread = torch.zeros(7, 2)
+    spread[:, 0] = tensors["a"]
+    write_safetensors(path, shapes, iter([tensors["b"], spread[:, 0]]), dtype=torch.float32)
+    assert_same(load_file(path), tensors)
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    header_bytes = int.from_bytes(path.read_bytes()[:8], "little")
+    assert header_bytes % 8 == 0
+    assert path.stat().st_size == 8 + header_bytes + 22 * 4
 
 
 @pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("1.5 mb", 1500000), ("12", 12)])

@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 
 from megatron_longpo.errors import UserError
-from megatron_longpo.model.architectures import effective_hf_config, read_architecture
+from megatron_longpo.model.architectures import (
+    FAMILIES,
+    ROPE_KEYS,
+    effective_hf_config,
+    read_architecture,
+)
+from tests.convert.models import MODELS
+from tests.torchrun import ROOT
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -176,3 +183,14 @@ def test_effective_config_reads_back_as_the_same_model(
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 1e7
     assert config["rope_scaling"] == scaling
     assert read_architecture(write(tmp_path, config)) == arch
+
+
+def test_every_family_and_scaling_is_tried_and_documented() -> None:
+    assert {settings["family"] for settings in MODELS.values()} == {
+        family.name for family in FAMILIES.values()
+    }
+    scalings = [settings.get("rope_scaling") or {} for settings in MODELS.values()]
+    assert {scaling["rope_type"] for scaling in scalings if scaling} == set(ROPE_KEYS)
+    page = (ROOT / "docs/architectures.md").read_text(encoding="utf-8")
+    for name in (*FAMILIES, *ROPE_KEYS):
+        assert f"`{name}`" in page, name
