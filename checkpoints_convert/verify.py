@@ -112,7 +112,7 @@ def verify(config: VerifyConfig) -> list[Check]:
             else:
                 check("chat template", lambda: compare_chat_templates(tokenizer, other))
         if config.export is not None:
-            check("trained from source", lambda: compare_shapes(HfWeights(source), weights))
+            check("trained from source", lambda: compare_shapes(HfWeights(source), weights, arch))
             check("trained config", lambda: compare_configs(source, model, trained=True))
         if config.logits:
             iteration = find_iteration_folder(megatron)

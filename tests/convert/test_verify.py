@@ -72,6 +72,12 @@ def test_output_layer_that_transformers_ignores(tmp_path: Path, single_process: 
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, path, metadata={"format": "pt"})
     assert all(check.passed for check in verify(quick(folder, tmp_path)))
+    trained = make_tiny_model("llama", tmp_path / "trained", tied=True, seed=1)
+    assert results(verify(quick(folder, tmp_path, export=trained)))["trained from source"]
+    wider = make_tiny_model("llama", tmp_path / "wider", tied=True, ffn=64)
+    checks = {c.name: c for c in verify(quick(folder, tmp_path, export=wider))}
+    detail = "shape of model.layers.0.mlp.down_proj.weight is [32, 64] instead of [32, 48]"
+    assert checks["trained from source"].detail == detail
 
 
 # What is wrong must be found, by the check that looks for it.
