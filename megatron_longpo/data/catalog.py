@@ -55,6 +55,8 @@ class PairCatalog:
             row = self._fitted(index)
             if row is None:
                 continue
+            if settings.reads_short_rows:
+                _check_short_rows(row)
             trees = pair_trees(row, settings)
             if settings.policy or settings.divergence is not None:
                 _check_turns(row, settings, per_turn=per_turn)
@@ -62,7 +64,7 @@ class PairCatalog:
             self._indices.append(index)
         if not self._indices:
             raise UserError(
-                f"data.path: none of the {len(dataset)} rows is within data.max_length "
+                f"{dataset.name}: none of the {len(dataset)} rows is within data.max_length "
                 f"({limits.max_length}); raise it, or use data.too_long=truncate_document"
             )
 
@@ -107,6 +109,15 @@ class PairCatalog:
             max_length=limits.max_length,
             too_long=limits.too_long,
             max_reference_length=limits.max_reference_length,
+        )
+
+
+def _check_short_rows(row: PreferenceRow) -> None:
+    if not row.reference_chosen:
+        raise UserError(
+            f"{row.source}: has no short rows (ref_chosen_*, ref_rejected_*), which this "
+            "objective.name and reference.context read; use others, such as objective.name=dpo "
+            "with reference.context=long, or make the rows of examples with chunks"
         )
 
 

@@ -19,6 +19,7 @@ from megatron_longpo.data.rows import (
     open_rows,
 )
 from megatron_longpo.data.tokenizers import ChatTokenizer, load_tokenizer
+from megatron_longpo.data.tree import answer_turns
 from megatron_longpo.errors import UserError
 
 ANSWER_STYLE = "black on green"
@@ -38,7 +39,7 @@ def run_inspect(config: InspectConfig) -> None:
 def _show_row(
     console: Console, row: PreferenceRow, tokenizer: ChatTokenizer | None, max_chars: int
 ) -> None:
-    console.print(Text(f"{row.source}  id {row.id}, {len(row.reference_chosen)} turns", "bold"))
+    console.print(Text(f"{row.source}  id {row.id}, {_num_turns(row)} turns", "bold"))
     shared = common_prefix_length(row.chosen.input_ids, row.rejected.input_ids)
     segments = [("shared prefix", _part(row.chosen, 0, shared))]
     segments += [("chosen", _part(row.chosen, shared)), ("rejected", _part(row.rejected, shared))]
@@ -54,6 +55,13 @@ def _show_row(
         num_answer = int((tokens.labels != IGNORED_LABEL).sum())
         console.print(Text(f"\n{name}: {len(tokens)} tokens, {num_answer} of answers", "bold cyan"))
         console.print(_highlighted(tokens, tokenizer, max_chars))
+    if not row.reference_chosen:
+        console.print(Text("\nno short reference rows", "bold cyan"))
+
+
+def _num_turns(row: PreferenceRow) -> int:
+    turns = max(int(answer_turns(tokens).max()) + 1 for tokens in (row.chosen, row.rejected))
+    return max(turns, len(row.reference_chosen))
 
 
 def _part(row: TokenRow, start: int, end: int | None = None) -> TokenRow:
@@ -81,6 +89,7 @@ def _show_statistics(console: Console, dataset: RowDataset, sample: int) -> None
     number = len(dataset) if sample == 0 else min(sample, len(dataset))
     indices = np.linspace(0, len(dataset) - 1, number).astype(int)
     chosen, rejected, shared, short, answers, turns = [], [], [], [], [], []
+    num_without_short = 0
     for index in indices.tolist():
         row = dataset[index]
         chosen.append(len(row.chosen))
@@ -90,7 +99,8 @@ def _show_statistics(console: Console, dataset: RowDataset, sample: int) -> None
         answers += [
             int((tokens.labels != IGNORED_LABEL).sum()) for tokens in (row.chosen, row.rejected)
         ]
-        turns.append(len(row.reference_chosen))
+        turns.append(_num_turns(row))
+        num_without_short += not row.reference_chosen
     table = Table(title=f"{number} of {len(dataset)} rows", title_justify="left")
     for heading in ("tokens of", "least", "median", "most", "mean"):
         table.add_column(heading, justify="left" if heading == "tokens of" else "right")
@@ -102,6 +112,8 @@ def _show_statistics(console: Console, dataset: RowDataset, sample: int) -> None
         ("short reference row", short),
     ]
     for name, values in lengths:
+        if not values:
+            continue
         table.add_row(
             name,
             str(min(values)),
@@ -116,3 +128,8 @@ def _show_statistics(console: Console, dataset: RowDataset, sample: int) -> None
         f"turns a row: {min(turns)} to {max(turns)}; "
         f"sharing the prefix saves {saved:.1%} of the policy's tokens"
     )
+    if num_without_short:
+        console.print(
+            f"{num_without_short} of {number} rows have no short reference rows (ref_chosen_*, "
+            "ref_rejected_*): for objectives that read none, such as dpo and sft"
+        )

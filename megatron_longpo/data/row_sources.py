@@ -1,21 +1,16 @@
-"""Where rows come from: a JSONL file, an Arrow or Parquet folder, or a dataset of the hub."""
+"""Where rows of tokens or texts come from: a JSON file, an Arrow or Parquet folder, or the hub."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_longpo.data.jsonl import JsonlFile
 from megatron_longpo.errors import UserError
-
-LONG_BRANCHES = ("chosen", "rejected")
-REFERENCE_BRANCHES = ("ref_chosen", "ref_rejected")
-PARTS = ("input_ids", "attention_mask", "labels")
-COLUMNS = tuple(f"{b}_{part}" for b in LONG_BRANCHES + REFERENCE_BRANCHES for part in PARTS)
-"""The columns of the public LongPO schema, all required."""
 
 
 class RowSource(Protocol):
@@ -23,11 +18,13 @@ class RowSource(Protocol):
 
     fingerprint: str
     """A hash of the content: the same data give the same value wherever they lie."""
+    column_names: tuple[str, ...] | None
+    """The columns that every row has; None where rows may differ."""
 
     def __len__(self) -> int: ...
 
     def columns(self, index: int) -> Mapping[str, Any]:
-        """The columns of a row, as lists or arrays, with `id` where there is one."""
+        """The columns of a row: plain values, lists of integers as lists or arrays."""
 
     def where(self, index: int) -> str:
         """`rows.jsonl:17` or `folder[16]`, for messages."""
@@ -35,6 +32,8 @@ class RowSource(Protocol):
 
 class JsonlSource:
     """One object a line."""
+
+    column_names = None
 
     def __init__(self, path: Path) -> None:
         self._file = JsonlFile(path)
@@ -50,18 +49,50 @@ class JsonlSource:
         return self._file.where(index)
 
 
-class ArrowSource:
-    """A `datasets.Dataset`, memory-mapped; a row's columns come as NumPy arrays without a copy."""
+class JsonArraySource:
+    """A JSON file that holds one list of objects; all of it is in memory."""
 
-    def __init__(self, dataset: Any, *, name: str, fingerprint: str) -> None:
-        missing = [column for column in COLUMNS if column not in dataset.column_names]
-        if missing:
+    column_names = None
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        content = path.read_bytes()
+        self.fingerprint = hashlib.blake2b(content, digest_size=16).hexdigest()
+        try:
+            self._values = json.loads(content)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: not UTF-8 text ({error.reason})") from error
+        except (json.JSONDecodeError, RecursionError) as error:
             raise UserError(
-                f"{name}: lacks the column {missing[0]}; the LongPO schema needs "
-                f"{', '.join(COLUMNS)}"
+                f"{path}: not a JSON list of objects ({error}); mend it, or write one object a line"
+            ) from error
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def columns(self, index: int) -> Mapping[str, Any]:
+        value = self._values[index]
+        if not isinstance(value, dict):
+            raise UserError(
+                f"{self.where(index)}: is a JSON {type(value).__name__}, must be an object"
             )
-        wanted = [*COLUMNS, *(["id"] if "id" in dataset.column_names else [])]
-        self._dataset = dataset.select_columns(wanted).with_format("arrow")
+        return value
+
+    def where(self, index: int) -> str:
+        return f"{self._path}[{index}]"
+
+
+class ArrowSource:
+    """A `datasets.Dataset`, memory-mapped; lists of integers come as arrays without a copy."""
+
+    def __init__(
+        self, dataset: Any, *, name: str, fingerprint: str, keep: Collection[str] | None
+    ) -> None:
+        """`keep` names the columns to read, where there are such; None reads all."""
+        if keep is not None:
+            dataset = dataset.select_columns([n for n in dataset.column_names if n in keep])
+        self._dataset = dataset.with_format("arrow")
+        self.column_names: tuple[str, ...] | None = tuple(dataset.column_names)
         self._name = name
         self.fingerprint = fingerprint
 
@@ -93,21 +124,44 @@ def _plain(scalar: Any) -> Any:
     return values.to_pylist()
 
 
-def open_source(path: str) -> RowSource:
-    """Opens a path or hub id; `UserError` where nothing there holds rows."""
+def open_source(
+    path: str, *, keep: Collection[str] | None = None, split: str | None = None
+) -> RowSource:
+    """Opens a path or hub id; `UserError` where nothing there holds rows.
+
+    Args:
+        path: a JSONL file, a JSON file with a list, a `save_to_disk` folder, a Parquet file or
+            folder, or a hub id.
+        keep: the columns that are wanted; others may be left unread.
+        split: of a hub id or a `save_to_disk` folder of several; None = the only one, or `train`.
+    """
     local = Path(path).expanduser()
     if local.is_dir():
-        return _open_folder(local)
+        return _open_folder(local, keep, split)
     if local.exists():
-        return _open_parquet([local], local) if local.suffix == ".parquet" else JsonlSource(local)
+        _refuse_split(split, path)
+        if local.suffix == ".parquet":
+            return _open_parquet([local], local, keep)
+        return JsonArraySource(local) if _holds_list(local) else JsonlSource(local)
     if local.suffix not in (".jsonl", ".json", ".parquet") and re.fullmatch(
         r"[\w-][\w.-]*/[\w-][\w.-]*", path
     ):
-        return _open_hub(path)
+        return _open_hub(path, keep, split)
     raise UserError(f"{path}: no such file or folder, and not a hub id (owner/name)")
 
 
-def _open_folder(folder: Path) -> RowSource:
+def _holds_list(path: Path) -> bool:
+    """Whether a .json file is one list; a line of JSONL is an object."""
+    if path.suffix != ".json":
+        return False
+    try:
+        with open(path, "rb") as file:
+            return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+    except OSError:
+        return False  # `JsonlFile` says why
+
+
+def _open_folder(folder: Path, keep: Collection[str] | None, split: str | None) -> RowSource:
     saved = (folder / "state.json").exists() or (folder / "dataset_dict.json").exists()
     if saved:
         import datasets
@@ -116,18 +170,18 @@ def _open_folder(folder: Path) -> RowSource:
             loaded = datasets.load_from_disk(str(folder))
         except Exception as error:  # datasets and pyarrow raise many kinds for a damaged folder
             raise UserError(f"{folder}: not readable as a dataset folder ({error})") from error
-        dataset = _one_split(loaded, str(folder))
-        return ArrowSource(dataset, name=str(folder), fingerprint=_arrow_fingerprint(dataset))
+        return _arrow_source(loaded, str(folder), keep, split)
     parquet = sorted(folder.rglob("*.parquet"))
     if parquet:
-        return _open_parquet(parquet, folder)
+        _refuse_split(split, str(folder))
+        return _open_parquet(parquet, folder, keep)
     raise UserError(
         f"{folder}: neither a save_to_disk folder nor a folder with .parquet files; "
         "give a JSONL file by its own path"
     )
 
 
-def _open_parquet(files: list[Path], name: Path) -> RowSource:
+def _open_parquet(files: list[Path], name: Path, keep: Collection[str] | None) -> RowSource:
     import datasets
 
     # The fingerprint of `datasets` for files follows their times; ours follows their bytes.
@@ -142,10 +196,10 @@ def _open_parquet(files: list[Path], name: Path) -> RowSource:
         )
     except Exception as error:
         raise UserError(f"{name}: not readable as Parquet ({error})") from error
-    return ArrowSource(dataset, name=str(name), fingerprint=digest.hexdigest())
+    return ArrowSource(dataset, name=str(name), fingerprint=digest.hexdigest(), keep=keep)
 
 
-def _open_hub(hub_id: str) -> RowSource:
+def _open_hub(hub_id: str, keep: Collection[str] | None, split: str | None) -> RowSource:
     import datasets
 
     try:
@@ -155,24 +209,37 @@ def _open_hub(hub_id: str) -> RowSource:
         raise UserError(
             f"{hub_id}: no such file or folder here, and the hub did not give it ({reason})"
         ) from error
-    dataset = _one_split(loaded, hub_id)
-    return ArrowSource(dataset, name=hub_id, fingerprint=_arrow_fingerprint(dataset))
+    return _arrow_source(loaded, hub_id, keep, split)
 
 
-def _one_split(loaded: Any, name: str) -> Any:
-    """The only split, or the one called `train`."""
+def _arrow_source(
+    loaded: Any, name: str, keep: Collection[str] | None, split: str | None
+) -> RowSource:
+    dataset = _one_split(loaded, name, split)
+    # Before columns are left out, which `datasets` counts as another content.
+    fingerprint = f"{dataset._fingerprint}-{len(dataset)}"
+    return ArrowSource(dataset, name=name, fingerprint=fingerprint, keep=keep)
+
+
+def _one_split(loaded: Any, name: str, split: str | None) -> Any:
+    """The split that is asked for, else the only one, or the one called `train`."""
     import datasets
 
     if isinstance(loaded, datasets.Dataset):
+        _refuse_split(split, name)
         return loaded
     splits = list(loaded)
-    if len(splits) != 1 and "train" not in splits:
+    if split is None and len(splits) == 1:
+        return loaded[splits[0]]
+    wanted = split or "train"
+    if wanted not in splits:
         raise UserError(
-            f"{name}: has the splits {', '.join(splits)} and none is called train; "
-            "give the folder of one split"
+            f"{name}: has the splits {', '.join(splits)} and none is called {wanted}; "
+            "give the folder of one split, or (longpo tokenize) the split's name"
         )
-    return loaded[splits[0] if len(splits) == 1 else "train"]
+    return loaded[wanted]
 
 
-def _arrow_fingerprint(dataset: Any) -> str:
-    return f"{dataset._fingerprint}-{len(dataset)}"
+def _refuse_split(split: str | None, name: str) -> None:
+    if split is not None:
+        raise UserError(f"split ({split}): {name} has no splits; leave split out")

@@ -10,8 +10,13 @@ from typing import Any
 import numpy as np
 
 from megatron_longpo.data.jsonl import write_jsonl
-from megatron_longpo.data.row_sources import PARTS, RowSource, open_source
+from megatron_longpo.data.row_sources import RowSource, open_source
 from megatron_longpo.errors import UserError
+
+PARTS = ("input_ids", "attention_mask", "labels")
+LONG_COLUMNS = tuple(f"{branch}_{part}" for branch in ("chosen", "rejected") for part in PARTS)
+REFERENCE_COLUMNS = tuple(f"ref_{column}" for column in LONG_COLUMNS)
+"""The short rows' columns: all of them or none, for only some objectives read them."""
 
 IGNORED_LABEL = -100
 """Label of a token that no loss counts as an answer."""
@@ -37,7 +42,11 @@ class TokenRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PreferenceRow:
-    """One pair: two long conversations for the policy, two short ones a turn for the reference."""
+    """One pair: two long conversations for the policy, and short ones for the reference.
+
+    Sets for objectives without a short reference, such as plain DPO sets, have no short rows:
+    both tuples are then empty.
+    """
 
     id: str
     source: str
@@ -63,8 +72,10 @@ class PreferenceRow:
 class RowDataset:
     """Rows by index, each checked when it is read."""
 
-    def __init__(self, source: RowSource) -> None:
+    def __init__(self, source: RowSource, *, name: str) -> None:
         self._source = source
+        self.name = name
+        """The path or hub id, for messages."""
         self.fingerprint = source.fingerprint
         """A hash of the content, the same wherever the data lie."""
 
@@ -85,7 +96,15 @@ class RowDataset:
 
 def open_rows(path: str) -> RowDataset:
     """Opens rows: a JSONL file, a `save_to_disk` folder, a Parquet file or folder, or a hub id."""
-    dataset = RowDataset(open_source(path))
+    source = open_source(path, keep=(*LONG_COLUMNS, *REFERENCE_COLUMNS, "id"))
+    if source.column_names is not None:
+        missing = [column for column in LONG_COLUMNS if column not in source.column_names]
+        if missing:
+            raise UserError(
+                f"{path}: lacks the column {missing[0]}; rows need {', '.join(LONG_COLUMNS)} "
+                "(longpo tokenize makes them of texts)"
+            )
+    dataset = RowDataset(source, name=path)
     if len(dataset) == 0:
         raise UserError(f"{path}: holds no rows; it needs at least one")
     return dataset
@@ -97,13 +116,19 @@ def open_rows(path: str) -> RowDataset:
 def check_row(columns: Mapping[str, Any], *, source: str, default_id: str) -> PreferenceRow:
     """Builds a row from unchecked columns (lists or arrays), padding taken off."""
     row_id = columns.get("id")
+    # Where some rows of an Arrow table have short rows and others not, those others have nulls.
+    has_reference = any(columns.get(column) is not None for column in REFERENCE_COLUMNS)
+    reference = {
+        branch: _reference_rows(columns, branch, source) if has_reference else ()
+        for branch in ("ref_chosen", "ref_rejected")
+    }
     row = PreferenceRow(
         id=default_id if row_id is None else str(row_id),
         source=source,
         chosen=_token_row(_parts(columns, "chosen", source), "chosen_{}", source),
         rejected=_token_row(_parts(columns, "rejected", source), "rejected_{}", source),
-        reference_chosen=_reference_rows(columns, "ref_chosen", source),
-        reference_rejected=_reference_rows(columns, "ref_rejected", source),
+        reference_chosen=reference["ref_chosen"],
+        reference_rejected=reference["ref_rejected"],
     )
     num_chosen, num_rejected = len(row.reference_chosen), len(row.reference_rejected)
     if num_chosen != num_rejected:
@@ -122,7 +147,8 @@ def _parts(columns: Mapping[str, Any], branch: str, source: str) -> list[Any]:
         if value is None:
             raise UserError(
                 f"{source}: lacks {branch}_{part}; a row needs input_ids, attention_mask and "
-                "labels for chosen, rejected, ref_chosen and ref_rejected"
+                "labels for chosen and rejected, and for both or neither of ref_chosen and "
+                "ref_rejected (longpo tokenize makes rows of texts)"
             )
         parts.append(value)
     return parts
@@ -253,9 +279,16 @@ def _truncate_document(row: PreferenceRow, max_length: int) -> PreferenceRow:
 
     The first short row has the same template before its chunk and the same question after it, so
     what the long row shares with it at both ends is kept: the template's head, the question, and
-    the chunk itself where that stands at an end of the document.
+    the chunk itself where that stands at an end of the document. Without a short row nothing tells
+    the document's tokens from the question's.
     """
     num_cut = max(len(row.chosen), len(row.rejected)) - max_length
+    if not row.reference_chosen:
+        raise UserError(
+            f"{row.source}: is {num_cut} tokens longer than {max_length} and has no short rows "
+            "(ref_chosen_input_ids) to tell its question from its document by; raise "
+            "data.max_length, set data.too_long to drop, or give longpo tokenize that max_length"
+        )
     long_prompt = row.chosen.input_ids[: _first_answer(row.chosen)]
     short_prompt = row.reference_chosen[0].input_ids[: _first_answer(row.reference_chosen[0])]
     shared = min(
@@ -292,7 +325,7 @@ def _first_answer(tokens: TokenRow) -> int:
 
 
 def row_columns(row: PreferenceRow) -> dict[str, Any]:
-    """The row in the public schema, as plain lists; the short rows stay ragged."""
+    """The row in the public schema, as plain lists; short rows stay ragged, or have no columns."""
     columns: dict[str, Any] = {"id": row.id}
     for branch, tokens in (("chosen", row.chosen), ("rejected", row.rejected)):
         columns[f"{branch}_input_ids"] = tokens.input_ids.tolist()
@@ -302,6 +335,8 @@ def row_columns(row: PreferenceRow) -> dict[str, Any]:
         ("ref_chosen", row.reference_chosen),
         ("ref_rejected", row.reference_rejected),
     ):
+        if not rows:
+            continue
         columns[f"{branch}_input_ids"] = [tokens.input_ids.tolist() for tokens in rows]
         columns[f"{branch}_attention_mask"] = [[1] * len(tokens) for tokens in rows]
         columns[f"{branch}_labels"] = [tokens.labels.tolist() for tokens in rows]

@@ -6,9 +6,6 @@ after it. The short ones, one for each turn, hold the chunk, the question and th
 
 from __future__ import annotations
 
-import hashlib
-import os
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -17,10 +14,11 @@ from pathlib import Path
 from megatron_longpo.data.chat import TemplateChangesText, conversation_row
 from megatron_longpo.data.config import TokenizeConfig
 from megatron_longpo.data.examples import Example, ExampleFile, Turn
-from megatron_longpo.data.jsonl import dump_line, partial_path, refuse_existing
+from megatron_longpo.data.jsonl import refuse_existing
 from megatron_longpo.data.progress import Dropped, format_counts, track
 from megatron_longpo.data.prompt_layout import opening_messages, shorten_document
-from megatron_longpo.data.rows import PreferenceRow, TokenRow, row_columns, write_rows_jsonl
+from megatron_longpo.data.row_folder import write_rows_dataset
+from megatron_longpo.data.rows import PreferenceRow, TokenRow, write_rows_jsonl
 from megatron_longpo.data.tokenizers import ChatTokenizer, load_tokenizer
 from megatron_longpo.errors import UserError
 
@@ -60,7 +58,7 @@ def run_tokenize(config: TokenizeConfig) -> TokenizeSummary:
     if Path(config.output).suffix in (".jsonl", ".json"):
         write_rows_jsonl(config.output, rows)
     else:
-        _write_dataset(Path(config.output), rows)
+        write_rows_dataset(Path(config.output), rows)
     print(f"{config.output}: {summary}")
     return summary
 
@@ -172,49 +170,3 @@ def _long_messages(
             messages.append({"role": "user", "content": turn.question})
         messages.append({"role": "assistant", "content": _answer(turn, branch)})
     return messages
-
-
-def _write_dataset(folder: Path, rows: Iterable[PreferenceRow]) -> None:
-    """Writes a `save_to_disk` folder: first beside it, then renamed."""
-    import datasets
-    from datasets.arrow_writer import ArrowWriter
-
-    def features(part: str) -> dict[str, datasets.Sequence]:
-        kind = datasets.Value("int8" if part == "attention_mask" else "int32")
-        row = datasets.Sequence(kind)
-        return {
-            **{f"{branch}_{part}": row for branch in ("chosen", "rejected")},
-            **{
-                f"{branch}_{part}": datasets.Sequence(row)
-                for branch in ("ref_chosen", "ref_rejected")
-            },
-        }
-
-    columns: dict[str, object] = {"id": datasets.Value("string")}
-    for part in ("input_ids", "attention_mask", "labels"):
-        columns |= features(part)
-    partial = partial_path(folder)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        digest = hashlib.blake2b(digest_size=8)
-        # A row may hold a million integers, so few are kept in memory at a time.
-        with ArrowWriter(
-            path=str(partial / "rows.arrow"),
-            features=datasets.Features(columns),
-            writer_batch_size=16,
-        ) as writer:
-            for row in rows:
-                values = row_columns(row)
-                digest.update(dump_line(values).encode())
-                writer.write(values)
-            writer.finalize()
-        written = datasets.Dataset.from_file(str(partial / "rows.arrow"))
-        # By default the fingerprint follows the file's time; ours follows the rows.
-        dataset = datasets.Dataset(written.data, info=written.info, fingerprint=digest.hexdigest())
-        dataset.save_to_disk(str(partial / "dataset"))
-        if folder.exists():
-            shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
-        os.replace(partial / "dataset", folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

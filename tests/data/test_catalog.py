@@ -83,8 +83,23 @@ def test_rows_too_long_for_the_reference_are_dropped_too(tmp_path: Path) -> None
 
 def test_no_row_left_is_refused(tmp_path: Path) -> None:
     limits = replace(LIMITS, max_length=4, too_long="drop")
-    with refused(r"none of the 2 rows is within data\.max_length \(4\)"):
+    with refused(r"rows\.jsonl: none of the 2 rows is within data\.max_length \(4\)"):
         make_catalog(tmp_path, [row(5), row(6)], limits)
+
+
+@pytest.mark.parametrize("reference", [("long_chosen", "long_rejected"), ()])
+def test_short_rows_are_asked_for_where_they_are_read(tmp_path: Path, reference: Any) -> None:
+    bare = replace(row(6), reference_chosen=(), reference_rejected=())
+    policy_too = TreeSettings(policy=("long_chosen", "short_chosen"), reference=reference)
+    for settings in (TreeSettings(), policy_too):
+        with refused(r"rows\.jsonl:2: has no short rows .*reference\.context read; use others"):
+            make_catalog(tmp_path, [row(5), bare], settings=settings)
+    settings = TreeSettings(reference=reference)
+    catalog = make_catalog(tmp_path, [row(5), bare], settings=settings)
+    assert len(catalog) == 2
+    assert catalog.trees(1).num_turns == 1
+    assert_same_forest(catalog.trees(1).policy, pair_trees(row(6), settings).policy)
+    assert_same_forest(catalog.trees(1).reference, pair_trees(row(6), settings).reference)
 
 
 def test_the_first_bad_row_is_named(tmp_path: Path) -> None:

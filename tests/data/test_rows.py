@@ -4,12 +4,14 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from megatron_longpo.data.row_sources import open_source
 from megatron_longpo.data.rows import (
     IGNORED_LABEL,
     PreferenceRow,
@@ -91,11 +93,17 @@ def save_parquet(rows: list[dict[str, Any]], folder: Path) -> str:
     return str(folder / "parquet")
 
 
+def save_json(rows: list[dict[str, Any]], folder: Path) -> str:
+    (folder / "rows.json").write_text("\ufeff \n" + json.dumps(rows, indent=1), encoding="utf-8")
+    return str(folder / "rows.json")
+
+
 SAVERS: list[Callable[[list[dict[str, Any]], Path], str]] = [
     save_jsonl,
     save_arrow,
     save_split,
     save_parquet,
+    save_json,
 ]
 
 
@@ -141,6 +149,61 @@ def test_fingerprint_follows_the_content_only(
         os.utime(file, (1e9, 1e9))
     assert open_rows(str(moved)).fingerprint == open_rows(first).fingerprint
     assert open_rows(other).fingerprint != open_rows(first).fingerprint
+
+
+def without_short_rows(**changes: Any) -> dict[str, Any]:
+    return {name: value for name, value in columns(**changes).items() if "ref_" not in name}
+
+
+@pytest.mark.parametrize("save", SAVERS)
+def test_short_rows_may_be_absent(
+    save: Callable[[list[dict[str, Any]], Path], str], tmp_path: Path
+) -> None:
+    rows = open_rows(save([without_short_rows(), without_short_rows()], tmp_path))
+    for row in rows:
+        assert row.reference_chosen == row.reference_rejected == ()
+        assert row.chosen.input_ids.tolist() == columns()["chosen_input_ids"]
+        assert [name for name, _ in row.named_rows()] == ["chosen_{}", "rejected_{}"]
+        assert not any("ref_" in name for name in row_columns(row))
+
+
+@pytest.mark.parametrize("save", SAVERS)
+def test_rows_with_and_without_short_rows_may_be_mixed(
+    save: Callable[[list[dict[str, Any]], Path], str], tmp_path: Path
+) -> None:
+    # Arrow gives the second row nulls.
+    nulls = {name: None for name in columns() if "ref_" in name}
+    rows = open_rows(save([columns(), columns(**nulls)], tmp_path))
+    assert_is_the_row(rows[0])
+    assert rows[1].reference_chosen == rows[1].reference_rejected == ()
+
+
+@pytest.mark.parametrize("kind", ["list", "large_list", "fixed_size_list"])
+def test_the_public_sets_columns(kind: str, tmp_path: Path) -> None:
+    """int32 in Arrow, short rows padded to a rectangle, and columns that are not ours."""
+    import datasets
+    import pyarrow as pa
+
+    def as_arrow(value: Any) -> Any:
+        if not isinstance(value[0], list):
+            return pa.array([value], pa.list_(pa.int32()))
+        if kind == "fixed_size_list":
+            return pa.array([value], pa.list_(pa.list_(pa.int32(), len(value[0]))))
+        make = {"list": pa.list_, "large_list": pa.large_list}[kind]
+        return pa.array([value], make(make(pa.int32())))
+
+    padded = {
+        "ref_rejected_input_ids": [[10, 12, 7, EOS], [13, 8, EOS, EOS]],
+        "ref_rejected_attention_mask": [[1, 1, 1, 1], [1, 1, 1, 0]],
+        "ref_rejected_labels": [[-100, -100, 7, EOS], [-100, 8, EOS, -100]],
+        "chosen_lm_labels": [1] * 8,
+        "rejected_lm_labels": [1] * 10,
+    }
+    table = pa.table({name: as_arrow(value) for name, value in columns(**padded).items()})
+    datasets.Dataset(table).save_to_disk(str(tmp_path / "public"))
+    rows = open_rows(str(tmp_path / "public"))
+    assert_is_the_row(rows[0])
+    assert rows[0].id == "0"
 
 
 def test_jsonl_lines_are_counted_with_blank_ones_and_ids_are_kept(tmp_path: Path) -> None:
@@ -197,6 +260,11 @@ def test_failed_write_keeps_the_file_before(tmp_path: Path) -> None:
             r"chosen_attention_mask\[2\] is 0 before a 1",
         ),
         ({"chosen_attention_mask": [2] * 8}, r"chosen_attention_mask must hold only 0 and 1"),
+        ({"ref_chosen_labels": None}, r"lacks ref_chosen_labels; .* both or neither of ref_chosen"),
+        (
+            {f"ref_rejected_{p}": None for p in ("input_ids", "attention_mask", "labels")},
+            r"lacks ref_rejected_input_ids",
+        ),
         ({"chosen_input_ids": [1.5] * 8}, r"chosen_input_ids must be a flat list of integers"),
         ({"chosen_input_ids": "text"}, r"chosen_input_ids must be a flat list of integers"),
         ({"chosen_input_ids": [[1], [2, 3]]}, r"chosen_input_ids must be a flat list"),
@@ -239,8 +307,14 @@ def test_bad_sources_are_named(tmp_path: Path) -> None:
         open_rows(write_lines(tmp_path / "empty.jsonl"))
     with pytest.raises(UserError, match=r"neither a save_to_disk folder nor"):
         open_rows(str(tmp_path))
+    (tmp_path / "broken.json").write_text('[{"id": 1},\n')
+    with pytest.raises(UserError, match=r"broken.json: not a JSON list of objects \(.*line 2"):
+        open_rows(str(tmp_path / "broken.json"))
+    (tmp_path / "numbers.json").write_text("[1]")
+    with pytest.raises(UserError, match=r"numbers.json\[0\]: is a JSON int, must be an object"):
+        open_rows(str(tmp_path / "numbers.json"))[0]
     path = save_arrow([{"text": "x"}], tmp_path)
-    with pytest.raises(UserError, match=r"arrow: lacks the column chosen_input_ids"):
+    with pytest.raises(UserError, match=r"arrow: lacks the column chosen_input_ids.*tokenize"):
         open_rows(path)
     with pytest.raises(UserError, match=r"arrow\[0\]: chosen_input_ids must be a flat list"):
         shutil.rmtree(path)
@@ -253,6 +327,21 @@ def test_bad_sources_are_named(tmp_path: Path) -> None:
     (tmp_path / "latin.jsonl").write_bytes(b'{"id": "\xe9\xff"}\n')
     with pytest.raises(UserError, match=r"latin.jsonl:1: not UTF-8 text"):
         open_rows(str(tmp_path / "latin.jsonl"))[0]
+
+
+def test_splits(tmp_path: Path) -> None:
+    import datasets
+
+    parts = {name: datasets.Dataset.from_list([columns(id=name)]) for name in ("a", "b")}
+    datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "two"))
+    with pytest.raises(UserError, match=r"two: has the splits a, b and none is called train"):
+        open_rows(str(tmp_path / "two"))
+    assert open_source(str(tmp_path / "two"), split="b").columns(0)["id"] == "b"
+    with pytest.raises(UserError, match=r"two: .* none is called c; give the folder of one split"):
+        open_source(str(tmp_path / "two"), split="c")
+    for save in (save_jsonl, save_json, save_arrow, save_parquet):
+        with pytest.raises(UserError, match=r"split \(b\): .* has no splits; leave split out"):
+            open_source(save([columns()], tmp_path), split="b")
 
 
 def test_hub_ids_go_through_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,6 +420,16 @@ def test_truncation_keeps_a_chunk_at_the_end_of_the_document() -> None:
     row = fit(long_row(list(range(20)), [17, 18, 19]), 15, "truncate_document")
     assert row is not None
     assert row.chosen.input_ids[2:8].tolist() == [0, 15, 16, 17, 18, 19]
+
+
+def test_truncation_without_a_short_row_is_refused() -> None:
+    row = replace(long_row(list(range(20)), [7]), reference_chosen=(), reference_rejected=())
+    with pytest.raises(
+        UserError, match=r"rows.jsonl:1: is 12 tokens longer than 17 and has no short rows"
+    ):
+        fit(row, 17, "truncate_document")
+    assert fit(row, 17, "drop") is None
+    assert fit(row, 29, "truncate_document", max_reference_length=1) is row
 
 
 def test_too_long_is_an_error_or_a_drop() -> None:
