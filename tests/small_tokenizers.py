@@ -94,11 +94,14 @@ def byte_level(special: tuple[str, ...], eos: str, bos: str | None = None) -> An
 
 
 @cache
-def space_prefixing(special: tuple[str, ...] = ()) -> Any:
-    """A BPE that puts a space before every text and falls back to bytes: Llama 2, Mistral."""
+def space_prefixing(special: tuple[str, ...] = (), *, at_start_only: bool = False) -> Any:
+    """A BPE that puts a space before a text and falls back to bytes: Llama 2, Mistral.
+
+    Mistral v0.2 puts one after every special token too; v0.3 at the very start alone.
+    """
     import json
 
-    from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -120,7 +123,10 @@ def space_prefixing(special: tuple[str, ...] = ()) -> Any:
             byte_fallback=True,
         )
     )
-    tokenizer.normalizer = normalizer
+    if at_start_only:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    else:
+        tokenizer.normalizer = normalizer
     tokenizer.decoder = decoders.Sequence(
         [
             decoders.Replace("▁", " "),

@@ -12,8 +12,8 @@ a prompt and an answer:
   or after it: the texts part exactly there, whatever the document holds.
 - Pieces are joined append-only. A template that rewrites earlier answers (Qwen3 removes their
   thinking) keeps them here as they were when they were written.
-- Special-token text inside a user's message or an answer is plain text: the piece is split inside
-  it, so it is never read as the special token.
+- Special-token text inside a message is plain text: the piece is split inside it, so it is never
+  read as the special token. So is the template's other markup, such as Qwen3's `<think>`.
 """
 
 from __future__ import annotations
@@ -40,25 +40,33 @@ class TemplateChangesText(UserError):
     """The chat template does not render this message's text as it is."""
 
 
-def prompt_ids(tokenizer: ChatTokenizer, messages: Sequence[Message]) -> list[int]:
-    """The ids of a conversation that ends with a user's message, ready for the answer."""
-    return _Conversation(tokenizer, messages).prompt_pieces(len(messages))
+def prompt_ids(
+    tokenizer: ChatTokenizer, messages: Sequence[Message], *, answers_from: int = 0
+) -> list[int]:
+    """The ids of a conversation that ends with a user's message, ready for the answer.
+
+    They are what `conversation_row` holds before that answer; `answers_from` is as there.
+    """
+    conversation = _Conversation(tokenizer, messages, answers_from)
+    ids, _ = conversation.answered_turns()
+    return ids + conversation.prompt_pieces(len(messages))
 
 
-def conversation_row(tokenizer: ChatTokenizer, messages: Sequence[Message]) -> TokenRow:
-    """The row of a whole conversation; every assistant message is an answer.
+def conversation_row(
+    tokenizer: ChatTokenizer, messages: Sequence[Message], *, answers_from: int = 0
+) -> TokenRow:
+    """The row of a whole conversation; the assistant's messages are answers.
 
     Labels cover each answer and the end-of-turn tokens right after it, and nothing else. Texts are
     stripped of outer white space, as most templates do anyway.
+
+    Args:
+        tokenizer: the model's.
+        messages: the conversation, which ends with an answer.
+        answers_from: index of the first message that may be an answer. The assistant's messages
+            before it are part of the prompt, as the template renders them, and have no labels.
     """
-    conversation = _Conversation(tokenizer, messages)
-    ids: list[int] = []
-    labels: list[int] = []
-    for index in conversation.answers:
-        prompt = conversation.prompt_pieces(index)
-        answer = conversation.answer_pieces(index)
-        ids += prompt + answer
-        labels += [IGNORED_LABEL] * len(prompt) + answer
+    ids, labels = _Conversation(tokenizer, messages, answers_from).answered_turns()
     return TokenRow(
         input_ids=np.array(ids, dtype=np.int64), labels=np.array(labels, dtype=np.int64)
     )
@@ -67,16 +75,33 @@ def conversation_row(tokenizer: ChatTokenizer, messages: Sequence[Message]) -> T
 class _Conversation:
     """The messages of one row and their renderings."""
 
-    def __init__(self, tokenizer: ChatTokenizer, messages: Sequence[Message]) -> None:
+    def __init__(
+        self, tokenizer: ChatTokenizer, messages: Sequence[Message], answers_from: int
+    ) -> None:
         self._tokenizer = tokenizer
         self._messages = [
             {"role": message["role"], "content": message["content"].strip()} for message in messages
         ]
-        self.answers = [i for i, m in enumerate(self._messages) if m["role"] == "assistant"]
+        self.answers = [
+            index
+            for index, message in enumerate(self._messages)
+            if message["role"] == "assistant" and index >= answers_from
+        ]
         special = [re.escape(text) for text in tokenizer.special_texts if len(text) > 1]
         # A lookahead, so that texts which overlap are all found.
         self._special = re.compile(f"(?=({'|'.join(special)}))") if special else None
         self._end_of_turn = re.compile(rf"\s*(?:{'|'.join(special)})+") if special else None
+
+    def answered_turns(self) -> tuple[list[int], list[int]]:
+        """Ids and labels up to the end of the last answer."""
+        ids: list[int] = []
+        labels: list[int] = []
+        for index in self.answers:
+            prompt = self.prompt_pieces(index)
+            answer = self.answer_pieces(index)
+            ids += prompt + answer
+            labels += [IGNORED_LABEL] * len(prompt) + answer
+        return ids, labels
 
     def prompt_pieces(self, index: int) -> list[int]:
         """Ids of the prompt for the answer `index`, from the end of the answer before it on."""
@@ -97,13 +122,11 @@ class _Conversation:
         prompt = self._prompt(index)
         full = self._render(index + 1)
         start, end = self._locate(index, upto=index + 1)
-        if not full.startswith(prompt):
-            raise self._refusal("renders an answer with other text before it than its prompt")
-        if full[len(prompt) : start].strip():
-            raise self._refusal("puts text between its generation prompt and the answer")
+        lead = self._lead(full[:start], prompt, index)
         cuts = [start + cut for cut in self._special_cuts(full[start:end])]
         stop = end + len(self._end_of_turn_after(index))
-        return self._encode(full[:stop], cuts=cuts, start=len(prompt), context=None)
+        context = self._special_tail(prompt)
+        return self._encode(full[:stop], cuts=cuts, start=start - len(lead), context=context)
 
     # ------------------------------------------------------------ rendering and positions
 
@@ -121,6 +144,24 @@ class _Conversation:
         if found is None:
             raise self._refusal("puts no special token after an answer, so none would end it")
         return found.group()
+
+    def _lead(self, before: str, prompt: str, index: int) -> str:
+        """The white space between a prompt and its answer; `before` is the text before the answer.
+
+        The two agree, but for a system prompt that a template (Mistral v0.3, Nemo) puts into the
+        last message, if that is the user's, and nowhere else. The prompt then has what the model
+        sees when it answers.
+        """
+        tail = prompt
+        if index > 0 and not before.startswith(prompt):
+            start, _ = self._locate(index - 1, upto=index, generation_prompt=True)
+            tail = prompt[start:]
+        _, found, lead = before.rpartition(tail)
+        if not found:
+            raise self._refusal("renders an answer with other text before it than its prompt")
+        if lead.strip():
+            raise self._refusal("puts text between its generation prompt and the answer")
+        return lead
 
     def _locate(self, index: int, *, upto: int, generation_prompt: bool = False) -> tuple[int, int]:
         """Where message `index` stands in the rendering of the first `upto` messages."""
@@ -151,6 +192,14 @@ class _Conversation:
 
     # ------------------------------------------------------------ tokens
 
+    def _special_tail(self, text: str) -> str | None:
+        """The special token that a text ends with, or None.
+
+        Some tokenizers begin anew after one, with a space (Llama 2) or without (Mistral v0.3).
+        """
+        texts = [special for special in self._tokenizer.special_texts if text.endswith(special)]
+        return max(texts, key=len, default=None)
+
     def _special_cuts(self, content: str) -> list[int]:
         """Offsets one character inside each special-token text of a message."""
         if self._special is None:
@@ -162,7 +211,7 @@ class _Conversation:
         cuts: list[int] = []
         for index in indices:
             inside = self._special_cuts(self._messages[index]["content"])
-            if inside and self._messages[index]["role"] == "user":
+            if inside:
                 start, _ = self._locate(index, upto=upto, generation_prompt=True)
                 cuts += [start + offset for offset in inside]
         return cuts

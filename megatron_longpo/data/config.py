@@ -8,24 +8,31 @@ from typing import Literal
 
 @dataclass(kw_only=True)
 class TokenizeConfig:
-    """Turns preference examples (text) into rows (token ids)."""
+    """Turns preference examples (text) into rows (token ids); docs/data.md shows the forms."""
 
     examples: str
-    """The examples: a JSONL file as `longpo generate` writes it."""
+    """What `longpo generate` wrote, or a DPO set (prompt, chosen, rejected): a JSONL, JSON or
+    Parquet file, a `datasets` or Parquet folder, or a hub id."""
     output: str
     """Where the rows go: a path that ends in .jsonl, or else a `datasets` folder."""
     tokenizer: str
     """The model's Hugging Face folder or hub id, or a sentencepiece model file."""
+    format: Literal["auto", "longpo", "dpo"] = "auto"
+    """How the examples are read: longpo = documents with turns, dpo = prompts with two answers,
+    auto = by the columns of the first one."""
+    split: str | None = None
+    """Split of a hub id or a folder of splits; null = the only one, or train."""
     chat_template: str | None = None
     """Path of a Jinja file to use in place of the tokenizer's own chat template."""
     system: str | None = None
-    """System prompt of every conversation, long and short; null for none."""
+    """System prompt of every conversation that has none of its own; null for none."""
     max_length: int = 131072
     """Most tokens of a long row."""
     short_max_length: int = 32768
     """Most tokens of a short reference row; an example with a longer one is dropped."""
     too_long: Literal["truncate_document", "drop", "error"] = "truncate_document"
-    """What happens to a long row over max_length: cut its document, drop the example, or stop."""
+    """What happens to a long row over max_length: cut its document, drop the example, or stop.
+    A DPO set does not say what is a document, so truncate_document drops there."""
     cut_from: Literal["middle", "tail"] = "middle"
     """Which part of a document is cut; never a question, an answer or a turn's chunk."""
     overwrite: bool = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ from megatron_longpo.errors import UserError
 class Turn:
     """One question about a document, answered from its chunk and from the whole of it."""
 
-    chunk: str
-    """The part of the document that holds the evidence."""
+    chunk: str | None
+    """The part of the document that holds the evidence; None where there is no short context."""
     chunk_span: tuple[int, int] | None
     """[start, end) of the chunk in characters of the document, where known."""
     question: str
@@ -57,7 +57,7 @@ class ExampleFile:
         return (self[index] for index in range(len(self)))
 
 
-def check_example(value: dict[str, Any], *, source: str) -> Example:
+def check_example(value: Mapping[str, Any], *, source: str) -> Example:
     """Builds an example from an unchecked object; unknown keys are ignored."""
     document = _text(value, "document", source)
     turns = value.get("turns")
@@ -81,7 +81,7 @@ def check_example(value: dict[str, Any], *, source: str) -> Example:
 def _check_turn(value: Any, *, document: str, source: str) -> Turn:
     if not isinstance(value, dict):
         raise UserError(f"{source} must be an object")
-    chunk = _text(value, "chunk", source)
+    chunk = None if value.get("chunk") is None else _text(value, "chunk", source)
     return Turn(
         chunk=chunk,
         chunk_span=_span(value.get("chunk_span"), chunk=chunk, document=document, source=source),
@@ -91,7 +91,7 @@ def _check_turn(value: Any, *, document: str, source: str) -> Turn:
     )
 
 
-def _text(value: dict[str, Any], key: str, source: str, *, may_be_empty: bool = False) -> str:
+def _text(value: Mapping[str, Any], key: str, source: str, *, may_be_empty: bool = False) -> str:
     text = value.get(key)
     if not isinstance(text, str):
         kind = "missing" if key not in value else type(text).__name__
@@ -101,7 +101,7 @@ def _text(value: dict[str, Any], key: str, source: str, *, may_be_empty: bool = 
     return text
 
 
-def _span(value: Any, *, chunk: str, document: str, source: str) -> tuple[int, int] | None:
+def _span(value: Any, *, chunk: str | None, document: str, source: str) -> tuple[int, int] | None:
     if value is None:
         return None
     if (
@@ -117,7 +117,7 @@ def _span(value: Any, *, chunk: str, document: str, source: str) -> tuple[int, i
             f"{len(document)} characters"
         )
     # Outer and inner white space may have been tidied; other text means a span of something else.
-    if document[start:end].split() != chunk.split():
+    if chunk is not None and document[start:end].split() != chunk.split():
         raise UserError(
             f"{source}: document[{start}:{end}] is not the chunk; spans count characters, not bytes"
         )

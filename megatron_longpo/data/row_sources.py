@@ -33,7 +33,7 @@ class RowSource(Protocol):
 class JsonlSource:
     """One object a line."""
 
-    column_names = None
+    column_names: tuple[str, ...] | None = None
 
     def __init__(self, path: Path) -> None:
         self._file = JsonlFile(path)
@@ -52,7 +52,7 @@ class JsonlSource:
 class JsonArraySource:
     """A JSON file that holds one list of objects; all of it is in memory."""
 
-    column_names = None
+    column_names: tuple[str, ...] | None = None
 
     def __init__(self, path: Path) -> None:
         self._path = path

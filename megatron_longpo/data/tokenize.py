@@ -1,7 +1,8 @@
 """`longpo tokenize`: preference examples to the rows that training reads.
 
 The long conversations hold the document in their first turn and the branch's own earlier answers
-after it. The short ones, one for each turn, hold the chunk, the question and the answer.
+after it. The short ones, one for each turn, hold the chunk, the question and the answer; there are
+none where the examples have no chunks, as in plain DPO sets.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ from pathlib import Path
 
 from megatron_longpo.data.chat import TemplateChangesText, conversation_row
 from megatron_longpo.data.config import TokenizeConfig
-from megatron_longpo.data.examples import Example, ExampleFile, Turn
+from megatron_longpo.data.dpo_sets import DpoPair
+from megatron_longpo.data.examples import Example, Turn
 from megatron_longpo.data.jsonl import refuse_existing
 from megatron_longpo.data.progress import Dropped, format_counts, track
 from megatron_longpo.data.prompt_layout import opening_messages, shorten_document
 from megatron_longpo.data.row_folder import write_rows_dataset
 from megatron_longpo.data.rows import PreferenceRow, TokenRow, write_rows_jsonl
-from megatron_longpo.data.tokenizers import ChatTokenizer, load_tokenizer
+from megatron_longpo.data.text_sets import TextSet
+from megatron_longpo.data.tokenizers import ChatTokenizer, Message, load_tokenizer
 from megatron_longpo.errors import UserError
 
 
@@ -28,6 +31,7 @@ class TokenizeSummary:
     """What became of the examples."""
 
     num_rows: int = 0
+    num_without_short_rows: int = 0
     num_cut_documents: int = 0
     longest: int = 0
     """Tokens of the longest long row."""
@@ -36,6 +40,8 @@ class TokenizeSummary:
 
     def __str__(self) -> str:
         lines = f"{self.num_rows} rows, the longest of {self.longest} tokens"
+        if self.num_without_short_rows:
+            lines += f"; {self.num_without_short_rows} have no short rows"
         if self.num_cut_documents:
             lines += f"; {self.num_cut_documents} documents cut"
         if self.dropped:
@@ -49,7 +55,8 @@ def run_tokenize(config: TokenizeConfig) -> TokenizeSummary:
         if getattr(config, key) < 2:
             raise UserError(f"{key} ({getattr(config, key)}): must be at least 2 tokens")
     refuse_existing(config.output, overwrite=config.overwrite, key="output")
-    examples = ExampleFile(config.examples)
+    examples = TextSet(config.examples, format=config.format, split=config.split)
+    print(f"{config.examples}: {examples.description}")
     tokenizer = load_tokenizer(config.tokenizer, chat_template=config.chat_template)
     summary = TokenizeSummary()
     rows = tokenize_examples(
@@ -64,15 +71,19 @@ def run_tokenize(config: TokenizeConfig) -> TokenizeSummary:
 
 
 def tokenize_examples(
-    examples: Iterable[Example],
+    examples: Iterable[Example | DpoPair],
     tokenizer: ChatTokenizer,
     config: TokenizeConfig,
     summary: TokenizeSummary,
 ) -> Iterator[PreferenceRow]:
     """Yields the rows of the examples and counts in `summary`; raises where there is none."""
     for example in examples:
+        document_cut = False
         try:
-            row, document_cut = example_row(example, tokenizer, config)
+            if isinstance(example, DpoPair):
+                row = dpo_row(example, tokenizer, config)
+            else:
+                row, document_cut = example_row(example, tokenizer, config)
         except Dropped as dropped:
             summary.dropped[str(dropped)] += 1
             continue
@@ -80,6 +91,7 @@ def tokenize_examples(
             summary.dropped["text changed by the chat template"] += 1
             continue
         summary.num_rows += 1
+        summary.num_without_short_rows += not row.reference_chosen
         summary.num_cut_documents += document_cut
         summary.longest = max(summary.longest, len(row.chosen), len(row.rejected))
         yield row
@@ -96,10 +108,11 @@ def example_row(
     if any(not turn.chosen.strip() or not turn.rejected.strip() for turn in example.turns):
         raise Dropped("empty answer")
     reference = {
-        branch: tuple(_short_row(turn, branch, tokenizer, config.system) for turn in example.turns)
+        branch: _short_rows(example, branch, tokenizer, config.system)
         for branch in ("chosen", "rejected")
     }
-    if max(len(row) for rows in reference.values() for row in rows) > config.short_max_length:
+    short_lengths = [len(row) for rows in reference.values() for row in rows]
+    if max(short_lengths, default=0) > config.short_max_length:
         raise Dropped("short row over short_max_length")
 
     long_rows: dict[str, TokenRow] = {}
@@ -114,10 +127,7 @@ def example_row(
     document_cut = num_tokens > config.max_length
     if document_cut:
         if config.too_long == "error":
-            raise UserError(
-                f"{example.source}: gives a row of {num_tokens} tokens, more than max_length "
-                f"({config.max_length}); raise it or set too_long to truncate_document or drop"
-            )
+            raise _too_long(example.source, num_tokens, config)
         if config.too_long == "drop":
             raise Dropped("long row over max_length")
         document = shorten_document(
@@ -140,13 +150,52 @@ def example_row(
     return row, document_cut
 
 
+def dpo_row(pair: DpoPair, tokenizer: ChatTokenizer, config: TokenizeConfig) -> PreferenceRow:
+    """The row of one pair of a DPO set, without short rows; raises `Dropped` for no row."""
+    prompt: list[Message] = list(pair.prompt)
+    if config.system is not None and prompt[0]["role"] != "system":
+        prompt = [{"role": "system", "content": config.system}, *prompt]
+    rows: dict[str, TokenRow] = {}
+    for branch, answers in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+        if any(m["role"] == "assistant" and not m["content"].strip() for m in answers):
+            raise Dropped("empty answer")
+        try:
+            rows[branch] = conversation_row(
+                tokenizer, [*prompt, *answers], answers_from=len(prompt)
+            )
+        except TemplateChangesText:
+            raise
+        except UserError as error:  # such as roles that the template does not know
+            raise UserError(f"{pair.source}: {error}") from error
+    num_tokens = max(len(row) for row in rows.values())
+    if num_tokens > config.max_length:
+        if config.too_long == "error":
+            raise _too_long(pair.source, num_tokens, config)
+        raise Dropped("long row over max_length")
+    return PreferenceRow(
+        id=pair.id,
+        source=pair.source,
+        chosen=rows["chosen"],
+        rejected=rows["rejected"],
+        reference_chosen=(),
+        reference_rejected=(),
+    )
+
+
+def _too_long(source: str, num_tokens: int, config: TokenizeConfig) -> UserError:
+    return UserError(
+        f"{source}: gives a row of {num_tokens} tokens, more than max_length "
+        f"({config.max_length}); raise it or set too_long to truncate_document or drop"
+    )
+
+
 def evidence_spans(example: Example) -> list[tuple[int, int]]:
     """Where the chunks stand in the document; a chunk without a span is looked for."""
     spans: list[tuple[int, int]] = []
     for turn in example.turns:
         if turn.chunk_span is not None:
             spans.append(turn.chunk_span)
-        elif (start := example.document.find(turn.chunk)) >= 0:
+        elif turn.chunk is not None and (start := example.document.find(turn.chunk)) >= 0:
             spans.append((start, start + len(turn.chunk)))
     return spans
 
@@ -155,10 +204,18 @@ def _answer(turn: Turn, branch: str) -> str:
     return turn.chosen if branch == "chosen" else turn.rejected
 
 
-def _short_row(turn: Turn, branch: str, tokenizer: ChatTokenizer, system: str | None) -> TokenRow:
-    messages = opening_messages(system, turn.chunk, turn.question)
-    answer = {"role": "assistant", "content": _answer(turn, branch)}
-    return conversation_row(tokenizer, [*messages, answer])
+def _short_rows(
+    example: Example, branch: str, tokenizer: ChatTokenizer, system: str | None
+) -> tuple[TokenRow, ...]:
+    """A row a turn of its chunk, question and answer; none where some turn has no chunk."""
+    rows: list[TokenRow] = []
+    for turn in example.turns:
+        if turn.chunk is None:
+            return ()
+        messages = opening_messages(system, turn.chunk, turn.question)
+        answer = {"role": "assistant", "content": _answer(turn, branch)}
+        rows.append(conversation_row(tokenizer, [*messages, answer]))
+    return tuple(rows)
 
 
 def _long_messages(

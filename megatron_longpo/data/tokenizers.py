@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -25,6 +26,9 @@ SENTENCEPIECE_TEMPLATE = (
 )
 """Chat template of a raw sentencepiece model where no `chat_template` is set."""
 
+_DATE = datetime.date(2024, 7, 26)
+"""The date that a template is told, whatever the day: the one Llama's templates fall back to."""
+
 _LONG_TEXT = 4096
 """Characters from which on a text's ids are remembered until the next such text."""
 
@@ -38,7 +42,8 @@ class ChatTokenizer(ABC):
     eos_ids: tuple[int, ...]
     """Ids that end a turn or a text."""
     special_texts: tuple[str, ...]
-    """Texts that `encode` turns into one special token, wherever they stand."""
+    """Texts that `encode` turns into one token, wherever they stand, and that are no one's words:
+    special tokens, and further markup of the chat template such as Qwen3's `<think>`."""
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -69,7 +74,14 @@ class HuggingFaceTokenizer(ChatTokenizer):
         self.vocab_size = len(tokenizer)
         self.eos_ids = () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
         added = tokenizer.added_tokens_decoder.values()
-        texts = {str(token) for token in added if token.special} | set(tokenizer.all_special_tokens)
+        template = str(chat_template or tokenizer.chat_template)
+        # Added tokens that are neither are words: some tokenizers have runs of spaces among them.
+        texts = {
+            token.content
+            for token in added
+            if token.special or (token.content.strip() and token.content in template)
+        }
+        texts |= set(tokenizer.all_special_tokens)
         self.special_texts = tuple(sorted(texts))
 
     def encode(self, text: str) -> list[int]:
@@ -98,6 +110,10 @@ class HuggingFaceTokenizer(ChatTokenizer):
                 chat_template=self._chat_template,
                 # Templates of models that can think aloud (Qwen3) then ask for the plain answer.
                 enable_thinking=False,
+                # Templates that tell the date (Llama 3.1 and later) would give other tokens
+                # tomorrow than today.
+                date_string=_DATE.strftime("%d %b %Y"),
+                strftime_now=_DATE.strftime,
             )
         except (TemplateError, TypeError, ValueError) as error:
             raise _template_error(self.name, error) from error

@@ -75,6 +75,11 @@ def test_spans_count_characters(tmp_path: Path) -> None:
         (example(turns=["x"]), r"turns\[0\] must be an object"),
         (example(turns=[turn(), turn(chosen=None)]), r"turns\[1\]: chosen is NoneType, must be"),
         (example(turns=[turn(chunk_span=[0])]), r"turns\[0\]: chunk_span must be \[start, end\]"),
+        (example(turns=[turn(chunk=" ")]), r"turns\[0\]: chunk is empty"),
+        (
+            example(turns=[turn(chunk=None, chunk_span=[20, 40])]),
+            r"chunk_span \[20, 40\] lies outside the",
+        ),
         (example(turns=[turn(chunk_span=[20, 40])]), r"chunk_span \[20, 40\] lies outside the"),
         (example(meta=[1]), "meta must be an object"),
     ],

@@ -161,6 +161,50 @@ def test_drops_are_counted(tmp_path: Path, model: str, capsys: pytest.CaptureFix
     assert Path(config.output).read_bytes() == before
 
 
+def without_chunks(*turns: int, **changes: Any) -> dict[str, Any]:
+    value = example(**changes)
+    for turn in turns:
+        value["turns"][turn] |= {"chunk": None, "chunk_span": None}
+    return value
+
+
+@pytest.mark.parametrize("output", ["rows.jsonl", "rows"])
+def test_examples_without_chunks_give_rows_without_short_ones(
+    output: str, tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unknown = without_chunks(id="unknown")
+    for turn in unknown["turns"]:
+        del turn["chunk"], turn["chunk_span"]
+    write(tmp_path / "e.jsonl", example(), without_chunks(1, id="half"), unknown)
+    config = make(tmp_path, model, output=str(tmp_path / output))
+    assert run_tokenize(config).num_without_short_rows == 2
+    out = capsys.readouterr().out
+    assert "LongPO examples: documents with turns" in out and "; 2 have no short rows" in out
+    rows = list(open_rows(config.output))
+    assert [len(row.reference_chosen) for row in rows] == [2, 0, 0]
+    for row in rows[1:]:
+        assert row.reference_rejected == ()
+        assert np.array_equal(row.chosen.input_ids, rows[0].chosen.input_ids)
+        assert np.array_equal(row.rejected.labels, rows[0].rejected.labels)
+    run_inspect(InspectConfig(rows=config.output))
+    out = capsys.readouterr().out
+    assert "2 of 3 rows have no short reference rows" in out and "short reference row " in out
+
+
+def test_documents_without_chunks_are_cut_outside_the_spans_that_are_known(
+    tmp_path: Path, model: str
+) -> None:
+    value = without_chunks(0, 1)
+    value["turns"][0]["chunk_span"] = example()["turns"][0]["chunk_span"]
+    write(tmp_path / "e.jsonl", value)
+    assert run_tokenize(make(tmp_path, model, max_length=300)).num_cut_documents == 1
+    row = open_rows(str(tmp_path / "rows.jsonl"))[0]
+    text = load_tokenizer(model).decode(row.rejected.input_ids)
+    assert 280 <= max(len(row.chosen), len(row.rejected)) <= 300
+    for kept in (CHUNKS[0], "How many barrels?", "Who lists it?", "Seven of them.", "The end."):
+        assert kept in text
+
+
 def test_existing_output_is_refused(tmp_path: Path, model: str) -> None:
     write(tmp_path / "e.jsonl", example())
     (tmp_path / "rows.jsonl").write_text("precious\n")
