@@ -144,8 +144,11 @@ def space_prefixing(special: tuple[str, ...] = (), *, at_start_only: bool = Fals
 
 
 @cache
-def sentencepiece_model() -> bytes:
-    """A sentencepiece BPE model as Llama 2 has it: identity normalisation, byte fallback."""
+def sentencepiece_model(controls: tuple[str, ...] = ()) -> bytes:
+    """A sentencepiece BPE model as Llama 2 has it: identity normalisation, byte fallback.
+
+    `controls` are further control symbols, as Mistral v0.3 has them.
+    """
     import sentencepiece
 
     written = io.BytesIO()
@@ -157,6 +160,7 @@ def sentencepiece_model() -> bytes:
         byte_fallback=True,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
+        control_symbols=list(controls),
         minloglevel=2,
     )
     return written.getvalue()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -26,8 +25,14 @@ SENTENCEPIECE_TEMPLATE = (
 )
 """Chat template of a raw sentencepiece model where no `chat_template` is set."""
 
-_DATE = datetime.date(2024, 7, 26)
-"""The date that a template is told, whatever the day: the one Llama's templates fall back to."""
+_STILL_CLOCK = (
+    "{% macro strftime_now(format) -%}"
+    "{{ format | replace('%d', '26') | replace('%m', '07') | replace('%b', 'Jul')"
+    " | replace('%B', 'July') | replace('%Y', '2024') }}"
+    "{%- endmacro %}"
+)
+"""Goes before a template that asks for the date (Llama 3.2), which would give other tokens tomorrow
+than today: on every day it is the one that Llama's templates have where there is no clock."""
 
 _LONG_TEXT = 4096
 """Characters from which on a text's ids are remembered until the next such text."""
@@ -62,19 +67,22 @@ class HuggingFaceTokenizer(ChatTokenizer):
     """A `transformers` tokenizer, fast or slow."""
 
     def __init__(self, tokenizer: Any, *, name: str, chat_template: str | None = None) -> None:
-        if chat_template is None and not getattr(tokenizer, "chat_template", None):
+        try:
+            template = str(tokenizer.get_chat_template(chat_template))
+        except ValueError:  # there is none, or several and none is the default
             raise UserError(
                 f"{name}: this tokenizer has no chat template; "
                 "give chat_template: the path of a Jinja file"
-            )
+            ) from None
+        if "strftime_now" in template:
+            template = _STILL_CLOCK + template
         self._tokenizer = tokenizer
-        self._chat_template = chat_template
+        self._chat_template = template
         self._last_long: tuple[str, list[int]] = ("", [])
         self.name = name
         self.vocab_size = len(tokenizer)
         self.eos_ids = () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
         added = tokenizer.added_tokens_decoder.values()
-        template = str(chat_template or tokenizer.chat_template)
         # Added tokens that are neither are words: some tokenizers have runs of spaces among them.
         texts = {
             token.content
@@ -110,10 +118,6 @@ class HuggingFaceTokenizer(ChatTokenizer):
                 chat_template=self._chat_template,
                 # Templates of models that can think aloud (Qwen3) then ask for the plain answer.
                 enable_thinking=False,
-                # Templates that tell the date (Llama 3.1 and later) would give other tokens
-                # tomorrow than today.
-                date_string=_DATE.strftime("%d %b %Y"),
-                strftime_now=_DATE.strftime,
             )
         except (TemplateError, TypeError, ValueError) as error:
             raise _template_error(self.name, error) from error
@@ -143,6 +147,7 @@ class SentencePieceTokenizer(ChatTokenizer):
             "(" + "|".join(re.escape(text) for text in self.special_texts) + ")"
         )
         self._chat_template = chat_template or SENTENCEPIECE_TEMPLATE
+        self._adds_space = model.encode_as_pieces("a")[0].startswith("\u2581")
 
     def encode(self, text: str) -> list[int]:
         if not self._control_ids:
@@ -151,7 +156,11 @@ class SentencePieceTokenizer(ChatTokenizer):
         for part in self._controls.split(text):
             if part in self._control_ids:
                 ids.append(self._control_ids[part])
-            elif part:
+                continue
+            if ids and self._adds_space:
+                # `[INST] text` of a template: its space is the one that the model puts there.
+                part = part.removeprefix(" ")
+            if part:
                 ids.extend(self._model.encode(part))
         return ids
 

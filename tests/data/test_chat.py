@@ -98,6 +98,35 @@ def test_ids_are_those_of_the_stock_template(shape: str) -> None:
     assert len(stock) - len(row) == (1 if shape == "chatml" else 0)
 
 
+@pytest.mark.parametrize("at_start_only", [False, True])
+def test_answer_right_after_a_special_token_begins_as_in_the_stock_template(
+    at_start_only: bool,
+) -> None:
+    backend = small.space_prefixing(("[INST]", "[/INST]"), at_start_only=at_start_only)
+    messages = conversation("The tide table.\n\nWhat does it list?", "High water.")
+    stock = backend.apply_chat_template(
+        messages, chat_template=small.MISTRAL_V3, tokenize=True, return_dict=False
+    )
+    tokenizer = HuggingFaceTokenizer(backend, name="v3", chat_template=small.MISTRAL_V3)
+    row = conversation_row(tokenizer, messages)
+    assert row.input_ids.tolist() == stock
+    labelled = row.labels[row.labels != IGNORED_LABEL]
+    # The older kind begins anew after a special token, and adds a space to the template's own.
+    space = " " if at_start_only else "  "
+    assert tokenizer.decode([stock[0], *labelled]) == f"<s>{space}High water.</s>"
+
+
+def test_named_templates() -> None:
+    backend = copy.deepcopy(CHATML_TOKENIZER)
+    backend.chat_template = {"default": small.CHATML, "tool_use": "{{ 1 }}"}
+    tokenizer = HuggingFaceTokenizer(backend, name="two")
+    messages = conversation("What?", "Seven.")
+    assert tokenizer.render(messages) == make("chatml").render(messages)
+    backend.chat_template = {"tool_use": "{{ 1 }}"}
+    with pytest.raises(UserError, match=r"two: this tokenizer has no chat template"):
+        HuggingFaceTokenizer(backend, name="two")
+
+
 def test_end_of_turn_that_takes_the_space_after_it_is_as_in_the_stock_template() -> None:
     backend = copy.deepcopy(CHATML_TOKENIZER)
     backend.add_tokens(AddedToken("<|eot|>", rstrip=True, special=True), special_tokens=True)
@@ -228,6 +257,26 @@ def test_raw_sentencepiece_file(raw_sentencepiece: ChatTokenizer) -> None:
     alone = tokenizer.encode(" None.")
     first = int(np.flatnonzero(row.labels != IGNORED_LABEL)[-len(tokenizer.encode("None.")) - 1])
     assert row.input_ids[first:-1].tolist() == tokenizer.encode("None.") != alone
+
+
+def test_sentencepiece_file_with_markers_as_control_symbols(tmp_path: Any) -> None:
+    """Mistral v0.3: texts follow markers without a space of their own but sentencepiece's."""
+    (tmp_path / "v3.model").write_bytes(small.sentencepiece_model(("[INST]", "[/INST]")))
+    (tmp_path / "v3.jinja").write_text(small.MISTRAL_V3)
+    template = str(tmp_path / "v3.jinja")
+    tokenizer = load_tokenizer(str(tmp_path / "v3.model"), chat_template=template)
+    row = conversation_row(tokenizer, conversation("What [INST]?", "Seven.", "And?", "None."))
+    plain = conversation_row(tokenizer, conversation("What?", "Seven.", "And?", "None."))
+    bos, eos, start, end = (
+        tokenizer.encode(text)[0] for text in ("<s>", "</s>", "[INST]", "[/INST]")
+    )
+    expected = [bos]
+    for question, answer in (("What?", "Seven."), ("And?", "None.")):
+        expected += [start, *tokenizer.encode(question), end, *tokenizer.encode(answer), eos]
+    assert plain.input_ids.tolist() == expected
+    assert (row.input_ids == start).sum() == (row.input_ids == end).sum() == 2
+    labelled = row.labels[row.labels != IGNORED_LABEL].tolist()
+    assert labelled == [*tokenizer.encode("Seven."), eos, *tokenizer.encode("None."), eos]
 
 
 def test_broken_sentencepiece_file(tmp_path: Any) -> None:
