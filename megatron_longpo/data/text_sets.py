@@ -59,7 +59,7 @@ def find_format(columns: Mapping[str, Any], path: str) -> TextFormat:
         if all(name in present for name in needed):
             return form
     if "chosen_input_ids" in present:
-        raise UserError(f"{path}: holds rows of token ids already; longpo train reads them as data")
+        raise UserError(f"{path}: holds rows of token ids already; give it to train as data.path")
     raise UserError(
         f"{path}: has the columns {', '.join(present) or '(none)'}; needs document and turns (what "
         "longpo generate writes), or chosen and rejected with or without prompt (a DPO set)"
