@@ -72,7 +72,7 @@ types: setup ## check types
 check: lint types test ## all of the above, as .ci/run does
 
 bench: setup ## time training steps on this machine
-	$(BIN)/python tools/bench_step.py
+	$(BIN)/python -m tools.bench_step
 
 clean: ## remove caches and build output; .venv stays
 	rm -rf build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

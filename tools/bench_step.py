@@ -1,259 +1,371 @@
-"""Times one training step with the prefix shared and without, in one run.
+"""Times training steps on random weights: how fast, how near the limit, and where the time goes.
 
-    python tools/bench_step.py
-    python tools/bench_step.py --document 8192 --reference online --json outputs/bench.json
+    python -m tools.bench_step
+    python -m tools.bench_step --shape mistral-7b --layers 8 --context 32768 --dtype bf16
+    torchrun --nproc-per-node 2 -m tools.bench_step --shape mistral-7b --dtype bf16 \\
+        --context 131072 --tensor 2 --recompute selective --json outputs/bench.json
 
-Random weights, one pair of LongPO's shape a step: a long document, two answers. Both layouts go
-through the code of `longpo train`, take turns step by step, and are compared by their medians.
-The bare matrix products and attention calls of the shared step, timed in the same run, stand
-beside it as the limit.
+One pair of LongPO's shape a step: a long document, two turns. All modes train the same model in
+the same run, take turns step by step, and are compared by their medians. *Efficiency* is the time
+of the step's bare matrix products and attention calls (tools/bench_bare.py) over the step's.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch.profiler import record_function
 
 from megatron_longpo.config import (
+    CheckpointConfig,
     DataConfig,
     LoggingConfig,
     ModelConfig,
     OptimizerConfig,
+    ParallelConfig,
     ReferenceConfig,
     RunConfig,
     TrainConfig,
     resolve,
 )
-from megatron_longpo.data.rows import IGNORED_LABEL, PreferenceRow, TokenRow, write_rows_jsonl
-from megatron_longpo.model.architectures import Architecture
+from megatron_longpo.data.rows import write_rows_jsonl
+from megatron_longpo.data.sampler import PairSampler
+from megatron_longpo.gpu_memory import allow_expandable_segments
+from megatron_longpo.model.spec import DTYPES
 from megatron_longpo.parallel import groups
+from megatron_longpo.training import build
+from megatron_longpo.training.batches import rank_packs
 from megatron_longpo.training.flops import step_flops
 from megatron_longpo.training.loop import Run, prepare, train_step
+from tools.bench_bare import bare_seconds
+from tools.bench_models import SHAPES, PairShape, random_pair, write_random_weights
+from tools.bench_trace import breakdown, in_range, traced_step
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mode:
+    """One way of doing the same step."""
+
+    share_prefix: bool
+    reference: str
+
+    @property
+    def name(self) -> str:
+        layout = "shared" if self.share_prefix else "unshared"
+        return f"{layout}, reference {self.reference}"
 
 
 def main() -> None:
-    arguments = parse_arguments()
-    torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as folder:
-        runs = {
-            name: prepare(settings(arguments, Path(folder), share_prefix=share_prefix))
-            for name, share_prefix in (("unshared", False), ("shared", True))
-        }
-        seconds = time_steps(runs, warmup=arguments.warmup, repeats=arguments.repeats)
-        report = summarise(arguments, runs, seconds)
-    print_report(report)
-    if arguments.json:
-        Path(arguments.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(arguments.json).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    allow_expandable_segments()
+    bench(parse_arguments())
     groups.shutdown()
 
 
-def parse_arguments() -> argparse.Namespace:
+def bench(arguments: argparse.Namespace) -> None:
+    """Measures, prints and saves."""
+    torch.manual_seed(0)
+    modes = [
+        Mode(share_prefix=layout == "shared", reference=reference)
+        for reference, layout in product(arguments.reference, arguments.layout)
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        runs = make_runs(arguments, modes, Path(folder))
+        timings = time_steps(runs, warmup=arguments.warmup, repeats=arguments.repeats)
+        parts = {
+            mode: profile_step(run, mode, arguments, Path(folder)) for mode, run in runs.items()
+        }
+        report = summarise(arguments, runs, timings, parts)
+    if next(iter(runs.values())).groups.is_main:
+        print_report(report)
+        if arguments.json:
+            arguments.json.parent.mkdir(parents=True, exist_ok=True)
+            arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--ffn", type=int, default=704, help="MLP size")
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--kv-heads", type=int, default=4)
-    parser.add_argument("--vocabulary", type=int, default=1024)
-    parser.add_argument("--document", type=int, default=4096, help="tokens before the answers")
-    parser.add_argument("--answer", type=int, default=64, help="tokens of each answer")
-    parser.add_argument("--chunk", type=int, default=512, help="tokens of the short chunk")
-    parser.add_argument("--reference", choices=("none", "online"), default="none")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--recompute", choices=("none", "selective", "full"), default="none")
-    parser.add_argument("--warmup", type=int, default=1, help="steps that are not counted")
-    parser.add_argument("--repeats", type=int, default=5, help="counted steps of each layout")
-    parser.add_argument("--json", help="file to write the numbers to")
-    return parser.parse_args()
+    model = parser.add_argument_group("model")
+    model.add_argument("--shape", choices=SHAPES, default="small")
+    for name in ("layers", "hidden", "ffn", "heads", "kv-heads", "vocabulary"):
+        model.add_argument(f"--{name}", type=int, help="replaces the shape's")
+    model.add_argument("--dtype", choices=tuple(DTYPES), default="fp32")
+    model.add_argument("--kernel", default="auto", help="model.attention_kernel")
+    model.add_argument("--model-layers", default="auto", help="model.layers")
+    pair = parser.add_argument_group("pair")
+    pair.add_argument("--context", type=int, default=4224, help="tokens of the longest row")
+    pair.add_argument("--turns", type=int, default=2)
+    pair.add_argument(
+        "--answer", type=int, help="mean tokens; default 350, less in a short context"
+    )
+    pair.add_argument("--chunk", type=int, help="tokens; default 24K, an eighth of short contexts")
+    modes = parser.add_argument_group("modes, all in this run")
+    modes.add_argument(
+        "--layout", nargs="+", choices=("shared", "unshared"), default=["unshared", "shared"]
+    )
+    modes.add_argument("--reference", nargs="+", choices=("none", "online"), default=["none"])
+    layout = parser.add_argument_group("layout, under torchrun")
+    for name in ("tensor", "pipeline", "context-parallel"):
+        layout.add_argument(f"--{name}", type=int, default=1)
+    layout.add_argument("--context-comm", choices=("a2a", "all_gather"), default="all_gather")
+    run = parser.add_argument_group("run")
+    run.add_argument("--recompute", choices=("none", "selective", "full"), default="none")
+    run.add_argument("--warmup", type=int, default=1, help="steps that are not counted")
+    run.add_argument("--repeats", type=int, default=5, help="counted steps of each mode")
+    run.add_argument("--profile", type=Path, help="folder for a trace of each mode's last step")
+    run.add_argument("--json", type=Path, help="file to write the numbers to")
+    arguments = parser.parse_args(argv)
+    if arguments.answer is None:
+        arguments.answer = min(350, max(1, arguments.context // 64))
+    if arguments.chunk is None:
+        arguments.chunk = min(24 * 1024, max(1, arguments.context // 8))
+    return arguments
 
 
-def settings(arguments: argparse.Namespace, folder: Path, *, share_prefix: bool) -> TrainConfig:
-    """Settings of one layout; model and row are made on the first call."""
-    model, rows = folder / "model", folder / "rows.jsonl"
-    if not model.exists():
-        config = LlamaConfig(
-            vocab_size=arguments.vocabulary,
-            hidden_size=arguments.hidden,
-            intermediate_size=arguments.ffn,
-            num_hidden_layers=arguments.layers,
-            num_attention_heads=arguments.heads,
-            num_key_value_heads=arguments.kv_heads,
-            max_position_embeddings=2 * arguments.document,
-            tie_word_embeddings=True,
-        )
-        LlamaForCausalLM(config).save_pretrained(model)
-        write_rows_jsonl(rows, [random_pair(arguments)])
+def make_runs(arguments: argparse.Namespace, modes: list[Mode], folder: Path) -> dict[Mode, Run]:
+    """A run for each mode; all of them share the model and the optimizer."""
+    shape = SHAPES[arguments.shape].changed(
+        layers=arguments.layers,
+        hidden=arguments.hidden,
+        ffn=arguments.ffn,
+        heads=arguments.heads,
+        kv_heads=arguments.kv_heads,
+        vocabulary=arguments.vocabulary,
+    )
+    pair_shape = PairShape(
+        context=arguments.context,
+        turns=arguments.turns,
+        answer=arguments.answer,
+        question=max(1, arguments.answer // 8),
+        chunk=arguments.chunk,
+    )
+    shape.write_config(folder / "model", max_positions=2 * arguments.context)
+    num_pairs = data_parallel_size(arguments)
+    rows = [
+        random_pair(pair_shape, vocabulary=shape.vocabulary, seed=seed) for seed in range(num_pairs)
+    ]
+    write_rows_jsonl(folder / "rows.jsonl", rows)
+    # What is built must serve every mode.
+    largest = max(modes, key=lambda mode: mode.reference == "online")
+    built = prepare(settings(arguments, folder, largest), write_weights=write_random_weights)
+    optimizer: Any = built.optimizer
+    optimizer.step = in_range("optimizer", optimizer.step)
+    for chunk in built.model:
+        mark_reference(chunk)
+    return {mode: as_mode(built, settings(arguments, folder, mode)) for mode in modes}
+
+
+def data_parallel_size(arguments: argparse.Namespace) -> int:
+    model_ranks = arguments.tensor * arguments.pipeline * arguments.context_parallel
+    return max(1, int(os.environ.get("WORLD_SIZE", 1)) // model_ranks)
+
+
+def settings(arguments: argparse.Namespace, folder: Path, mode: Mode) -> TrainConfig:
+    """Settings of one mode; a data-parallel rank gets one pair a step."""
     return resolve(
         TrainConfig(
-            model=ModelConfig(hf_path=str(model), dtype=arguments.dtype),
-            reference=ReferenceConfig(mode=arguments.reference),
+            model=ModelConfig(
+                hf_path=str(folder / "model"),
+                dtype=arguments.dtype,
+                attention_kernel=arguments.kernel,
+                layers=arguments.model_layers,
+            ),
+            reference=ReferenceConfig(mode=mode.reference),  # type: ignore[arg-type]
             data=DataConfig(
-                path=str(rows), max_length=2 * arguments.document, share_prefix=share_prefix
+                path=str(folder / "rows.jsonl"),
+                max_length=2 * arguments.context,
+                share_prefix=mode.share_prefix,
+            ),
+            parallel=ParallelConfig(
+                tensor=arguments.tensor,
+                pipeline=arguments.pipeline,
+                context=arguments.context_parallel,
+                context_comm=arguments.context_comm,
             ),
             optimizer=OptimizerConfig(warmup_ratio=0.0),
             train=RunConfig(
-                global_batch_pairs=1,
-                steps=arguments.warmup + arguments.repeats,
+                global_batch_pairs=data_parallel_size(arguments),
+                steps=arguments.warmup + arguments.repeats + 1,
                 recompute=arguments.recompute,
             ),
-            logging=LoggingConfig(dir=str(folder / "run")),
+            checkpoint=CheckpointConfig(interval=0),
+            logging=LoggingConfig(dir=str(folder / "run"), tensorboard=False),
         )
     )
 
 
-def random_pair(arguments: argparse.Namespace) -> PreferenceRow:
-    """A pair of LongPO's shape: one document, and the answers of one question."""
-    rng = np.random.default_rng(0)
-
-    def tokens(count: int) -> np.ndarray:
-        return rng.integers(0, arguments.vocabulary, count)
-
-    def row(prompt: np.ndarray, answer: np.ndarray) -> TokenRow:
-        unlabelled = np.full(len(prompt), IGNORED_LABEL)
-        return TokenRow(
-            input_ids=np.concatenate([prompt, answer]), labels=np.concatenate([unlabelled, answer])
-        )
-
-    document, chunk = tokens(arguments.document), tokens(arguments.chunk)
-    chosen, rejected = tokens(arguments.answer), tokens(arguments.answer)
-    return PreferenceRow(
-        id="bench",
-        source="bench",
-        chosen=row(document, chosen),
-        rejected=row(document, rejected),
-        reference_chosen=(row(chunk, chosen),),
-        reference_rejected=(row(chunk, rejected),),
+def as_mode(built: Run, config: TrainConfig) -> Run:
+    """The same model and optimizer on the pairs as another mode reads them."""
+    sources = built.sources
+    if config.reference.mode == "none":
+        sources = replace(sources, reference=None, reference_folder=None)
+    objective = build.make_objective(config)
+    pairs = build.read_pairs(
+        config, config.data.path, sources, objective, progress=lambda rows: rows
+    )
+    sampler = PairSampler(
+        len(pairs),
+        global_batch_pairs=config.train.global_batch_pairs,
+        shuffle=False,
+        seed=config.data.seed,
+        fingerprint=pairs.dataset.fingerprint,
+    )
+    return replace(
+        built, config=config, sources=sources, objective=objective, pairs=pairs, sampler=sampler
     )
 
 
-def time_steps(runs: dict[str, Run], *, warmup: int, repeats: int) -> dict[str, list[float]]:
-    """Seconds of each counted step; the layouts take turns, so that both meet the same noise."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+def mark_reference(wrapped: Any) -> None:
+    """Shows the reference's layers as a range of the trace."""
+    while hasattr(wrapped, "module"):
+        wrapped = wrapped.module
+    if wrapped.reference is None:
+        return
+    opened: list[record_function] = []
+
+    def enter(*_: Any) -> None:
+        opened.append(record_function("reference"))
+        opened[-1].__enter__()
+
+    def leave(*_: Any) -> None:
+        opened.pop().__exit__(None, None, None)
+
+    wrapped.reference.decoder.register_forward_pre_hook(enter)
+    wrapped.reference.decoder.register_forward_hook(leave)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Timing:
+    """One counted step."""
+
+    seconds: float
+    peak_memory_gib: float | None
+    """None without a GPU, where a process's peak never falls from mode to mode."""
+
+
+def time_steps(runs: dict[Mode, Run], *, warmup: int, repeats: int) -> dict[Mode, list[Timing]]:
+    """The modes take turns, so that all of them meet the same noise."""
+    timings: dict[Mode, list[Timing]] = {mode: [] for mode in runs}
     for index in range(warmup + repeats):
-        for name, run in runs.items():
-            step_time = train_step(run)["step_time_s"]
-            assert step_time is not None
+        for mode, run in runs.items():
+            timing = timed_step(run)
             if index >= warmup:
-                seconds[name].append(step_time)
-    return seconds
+                timings[mode].append(timing)
+    return timings
+
+
+def timed_step(run: Run) -> Timing:
+    """From an idle GPU to an idle GPU: the optimizer's last kernels belong to their step."""
+    has_cuda = torch.cuda.is_available()
+    if has_cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    started = time.perf_counter()
+    train_step(run)
+    if has_cuda:
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - started
+    peak = torch.cuda.max_memory_allocated() / 2**30 if has_cuda else None
+    return Timing(seconds=seconds, peak_memory_gib=peak)
+
+
+def profile_step(
+    run: Run, mode: Mode, arguments: argparse.Namespace, folder: Path
+) -> dict[str, float]:
+    """One more step under the profiler, which slows it a little: seconds by part."""
+    name = mode.name.replace(", ", "-").replace(" ", "-")
+    path = (arguments.profile or folder) / f"{name}-rank{run.groups.rank}.json"
+    with traced_step(path):
+        train_step(run)
+    return breakdown(path)
 
 
 def summarise(
-    arguments: argparse.Namespace, runs: dict[str, Run], seconds: dict[str, list[float]]
+    arguments: argparse.Namespace,
+    runs: dict[Mode, Run],
+    timings: dict[Mode, list[Timing]],
+    parts: dict[Mode, dict[str, float]],
 ) -> dict[str, Any]:
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
-    limits = {name: bare_seconds(run) for name, run in runs.items()}
-    layouts = {}
-    for name, run in runs.items():
+    """Everything that is printed, as plain JSON types."""
+    modes: dict[str, dict[str, Any]] = {}
+    for mode, run in runs.items():
         sizes = run.pairs.sizes
+        seconds = statistics.median(timing.seconds for timing in timings[mode])
         flops = step_flops(sizes, run.sources.policy, run.sources.reference)
-        layouts[name] = {
+        peaks = [t.peak_memory_gib for t in timings[mode] if t.peak_memory_gib is not None]
+        bare = bare_step(run)
+        modes[mode.name] = {
             "policy_tokens": sum(size.policy_tokens for size in sizes),
-            "median_step_s": medians[name],
-            "step_s": seconds[name],
-            "model_tflops": flops / medians[name] / 1e12,
-            "bare_s": limits[name],
-            "efficiency": sum(limits[name].values()) / medians[name],
+            "reference_tokens": sum(size.reference_tokens for size in sizes),
+            "median_step_s": seconds,
+            "step_s": [timing.seconds for timing in timings[mode]],
+            "model_tflops_per_gpu": flops / seconds / run.groups.world_size / 1e12,
+            "peak_memory_gib": max(peaks, default=None),
+            "bare_s": bare,
+            "efficiency": sum(bare.values()) / seconds,
+            "breakdown_s": parts[mode],
         }
     return {
         "device": device_name(),
+        "world_size": next(iter(runs.values())).groups.world_size,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "settings": vars(arguments),
-        "layouts": layouts,
-        "speedup": medians["unshared"] / medians["shared"],
+        "settings": {name: _plain(value) for name, value in vars(arguments).items()},
+        "modes": modes,
+        "speedup": speedups(arguments.reference, modes),
     }
 
 
-def bare_seconds(run: Run) -> dict[str, float]:
-    """Seconds of the policy's matrix products and attention alone, forward and backward."""
-    arch = run.sources.policy
-    size = run.pairs.sizes[0]
-    device, dtype = run.groups.device, next(run.model[0].parameters()).dtype
-    rows = [(size.policy_tokens, 1)]
-    if size.policy_tokens == size.unshared_tokens:
-        rows = [(size.policy_tokens // 2, 2)]
-    products = sum(
-        bare_matmul(size.policy_tokens, width_in, width_out, device=device, dtype=dtype)
-        for width_in, width_out in linear_shapes(arch)
-    )
-    head = bare_matmul(
-        size.policy_edges, arch.hidden_size, arch.vocab_size, device=device, dtype=dtype
-    )
-    attention = sum(
-        count * bare_attention(arch, length, device=device, dtype=dtype) for length, count in rows
-    )
-    return {
-        "linears": arch.num_layers * products,
-        "attention": arch.num_layers * attention,
-        "head": head,
-    }
-
-
-def linear_shapes(arch: Architecture) -> list[tuple[int, int]]:
-    """(in, out) of one layer's matrices."""
-    width, kv_width = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
-    return [
-        (arch.hidden_size, width + 2 * kv_width),
-        (width, arch.hidden_size),
-        (arch.hidden_size, 2 * arch.ffn_hidden_size),
-        (arch.ffn_hidden_size, arch.hidden_size),
-    ]
-
-
-def bare_matmul(
-    tokens: int, width_in: int, width_out: int, *, device: torch.device, dtype: torch.dtype
-) -> float:
-    """Seconds of the three products of a linear layer: forward, input and weight gradient."""
-    states = torch.randn(tokens, width_in, device=device, dtype=dtype)
-    weight = torch.randn(width_out, width_in, device=device, dtype=dtype)
-    gradient = torch.randn(tokens, width_out, device=device, dtype=dtype)
-    return fastest(lambda: (states @ weight.T, gradient @ weight, gradient.T @ states))
-
-
-def bare_attention(
-    arch: Architecture, tokens: int, *, device: torch.device, dtype: torch.dtype
-) -> float:
-    """Seconds of one causal attention call over one row, forward and backward."""
-    query, key, value = (
-        torch.randn(1, heads, tokens, arch.head_dim, device=device, dtype=dtype, requires_grad=True)
-        for heads in (arch.num_heads, arch.num_kv_heads, arch.num_kv_heads)
-    )
-
-    def call() -> None:
-        output = F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, enable_gqa=arch.num_heads != arch.num_kv_heads
+def speedups(references: list[str], modes: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """How much faster the shared layout is, by reference, where both layouts ran."""
+    found = {}
+    for reference in references:
+        shared, unshared = (
+            modes.get(Mode(share_prefix=share, reference=reference).name) for share in (True, False)
         )
-        torch.autograd.grad(output, (query, key, value), torch.ones_like(output))
+        if shared is not None and unshared is not None:
+            found[reference] = unshared["median_step_s"] / shared["median_step_s"]
+    return found
 
-    return fastest(call)
 
-
-def fastest(call: Any, *, repeats: int = 3) -> float:
-    """The best time of a bare call is the limit."""
-    times = []
-    for _ in range(repeats):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        started = time.perf_counter()
-        call()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    return min(times)
+def bare_step(run: Run) -> dict[str, float]:
+    """Bare seconds by part of this rank's microbatches."""
+    packs = rank_packs(
+        run.pairs,
+        list(range(len(run.pairs))),
+        run.groups,
+        budget_tokens=run.budget_tokens,
+        context_comm=run.config.parallel.context_comm,
+    )
+    sizes = run.groups.sizes
+    heads_shared = sizes.context if run.config.parallel.context_comm == "a2a" else 1
+    total: dict[str, float] = {}
+    for pack in packs:
+        parts = bare_seconds(
+            pack,
+            run.sources.policy,
+            run.sources.reference,
+            device=run.groups.device,
+            dtype=DTYPES[run.config.model.dtype],
+            tensor=sizes.tensor,
+            pipeline=sizes.pipeline,
+            attention_ranks=sizes.tensor * heads_shared,
+        )
+        for part, seconds in parts.items():
+            total[part] = total.get(part, 0.0) + seconds
+    return total
 
 
 def device_name() -> str:
@@ -265,15 +377,26 @@ def device_name() -> str:
     return "CPU"
 
 
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
 def print_report(report: dict[str, Any]) -> None:
-    print(f"{report['device']}, {report['threads']} threads, torch {report['torch']}")
-    for name, layout in report["layouts"].items():
-        bare = ", ".join(f"{part} {seconds:.2f} s" for part, seconds in layout["bare_s"].items())
+    print(f"{report['world_size']} x {report['device']}, torch {report['torch']}")
+    for name, mode in report["modes"].items():
+        memory = mode["peak_memory_gib"]
         print(
-            f"{name:>9}: {layout['policy_tokens']} tokens, median {layout['median_step_s']:.2f} s, "
-            f"efficiency {layout['efficiency']:.2f} (bare: {bare})"
+            f"{name}: {mode['policy_tokens']} + {mode['reference_tokens']} tokens, "
+            f"median {mode['median_step_s']:.3f} s, "
+            f"{mode['model_tflops_per_gpu']:.0f} model TFLOP/s a GPU, "
+            f"efficiency {mode['efficiency']:.3f}"
+            + (f", peak {memory:.1f} GiB" if memory is not None else "")
         )
-    print(f"sharing the prefix is {report['speedup']:.2f} times as fast")
+        for title, parts in (("bare", mode["bare_s"]), ("step", mode["breakdown_s"])):
+            shown = ", ".join(f"{part} {seconds:.3f}" for part, seconds in parts.items())
+            print(f"    {title}: {shown}")
+    for reference, speedup in report["speedup"].items():
+        print(f"sharing the prefix is {speedup:.2f} times as fast (reference {reference})")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,123 @@
+"""The benchmarks run on a CPU, and count what they say they count."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_longpo.data.forest import NO_PARENT
+from megatron_longpo.parallel.groups import Groups
+from megatron_longpo.parallel.layout import lay_out
+from tests.model.test_attention import make_forest
+from tools import bench_head, bench_step
+from tools.bench_bare import blocks_of, linear_shapes
+from tools.bench_models import SHAPES, PairShape, random_pair
+from tools.bench_trace import breakdown
+
+TINY = "--layers 2 --hidden 32 --ffn 48 --heads 4 --kv-heads 2 --vocabulary 300".split()  # noqa: SIM905
+PAIR = PairShape(context=1000, turns=2, answer=35, question=5, chunk=120)
+
+
+def test_a_pair_has_the_shape_of_longpo() -> None:
+    pair = random_pair(PAIR, vocabulary=300)
+    assert max(len(pair.chosen.input_ids), len(pair.rejected.input_ids)) == PAIR.context
+    assert len(pair.reference_chosen) == len(pair.reference_rejected) == PAIR.turns
+    labelled = [int((row.labels >= 0).sum()) for row in (pair.chosen, pair.rejected)]
+    for row, answers in zip(
+        (pair.reference_chosen, pair.reference_rejected), labelled, strict=True
+    ):
+        assert sum(int((short.labels >= 0).sum()) for short in row) == answers
+        assert all(20 <= int((short.labels >= 0).sum()) <= 50 for short in row)
+    shared = (pair.chosen.input_ids[:900] == pair.rejected.input_ids[:900]).all()
+    assert shared and not (pair.chosen.labels[:900] >= 0).any()
+
+
+def test_a_tree_is_two_causal_blocks_and_a_rectangle() -> None:
+    plan = lay_out(make_forest([NO_PARENT, 0, 0], [7, 2, 3]), device=torch.device("cpu")).attention
+    assert blocks_of(plan) == Counter({(9, 9, True): 1, (3, 3, True): 1, (3, 7, False): 1})
+
+
+def test_linear_shapes_have_the_parameters_of_mistral() -> None:
+    shape: Any = SHAPES["mistral-7b"]
+    arch = type(
+        "Arch",
+        (),
+        {
+            "hidden_size": shape.hidden,
+            "ffn_hidden_size": shape.ffn,
+            "num_heads": shape.heads,
+            "num_kv_heads": shape.kv_heads,
+            "head_dim": 128,
+        },
+    )
+    whole = sum(width * out for width, out in linear_shapes(arch))  # type: ignore[arg-type]
+    half = sum(width * out for width, out in linear_shapes(arch, 2))  # type: ignore[arg-type]
+    assert whole == 218_103_808 and 2 * half == whole
+
+
+def test_a_bench_step_reports_every_mode(
+    tmp_path: Path, single_process: Groups, capsys: pytest.CaptureFixture[str]
+) -> None:
+    numbers, traces = tmp_path / "bench.json", tmp_path / "traces"
+    arguments = ["--context", "300", "--chunk", "40", "--repeats", "2", "--reference", "none"]
+    arguments += ["online", "--json", str(numbers), "--profile", str(traces), *TINY]
+    bench_step.bench(bench_step.parse_arguments(arguments))
+    report = json.loads(numbers.read_text())
+    modes = report["modes"]
+    assert set(modes) == {
+        f"{layout}, reference {reference}"
+        for layout in ("shared", "unshared")
+        for reference in ("none", "online")
+    }
+    for name, mode in modes.items():
+        assert len(mode["step_s"]) == 2 and mode["median_step_s"] > 0
+        assert mode["model_tflops_per_gpu"] > 0 and 0 < mode["efficiency"] < 2
+        assert ("reference" in mode["bare_s"]) == name.endswith("online")
+        assert (mode["breakdown_s"]["reference"] > 0) == name.endswith("online")
+        assert min(mode["breakdown_s"][part] for part in ("attention", "head", "optimizer")) > 0
+    shared, unshared = modes["shared, reference none"], modes["unshared, reference none"]
+    assert unshared["policy_tokens"] > 1.5 * shared["policy_tokens"]
+    assert set(report["speedup"]) == {"none", "online"}
+    assert len(list(traces.iterdir())) == 4
+    assert "sharing the prefix is" in capsys.readouterr().out
+
+
+def test_the_head_is_timed_beside_its_products(single_process: Groups) -> None:
+    row = bench_head.measure(64, 16, 300, groups_of_one=single_process, dtype=torch.float32)
+    assert row["ours_ms"] > 0 and row["three_products_ms"] > 0
+    assert row["ours_extra_gib"] is None and "liger_ms" not in row
+
+
+def test_a_trace_is_read_kernel_by_kernel(tmp_path: Path) -> None:
+    def event(category: str, name: str, begin: float, duration: float) -> dict[str, Any]:
+        return {"ph": "X", "cat": category, "name": name, "ts": begin, "dur": duration}
+
+    path = tmp_path / "trace.json"
+    events = [
+        event("user_annotation", "step", 0, 1000),
+        event("gpu_user_annotation", "attention", 100, 200),
+        event("gpu_user_annotation", "reference", 400, 200),
+        event("gpu_user_annotation", "attention", 450, 50),
+        event("kernel", "flash_fprop", 100, 150),
+        event("kernel", "elementwise", 260, 40),
+        event("kernel", "flash_fprop", 450, 50),
+        event("kernel", "nvjet_tst_128x256", 700, 100),
+        event("kernel", "ncclDevKernel_AllReduce", 720, 100),
+        event("kernel", "elementwise", 900, 10),
+        {"ph": "M", "name": "process_name"},
+    ]
+    path.write_text(json.dumps({"traceEvents": events}))
+    parts = {name: round(1e6 * seconds) for name, seconds in breakdown(path).items()}
+    assert parts == {
+        "attention": 190,
+        "reference": 50,
+        "linears": 100,
+        "communication": 100,
+        "norms, activations, copies": 10,
+        "idle": 1000 - 150 - 40 - 50 - 120 - 10,
+    }
