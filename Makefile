@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lint types check bench clean
+.PHONY: help setup quickstart test test-gpu lint types check bench clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,7 +16,7 @@ TRANSFORMERS4 := tests/convert/transformers4.txt
 TRANSFORMERS4_DONE := $(VENV)/transformers4/.done
 
 help: ## show this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1|/' | column -t -s '|'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
 
 setup: $(SETUP_DONE) $(TRANSFORMERS4_DONE) ## make .venv with everything that tests and quickstart need
 
@@ -61,6 +61,9 @@ quickstart: $(QUICKSTART_DONE) ## documents to a trained model on a CPU, in minu
 
 test: setup ## run the tests that need neither a GPU nor Slurm
 	LONGPO_NEEDS_TRANSFORMERS4=1 $(BIN)/python -m pytest
+
+test-gpu: setup ## run the tests that need a GPU; those of several are skipped on one
+	$(BIN)/python -m pytest -m gpu
 
 lint: setup ## check style and formatting
 	$(BIN)/ruff check .

@@ -1,0 +1,56 @@
+"""Under torchrun on two GPUs: bf16 steps of every two-rank layout against the fp32 oracle.
+
+    torchrun --nproc-per-node 2 tests/gpu/ranks.py FOLDER
+
+FOLDER is a `Bf16Shelf` whose models and rows are made already.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from dataclasses import replace
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_longpo.parallel import groups
+from megatron_longpo.parallel.groups import ParallelSizes
+from tests.gpu.steps import CASES, Bf16Shelf, check_step, run_step
+from tests.parity.harness import oracle_for
+
+LAYOUTS = {
+    "data 2": (ParallelSizes(), "all_gather"),
+    "context 2 all_gather": (ParallelSizes(context=2), "all_gather"),
+    "context 2 a2a": (ParallelSizes(context=2), "a2a"),
+    "tensor 2": (ParallelSizes(tensor=2, sequence=True), "all_gather"),
+    "pipeline 2": (ParallelSizes(pipeline=2), "all_gather"),
+}
+
+
+def main() -> None:
+    shelf = Bf16Shelf(Path(sys.argv[1]))
+    groups.initialize(ParallelSizes(), timeout_minutes=5)
+    failed = False
+    for case in CASES[:2]:
+        oracle = oracle_for(case, shelf)
+        for name, (sizes, comm) in LAYOUTS.items():
+            ranks = groups.initialize(sizes, timeout_minutes=5)
+            # The distributed optimizer leaves each rank a part of the summed gradient.
+            whole = replace(case, distributed_optimizer=False)
+            ours = run_step(whole, shelf, ranks, context_comm=comm)
+            if not ranks.is_main:
+                continue
+            try:
+                check_step(ours, oracle)
+                print(f"same: {name} {case.name}", flush=True)
+            except AssertionError:
+                failed = True
+                print(f"differs: {name} {case.name}\n{traceback.format_exc()}", flush=True)
+    dist.barrier()
+    groups.shutdown()
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""Every kernel of this GPU, in bf16, against a softmax in fp32: blocks and whole trees."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_longpo.data.forest import NO_PARENT
+from megatron_longpo.errors import UserError
+from megatron_longpo.model.attention import attend, attend_backward
+from megatron_longpo.model.kernel_choice import choose_kernel
+from megatron_longpo.model.kernels import AttentionKernel, MathKernel
+from megatron_longpo.parallel.layout import TokenLayout, lay_out
+from tests.model.dense_attention import block_mask, dense_attention, dense_gradients
+from tests.model.test_attention import make_forest, tree_mask
+
+pytestmark = pytest.mark.gpu
+
+TOLERANCE = 5e-3
+"""Norm of the difference over the norm."""
+KERNELS = ("te", "cudnn", "flash_attn", "varlen", "sdpa")
+BLOCKS = [
+    # queries, keys, heads, key/value heads, head size, causal
+    (1, 1, 4, 2, 64, True),
+    (7, 7, 4, 4, 64, True),
+    (300, 300, 8, 2, 128, True),
+    (1000, 1000, 4, 1, 64, True),
+    (5, 700, 8, 2, 128, False),
+    (200, 1500, 8, 2, 128, False),
+    (129, 131, 6, 3, 64, False),
+]
+
+
+def kernel_of(setting: str, head_dim: int) -> AttentionKernel:
+    """The kernel, or a skip that says why this machine has none."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    try:
+        return choose_kernel(setting, device=device, dtype=torch.bfloat16, head_dim=head_dim).kernel
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+def random_tensors(lengths_and_heads: Sequence[tuple[int, int]], head_dim: int) -> list[Tensor]:
+    generator = torch.Generator(device="cuda").manual_seed(lengths_and_heads[0][0])
+    return [
+        torch.randn(
+            length, heads, head_dim, generator=generator, device="cuda", dtype=torch.bfloat16
+        )
+        for length, heads in lengths_and_heads
+    ]
+
+
+def assert_close(actual: Tensor, expected: Tensor, what: str) -> None:
+    assert actual.shape == expected.shape, what
+    error = float((actual.double() - expected.double()).norm() / expected.double().norm())
+    assert error <= TOLERANCE, f"{what}: off by {error:.3g}"
+
+
+@pytest.mark.parametrize("setting", KERNELS)
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+def test_a_block_is_softmax_attention(
+    setting: str, block: tuple[int, int, int, int, int, bool]
+) -> None:
+    queries, keys, heads, groups, head_dim, causal = block
+    kernel, scale = kernel_of(setting, head_dim), head_dim**-0.5
+    *inputs, grad = random_tensors(
+        [(queries, heads), (keys, groups), (keys, groups), (queries, heads)], head_dim
+    )
+    exact = [tensor.float() for tensor in inputs]
+    mask = block_mask(queries, keys, causal=causal).cuda()
+    expected, expected_logsumexp = dense_attention(exact, mask, scale)
+    expected_grads = dense_gradients(exact, mask, scale, grad.float())
+    output, logsumexp = kernel.forward(*inputs, causal=causal, scale=scale)
+    assert output.dtype == torch.bfloat16 and logsumexp.dtype == torch.float32
+    assert_close(output, expected, "output")
+    torch.testing.assert_close(logsumexp, expected_logsumexp, rtol=TOLERANCE, atol=TOLERANCE)
+    grads = kernel.backward(grad, *inputs, output, logsumexp, causal=causal, scale=scale)
+    for name, actual, wanted in zip("qkv", grads, expected_grads, strict=True):
+        if queries == 1 and causal and name in "qk":
+            # One key: the softmax is 1 whatever its score, and the true gradient is 0.
+            assert float(actual.abs().max()) < 1e-2
+            continue
+        assert_close(actual, wanted, f"gradient of {name}")
+
+
+@pytest.mark.parametrize("setting", KERNELS)
+@pytest.mark.parametrize(
+    ("parents", "lengths"),
+    [
+        ([NO_PARENT], [500]),
+        ([NO_PARENT, 0, 0], [900, 150, 200]),
+        ([NO_PARENT, 0, 1, 0, NO_PARENT, 4], [300, 170, 140, 260, 400, 3]),
+    ],
+    ids=["row", "pair", "forest"],
+)
+def test_a_tree_is_its_dense_mask(setting: str, parents: list[int], lengths: list[int]) -> None:
+    heads, groups, head_dim = 8, 2, 128
+    kernel, scale = kernel_of(setting, head_dim), head_dim**-0.5
+    forest = make_forest(parents, lengths)
+    tokens = lay_out(forest, multiple=8, device=torch.device("cuda"))
+    num_tokens = tokens.num_tokens
+    query, key, value, grad = random_tensors(
+        [(num_tokens, heads), (num_tokens, groups), (num_tokens, groups), (num_tokens, heads)],
+        head_dim,
+    )
+    exact = [tensor.float() for tensor in (query, key, value)]
+    mask = tree_mask(forest, num_tokens).cuda()
+    entered = (query, key, value)
+    output, logsumexp = attend(entered, tokens.attention, kernel, scale=scale)
+    assert_close(output, dense_attention(exact, mask, scale)[0], "output")
+    grads = attend_backward(grad, entered, output, logsumexp, tokens.attention, kernel, scale=scale)
+    expected = dense_gradients(exact, mask, scale, grad.float())
+    for name, actual, wanted in zip("qkv", grads, expected, strict=True):
+        assert_close(actual, wanted, f"gradient of {name}")
+
+
+def test_ranks_with_gathered_keys_make_up_the_whole() -> None:
+    """Merged blocks of two ranks, each with its zigzag of every segment, on one GPU."""
+    heads, groups, head_dim = 8, 2, 128
+    kernel, scale = kernel_of("auto", head_dim), head_dim**-0.5
+    forest = make_forest([NO_PARENT, 0, 0], [1200, 260, 300])
+    total = forest.num_tokens
+    query, key, value, grad = random_tensors(
+        [(total, heads), (total, groups), (total, groups), (total, heads)], head_dim
+    )
+    whole = lay_out(forest, device=torch.device("cuda")).attention
+    exact = tuple(tensor.float() for tensor in (query, key, value))
+    expected, expected_logsumexp = attend(exact, whole, MathKernel(), scale=scale)
+    expected_grads = attend_backward(
+        grad.float(), exact, expected, expected_logsumexp, whole, MathKernel(), scale=scale
+    )
+    key_grads, value_grads = torch.zeros_like(exact[1]), torch.zeros_like(exact[2])
+    for rank in range(2):
+        plan = lay_out(
+            forest, device=torch.device("cuda"), context_rank=rank, context_size=2
+        ).attention
+        here = TokenLayout.of(forest, num_ranks=2, multiple=1).tokens(rank)
+        entered = (query[here], key, value)
+        output, logsumexp = attend(entered, plan, kernel, scale=scale)
+        assert_close(output, expected[here], "output")
+        query_grad, key_grad, value_grad = attend_backward(
+            grad[here], entered, output, logsumexp, plan, kernel, scale=scale
+        )
+        assert_close(query_grad, expected_grads[0][here], "gradient of q")
+        key_grads += key_grad
+        value_grads += value_grad
+    assert_close(key_grads, expected_grads[1], "gradient of k")
+    assert_close(value_grads, expected_grads[2], "gradient of v")

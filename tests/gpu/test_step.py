@@ -1,0 +1,97 @@
+"""A bf16 step on a GPU: against the fp32 oracle, and Transformer Engine's layers against ours."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_longpo.config import CheckpointConfig, LoggingConfig, OptimizerConfig, RunConfig
+from megatron_longpo.model.layer_specs import choose_layers
+from megatron_longpo.parallel.groups import Groups
+from megatron_longpo.training import loop
+from tests.gpu.steps import CASES, TOLERANCE, Bf16Shelf, check_step, gradient_error, run_step
+from tests.parity.cases import Case
+from tests.parity.harness import oracle_for, policy_parameters, train_config
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="session")
+def bf16_shelf(tmp_path_factory: pytest.TempPathFactory) -> Bf16Shelf:
+    return Bf16Shelf(tmp_path_factory.mktemp("bf16-shelf"))
+
+
+def need_transformer_engine() -> None:
+    chosen = choose_layers(
+        "auto", device=torch.device("cuda"), dtype=torch.bfloat16, has_lora=False
+    )
+    if chosen.kind != "te":
+        pytest.skip(chosen.line)
+
+
+@pytest.mark.parametrize("layers", ["te", "local"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_step_is_the_oracles(
+    case: Case, layers: str, bf16_shelf: Bf16Shelf, single_process: Groups
+) -> None:
+    if layers == "te":
+        need_transformer_engine()
+    ours = run_step(case, bf16_shelf, single_process, layers=layers)
+    check_step(ours, oracle_for(case, bf16_shelf))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_both_kinds_of_layers_give_one_gradient(
+    case: Case, bf16_shelf: Bf16Shelf, single_process: Groups
+) -> None:
+    need_transformer_engine()
+    te, local = (
+        run_step(case, bf16_shelf, single_process, layers=layers) for layers in ("te", "local")
+    )
+    assert te.metrics["loss"] == pytest.approx(local.metrics["loss"], rel=TOLERANCE)
+    assert gradient_error(te.gradients, local.gradients) <= TOLERANCE
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputation_changes_little(
+    recompute: Any, bf16_shelf: Bf16Shelf, single_process: Groups
+) -> None:
+    """The same kernels run again; only sums in another order may differ."""
+    case = CASES[1]
+    kept = run_step(case, bf16_shelf, single_process)
+    again = run_step(replace(case, recompute=recompute), bf16_shelf, single_process)
+    assert gradient_error(again.gradients, kept.gradients) <= 5e-3
+
+
+@pytest.mark.parametrize(("first", "second"), [("te", "local"), ("local", "te")])
+def test_a_checkpoint_goes_on_with_the_other_kind_of_layers(
+    first: str, second: str, bf16_shelf: Bf16Shelf, single_process: Groups, tmp_path: Path
+) -> None:
+    need_transformer_engine()
+    case = CASES[2]
+
+    def config(layers: str, steps: int) -> Any:
+        settings = train_config(
+            case,
+            bf16_shelf,
+            optimizer=OptimizerConfig(lr=1e-3, warmup_ratio=0.0),
+            train=RunConfig(global_batch_pairs=2, steps=steps, recompute="none"),
+            checkpoint=CheckpointConfig(interval=1),
+            logging=LoggingConfig(dir=str(tmp_path / first), tensorboard=False),
+        )
+        return replace(settings, model=replace(settings.model, layers=layers))
+
+    saved = loop.prepare(config(first, 2))
+    loop.train(saved)
+    resumed = loop.prepare(config(second, 4))
+    assert resumed.step == 2
+    before, after = policy_parameters(saved), policy_parameters(resumed)
+    assert set(before) == set(after)
+    for name, weight in before.items():
+        assert torch.equal(weight, after[name]), name
+    loop.train(resumed)
+    assert resumed.step == 4
