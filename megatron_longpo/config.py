@@ -176,6 +176,9 @@ class OptimizerConfig:
     """Where the decay ends: the learning rate that a step after the last one would have."""
     distributed: bool = True
     """Shard fp32 weights and optimizer state over the data-parallel ranks."""
+    grad_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Type in which gradients are summed over microbatches and ranks; bf16 takes half the memory
+    and rounds every sum."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

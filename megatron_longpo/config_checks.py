@@ -133,6 +133,11 @@ def _check_rest(config: TrainConfig) -> None:
             f"optimizer.min_lr ({optimizer.min_lr:g}) must not exceed optimizer.lr "
             f"({optimizer.lr:g}). Lower it, or raise optimizer.lr"
         )
+    if optimizer.grad_dtype == "bf16" and config.model.dtype == "fp32":
+        raise UserError(
+            "optimizer.grad_dtype (bf16): gradients have model.dtype at least, and it is fp32. Use "
+            "fp32, or model.dtype bf16"
+        )
     if train.eval_interval and data.eval_path is None:
         raise UserError(
             f"train.eval_interval ({train.eval_interval}) needs rows to evaluate on. Set "

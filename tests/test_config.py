@@ -82,6 +82,7 @@ CONTRACT_DEFAULTS: dict[str, Any] = {
     "optimizer.warmup_ratio": 0.1,
     "optimizer.min_lr": 0,
     "optimizer.distributed": True,
+    "optimizer.grad_dtype": "fp32",
     "train.global_batch_pairs": 8,
     "train.epochs": 1,
     "train.steps": None,
@@ -382,6 +383,10 @@ def test_what_is_required_is_asked_for() -> None:
         (
             ["--objective.name=sft_rejected", "--objective.nll_scope=chosen_row"],
             "objective.nll_scope (chosen_row): sft_rejected has no use for it",
+        ),
+        (
+            ["--optimizer.grad_dtype=bf16", "--model.dtype=fp32"],
+            "optimizer.grad_dtype (bf16): gradients have model.dtype at least",
         ),
         (["--optimizer.min_lr=1"], "optimizer.min_lr (1) must not exceed optimizer.lr (5e-07)"),
         (["--train.eval_interval=5"], "needs rows to evaluate on. Set data.eval_path"),

@@ -234,7 +234,7 @@ def build_model(
     if config.model.dtype == "bf16":
         model = Float16Module(model.config, model)
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=config.optimizer.grad_dtype == "fp32",
         use_distributed_optimizer=config.optimizer.distributed,
         overlap_grad_reduce=False,
         overlap_param_gather=False,

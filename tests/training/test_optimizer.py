@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from megatron_longpo.parallel.groups import Groups
 from megatron_longpo.training import loop
 from megatron_longpo.training.optimizer import current_learning_rate, make_scheduler
 from tests.parity.harness import Shelf
-from tests.training.short_runs import short_config
+from tests.training.short_runs import CASE, short_config
 
 
 class FakeOptimizer:
@@ -80,3 +81,26 @@ def test_clipping_may_be_off_and_the_norm_is_still_logged(
     assert run.optimizer.config.clip_grad == expected
     grad_norm = loop.train_step(run)["grad_norm"]
     assert grad_norm is not None and grad_norm > 0.7
+
+
+@pytest.mark.parametrize("distributed", [True, False])
+def test_gradients_may_be_summed_in_bf16(
+    distributed: bool, shelf: Shelf, single_process: Groups, tmp_path: Path
+) -> None:
+    """Three microbatches a step: their sum is rounded, and the steps go nearly the same way."""
+    norms = {}
+    for grad_dtype, kept in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        run = loop.prepare(
+            short_config(
+                shelf,
+                tmp_path / grad_dtype,
+                case=replace(CASE, dtype="bf16"),
+                optimizer={"grad_dtype": grad_dtype, "distributed": distributed},
+            )
+        )
+        rows = [loop.train_step(run) for _ in range(2)]
+        parameters = [p for chunk in run.model for p in chunk.parameters() if p.requires_grad]
+        assert parameters and all(p.main_grad.dtype == kept for p in parameters)
+        norms[grad_dtype] = [row["grad_norm"] for row in rows]
+    assert norms["bf16"] == pytest.approx(norms["fp32"], rel=1e-2)
+    assert norms["bf16"] != norms["fp32"]
