@@ -31,7 +31,7 @@ OPTIONAL = {
     "flash-attn": "attention on GPUs falls back to torch's kernels",
     "apex": "no fused gradient accumulation: a little slower with tensor parallelism",
     "liger-kernel": "nothing of ours needs it; benchmarks compare with it",
-    "triton": "no fused GPU kernels in torch and Megatron-Core",
+    "triton": "no fused GPU kernels: the log-prob head and RMSprop are slower",
     "wandb": "logging.wandb cannot be set",
     "tensorboard": "logging.tensorboard must be false",
     "matplotlib": "longpo report cannot plot",

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest import mock
@@ -61,6 +62,21 @@ class RMSprop(torch.optim.AdamW):
                 torch._foreach_add_([self.state[param]["step"] for param in params], 1)
 
     def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        if _has_fused_update(params):
+            from megatron_longpo.rmsprop_triton import update
+
+            for param in params:
+                assert param.grad is not None
+                update(
+                    param,
+                    param.grad,
+                    self.state[param]["exp_avg_sq"],
+                    lr=group["lr"],
+                    alpha=group["betas"][1],
+                    eps=group["eps"],
+                    weight_decay=group["weight_decay"],
+                )
+            return
         grads = [grad for param in params if (grad := param.grad) is not None]
         if group["weight_decay"]:
             grads = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
@@ -71,6 +87,18 @@ class RMSprop(torch.optim.AdamW):
         denominators = torch._foreach_sqrt(square_averages)
         torch._foreach_add_(denominators, group["eps"])
         torch._foreach_addcdiv_(params, grads, denominators, -group["lr"])
+
+
+def _has_fused_update(params: list[Tensor]) -> bool:
+    """Whether the one kernel that reads and writes everything once can be used."""
+    return importlib.util.find_spec("triton") is not None and all(
+        tensor is not None
+        and tensor.is_cuda
+        and tensor.dtype == torch.float32
+        and tensor.is_contiguous()
+        for param in params
+        for tensor in (param, param.grad)
+    )
 
 
 def _batches(params: list[Tensor]) -> Iterator[list[Tensor]]:

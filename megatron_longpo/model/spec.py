@@ -93,7 +93,8 @@ def transformer_config(
             overlap_p2p_comm=virtual_pipeline is not None,
             batch_p2p_comm=virtual_pipeline is None,
             calculate_per_token_loss=True,
-            use_cpu_initialization=True,
+            # Weights are written where they are made: on the GPU, if there is one.
+            use_cpu_initialization=not torch.cuda.is_available(),
             perform_initialization=False,
             bias_activation_fusion=fusions,
             bias_dropout_fusion=fusions,
