@@ -48,8 +48,8 @@ class Command:
     """Settings that may be given by position, in this order."""
     resolve: str | None = None
     """`module:function` from parsed to resolved settings, where a command has one."""
-    extra_options: tuple[tuple[str, str], ...] = ()
-    """Options of the command line alone, with their meaning."""
+    launches: bool = False
+    """Whether it runs in many processes, which `--nproc` starts, and saves when told to stop."""
 
 
 COMMANDS = (
@@ -94,12 +94,22 @@ COMMANDS = (
             "longpo train --nproc 8 --config train.yaml",
             "torchrun --nnodes 2 --nproc-per-node 8 -m megatron_longpo train --config train.yaml",
         ),
-        extra_options=(
-            ("--nproc M", "Start M processes on this machine, one a GPU."),
-            ("--nnodes N", "Nodes that run this command together, with the next two the same."),
-            ("--rdzv_endpoint HOST:PORT", "Where they meet: a port of one of them."),
-            ("--rdzv_id ID", "Tells this run from others at that endpoint; default longpo."),
+        launches=True,
+    ),
+    Command(
+        name="reference",
+        summary="Compute the reference's log-probabilities of all rows once, for training with "
+        "reference.mode cached. Takes the settings and options of train, and goes on where it was "
+        "stopped.",
+        config="megatron_longpo.config:TrainConfig",
+        run="megatron_longpo.training.reference_pass:run_reference",
+        resolve="megatron_longpo.config:resolve_reference",
+        examples=(
+            "longpo reference --config train.yaml",
+            "longpo reference --nproc 8 --config train.yaml --parallel.tensor 8",
+            "torchrun --nproc-per-node 8 -m megatron_longpo reference --config train.yaml",
         ),
+        launches=True,
     ),
     Command(
         name="convert import",
@@ -174,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("longpo: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        if arguments[:1] == ["train"] and "--help" not in arguments:
+        if _launches(arguments) and "--help" not in arguments:
             raise  # it may be a connection that broke, which is a fault
         # The reader has left, as in `longpo env | head`: there is nobody to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -190,6 +200,10 @@ def _dispatch(arguments: list[str]) -> int:
         return EXIT_DONE
     command, rest = find_command(arguments)
     return run_command(command, rest)
+
+
+def _launches(arguments: Sequence[str]) -> bool:
+    return any([command.name] == list(arguments[:1]) for command in COMMANDS if command.launches)
 
 
 def overview() -> str:
@@ -231,7 +245,7 @@ def run_command(command: Command, arguments: list[str]) -> int:
         print(_help(command, config_class))
         return EXIT_DONE
     launch = None
-    if command.name == "train":
+    if command.launches:
         launch, arguments = take_launch(arguments)
     if "--print_config" in arguments:
         arguments = [argument for argument in arguments if argument != "--print_config"]
@@ -246,17 +260,24 @@ def run_command(command: Command, arguments: list[str]) -> int:
     if command.resolve is not None:
         config = _load(command.resolve)(config)
     if launch is None:
-        if command.name == "train":
+        if command.launches:
             # Before the imports, which take seconds in which a signal would end the process.
             stop.listen()
             allow_expandable_segments()
         _load(command.run)(config)
         return EXIT_DONE
     _load("megatron_longpo.config:check_world")(config, launch.num_processes * launch.num_nodes)
-    return run_torchrun(launch, arguments)
+    return run_torchrun(launch, command.name, arguments)
 
 
-LAUNCH_OPTIONS = ("--nproc", "--nnodes", "--rdzv_endpoint", "--rdzv_id")
+LAUNCH_HELP = (
+    ("--nproc M", "Start M processes on this machine, one a GPU."),
+    ("--nnodes N", "Nodes that run this command together, with the next two the same."),
+    ("--rdzv_endpoint HOST:PORT", "Where they meet: a port of one of them."),
+    ("--rdzv_id ID", "Tells this run from others at that endpoint; default longpo."),
+)
+"""Options of the commands that launch, on the command line alone, with their meaning."""
+LAUNCH_OPTIONS = tuple(option.split()[0] for option, _ in LAUNCH_HELP)
 
 
 def take_launch(arguments: Sequence[str]) -> tuple[Launch | None, list[str]]:
@@ -302,7 +323,7 @@ def _help(command: Command, config_class: type) -> str:
         command=command.name,
         summary=command.summary,
         positionals=command.positionals,
-        extra_options=command.extra_options,
+        extra_options=LAUNCH_HELP if command.launches else (),
         examples=command.examples,
     )
 

@@ -11,13 +11,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from megatron_longpo.config_checks import check_world, resolve
+from megatron_longpo.config_checks import check_world, resolve, resolve_reference
 from megatron_longpo.config_fields import limits
 from megatron_longpo.config_parser import load_config
 
 LoraTarget = Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 
-__all__ = ["TrainConfig", "check_world", "load_train_config", "resolve"]
+__all__ = ["TrainConfig", "check_world", "load_train_config", "resolve", "resolve_reference"]
 
 
 ObjectiveName = Literal[
@@ -63,16 +63,18 @@ class ReferenceConfig:
     """The frozen reference that the preference is measured against."""
 
     mode: Literal["online", "cached", "none"] | None = None
-    """online = scored in the same pass as the policy, none = log-probs count as 0, cached = read
-    from a file; null = online, none for sft and sft_rejected."""
+    """online = scored in the same pass as the policy, cached = read from what longpo reference has
+    computed, none = log-probs count as 0; null = online, or none where the objective has no
+    reference (docs/reference.md)."""
     hf_path: str | None = None
     """Hugging Face folder or hub id; null = model.hf_path. It keeps its own RoPE."""
     context: Literal["short", "long"] | None = None
     """What the reference reads: the short chunk or the long document; null = by objective."""
     cache_path: str | None = None
-    """File of log-probs for the mode cached."""
+    """Folder of log-probs for the mode cached, which several runs may share; null =
+    logging.dir/reference_logps."""
     offload: bool = False
-    """Keep the reference's weights in CPU memory between uses."""
+    """Keep the weights of an online reference in CPU memory between uses."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -35,7 +35,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
     resolved = replace(
         config,
         objective=filled_objective(config.objective, defaults),
-        reference=_filled_reference(config.reference, defaults, config.model.hf_path),
+        reference=_filled_reference(config, defaults),
         parallel=_filled_parallel(config.parallel),
         checkpoint=replace(
             config.checkpoint,
@@ -45,6 +45,17 @@ def resolve(config: TrainConfig) -> TrainConfig:
     check_objective(resolved, defaults)
     _check_rest(resolved)
     return resolved
+
+
+def resolve_reference(config: TrainConfig) -> TrainConfig:
+    """The settings of `longpo reference`: those of a training run that will read what it makes."""
+    reference = config.reference
+    if reference.mode == "none":
+        raise UserError(
+            "reference.mode (none): longpo reference has nothing to compute. Use cached, for the "
+            "training run too"
+        )
+    return resolve(replace(config, reference=replace(reference, mode="cached", offload=False)))
 
 
 def check_world(config: TrainConfig, world_size: int) -> int:
@@ -75,8 +86,6 @@ def _check_available(config: TrainConfig) -> None:
     """Refuses what the settings already name and the code does not do yet."""
     parallel = config.parallel
     not_yet = {
-        "reference.mode": (config.reference.mode, config.reference.mode == "cached", "online"),
-        "reference.offload": (config.reference.offload, config.reference.offload, "false"),
         "parallel.virtual_pipeline": (
             parallel.virtual_pipeline,
             parallel.virtual_pipeline is not None,
@@ -104,14 +113,18 @@ def _check_available(config: TrainConfig) -> None:
             raise UserError(f"{key} ({shown}) is not available yet. Use {remedy}")
 
 
-def _filled_reference(
-    reference: ReferenceConfig, defaults: ObjectiveDefaults, model_path: str
-) -> ReferenceConfig:
+def _filled_reference(config: TrainConfig, defaults: ObjectiveDefaults) -> ReferenceConfig:
+    reference = config.reference
+    mode = reference.mode or defaults.mode
+    cache_path = reference.cache_path
+    if mode == "cached" and cache_path is None:
+        cache_path = str(PurePath(config.logging.dir) / "reference_logps")
     return replace(
         reference,
-        mode=reference.mode or defaults.mode,
-        hf_path=reference.hf_path or model_path,
+        mode=mode,
+        hf_path=reference.hf_path or config.model.hf_path,
         context=reference.context or defaults.context,
+        cache_path=cache_path,
     )
 
 
@@ -151,8 +164,17 @@ def _check_rest(config: TrainConfig) -> None:
         raise UserError(
             "lora.targets ([]): nothing is left to train. Name a layer, or set lora null"
         )
-    if config.reference.cache_path is not None:
+    _check_reference_files(config.reference)
+
+
+def _check_reference_files(reference: ReferenceConfig) -> None:
+    if reference.cache_path is not None and reference.mode != "cached":
         raise UserError(
-            f"reference.cache_path ({config.reference.cache_path}) is read where reference.mode is "
-            f"cached, and it is {config.reference.mode}. Remove it"
+            f"reference.cache_path ({reference.cache_path}) is read where reference.mode is "
+            f"cached, and it is {reference.mode}. Remove it, or set reference.mode cached"
+        )
+    if reference.offload and reference.mode != "online":
+        raise UserError(
+            "reference.offload (true) is for a reference that runs beside the policy, and "
+            f"reference.mode is {reference.mode}. Remove it, or set reference.mode online"
         )

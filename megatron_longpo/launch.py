@@ -1,4 +1,4 @@
-"""`longpo train --nproc M`: torchrun on this machine, with exit codes that reach the caller."""
+"""`longpo COMMAND --nproc M`: torchrun on this machine, with exit codes that reach the caller."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ class Launch:
         ]
 
 
-def run_torchrun(launch: Launch, arguments: Sequence[str]) -> int:
-    """Runs `train` in this node's workers and returns the exit code of the first to fail.
+def run_torchrun(launch: Launch, command: str, arguments: Sequence[str]) -> int:
+    """Runs a command in this node's workers and returns the exit code of the first to fail.
 
-    The same as `torchrun ... -m megatron_longpo train ...`, which would turn every failure into
+    The same as `torchrun ... -m megatron_longpo COMMAND ...`, which would turn every failure into
     exit code 1 and a traceback of its own.
     """
     num_processes = launch.num_processes
@@ -76,7 +76,7 @@ def run_torchrun(launch: Launch, arguments: Sequence[str]) -> int:
         logging.CRITICAL + 1
     )
     try:
-        run.run(run.parse_args([*options, "-m", "megatron_longpo", "train", *arguments]))
+        run.run(run.parse_args([*options, "-m", "megatron_longpo", command, *arguments]))
     except ChildFailedError as failed:
         rank, failure = failed.get_first_failure()
         return _exit_code(rank, num_processes, failure.exitcode)

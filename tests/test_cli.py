@@ -79,7 +79,7 @@ def test_help_has_examples_and_every_setting(
     config_class = getattr(importlib.import_module(module), attribute)
     assert f"usage: longpo {command.name} " in text
     assert all(example in text for example in command.examples)
-    assert all(f"{option}\n" in text for option, _ in command.extra_options)
+    assert all((f"{option}\n" in text) == command.launches for option, _ in cli.LAUNCH_HELP)
     for field in dataclasses.fields(config_class):
         assert f"--{field.name}" in text
     for name in command.positionals:
@@ -220,21 +220,22 @@ def test_nproc_inside_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         take_launch(["--nproc=4"])
 
 
+@pytest.mark.parametrize("command", ["train", "reference"])
 def test_nproc_is_checked_against_the_settings_before_anything_starts(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     started: list[Any] = []
 
-    def run_torchrun(launch: Launch, arguments: list[str]) -> int:
-        started.append((launch, arguments))
+    def run_torchrun(launch: Launch, command: str, arguments: list[str]) -> int:
+        started.append((launch, command, arguments))
         return 75
 
     monkeypatch.setattr(cli, "run_torchrun", run_torchrun)
-    assert main(["train", *TRAIN, "--nproc", "9"]) == 2
+    assert main([command, *TRAIN, "--nproc", "9"]) == 2
     assert "global_batch_pairs (8) must be at least" in error_line(capsys.readouterr())
     assert not started
-    assert main(["train", "--nproc", "2", *TRAIN]) == 75
-    assert started == [(Launch(num_processes=2), TRAIN)]
+    assert main([command, "--nproc", "2", *TRAIN]) == 75
+    assert started == [(Launch(num_processes=2), command, TRAIN)]
 
 
 # Exit codes
@@ -245,6 +246,22 @@ def test_the_function_gets_resolved_settings(train_with: Any) -> None:
     assert train_with(seen.append, "--objective.name=dpo") == 0
     assert seen[0].objective.beta == 0.1
     assert seen[0].checkpoint.dir == "l/checkpoints"
+
+
+def test_the_reference_command_takes_the_settings_of_train(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[Any] = []
+    fake = types.ModuleType("megatron_longpo.training.reference_pass")
+    fake.run_reference = seen.append  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, fake.__name__, fake)
+    assert main(["reference", *TRAIN, "--reference.mode=online", "--reference.offload"]) == 0
+    (reference,) = (config.reference for config in seen)
+    assert (reference.mode, reference.cache_path) == ("cached", "l/reference_logps")
+    assert main(["reference", *TRAIN, "--objective.name=sft"]) == 2
+    assert "reference.mode (cached): sft uses no reference" in error_line(capsys.readouterr())
+    assert main(["reference", *TRAIN, "--objective.name=opsdl"]) == 2
+    assert "compares whole next-token distributions" in error_line(capsys.readouterr())
 
 
 @pytest.mark.parametrize(

@@ -205,6 +205,13 @@ def test_every_objective_builds_from_its_resolved_settings(name: str) -> None:
     assert reads == (config.reference.mode == "online")
 
 
+def test_a_cache_has_a_place_of_its_own_in_the_runs_folder() -> None:
+    assert load("--reference.mode=cached").reference.cache_path == "runs/a/reference_logps"
+    shared = load("--reference.mode=cached", "--reference.cache_path=shared")
+    assert shared.reference.cache_path == "shared"
+    assert resolve(shared) == shared
+
+
 # YAML and command line
 
 
@@ -351,8 +358,6 @@ def test_what_is_required_is_asked_for() -> None:
         (["--parallel.virtual_pipeline=2"], "parallel.virtual_pipeline (2) is not available yet"),
         (["--parallel.context_inner=2"], "parallel.context_inner (2) is not available yet"),
         (["--parallel.context_comm=a2a+all_gather"], "(a2a+all_gather) is not available yet"),
-        (["--reference.mode=cached"], "reference.mode (cached) is not available yet. Use online"),
-        (["--reference.offload"], "reference.offload (true) is not available yet. Use false"),
         (["--checkpoint.async_save"], "checkpoint.async_save (true) is not available yet"),
         (["--lora.targets=[]"], "lora.targets ([]): nothing is left to train"),
         (["--lora.targets=[linear_fc1,linear_fc1]"], "lora.targets (linear_fc1, linear_fc1): a"),
@@ -390,7 +395,20 @@ def test_what_is_required_is_asked_for() -> None:
         ),
         (["--optimizer.min_lr=1"], "optimizer.min_lr (1) must not exceed optimizer.lr (5e-07)"),
         (["--train.eval_interval=5"], "needs rows to evaluate on. Set data.eval_path"),
-        (["--reference.cache_path=x"], "reference.cache_path (x) is read where reference.mode"),
+        (
+            ["--reference.cache_path=x"],
+            "reference.cache_path (x) is read where reference.mode is cached, and it is online",
+        ),
+        (
+            ["--reference.mode=cached", "--reference.offload"],
+            "reference.offload (true) is for a reference that runs beside the policy, and "
+            "reference.mode is cached",
+        ),
+        (
+            ["--objective.name=opsdl", "--reference.mode=cached"],
+            "reference.mode (cached): opsdl compares whole next-token distributions",
+        ),
+        (["--objective.name=sft", "--reference.mode=cached"], "sft uses no reference"),
     ],
 )
 def test_settings_that_contradict_or_are_not_there_yet(options: list[str], expected: str) -> None:

@@ -25,7 +25,7 @@ def with_worker(arguments, parse=run.parse_args):
     return parse([*arguments[:module], sys.argv[1], *arguments[module + 3 :]])
 
 run.parse_args = with_worker
-sys.exit(run_torchrun(Launch(num_processes=2), sys.argv[2:]))
+sys.exit(run_torchrun(Launch(num_processes=2), "train", sys.argv[2:]))
 """
 
 WORKER = """

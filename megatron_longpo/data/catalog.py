@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_longpo.data.packing import PairSize, pair_size
+from megatron_longpo.data.reference_logps import ReferenceLogps
 from megatron_longpo.data.rows import PreferenceRow, RowDataset, fit_row
 from megatron_longpo.data.tree import PairTrees, TreeSettings, answer_turns, pair_trees
 from megatron_longpo.errors import UserError
@@ -31,6 +32,7 @@ class PairCatalog:
         *,
         limits: RowLimits,
         settings: TreeSettings,
+        reference_logps: ReferenceLogps | None = None,
         per_turn: bool = False,
         progress: Callable[[Iterable[int]], Iterable[int]] = iter,
     ) -> None:
@@ -40,6 +42,7 @@ class PairCatalog:
             dataset: the rows.
             limits: what each row must fit.
             settings: what goes into the trees.
+            reference_logps: the reference's sums, where the trees are without a reference.
             per_turn: whether the objective pairs chosen and rejected turn by turn.
             progress: wraps the iteration, to show how far it is.
 
@@ -49,6 +52,7 @@ class PairCatalog:
         self.dataset = dataset
         self.limits = limits
         self.settings = settings
+        self.reference_logps = reference_logps
         self.sizes: list[PairSize] = []
         self._indices: list[int] = []
         for index in progress(range(len(dataset))):
@@ -57,7 +61,7 @@ class PairCatalog:
                 continue
             if settings.reads_short_rows:
                 _check_short_rows(row)
-            trees = pair_trees(row, settings)
+            trees = self._trees(index, row)
             if settings.policy or settings.divergence is not None:
                 _check_turns(row, settings, per_turn=per_turn)
             self.sizes.append(pair_size(trees))
@@ -81,9 +85,17 @@ class PairCatalog:
 
     def trees(self, pair: int) -> PairTrees:
         """Reads one usable pair and builds its trees."""
-        row = self._fitted(self._indices[pair])
+        index = self._indices[pair]
+        row = self._fitted(index)
         assert row is not None, "a usable row cannot have become too long"
-        return pair_trees(row, self.settings)
+        return self._trees(index, row)
+
+    def row_index(self, pair: int) -> int:
+        """Where a usable pair stands in the data set."""
+        return self._indices[pair]
+
+    def pair_id(self, pair: int) -> str:
+        return self.dataset[self._indices[pair]].id
 
     def check_budget(self, pack_tokens: int) -> None:
         """Refuses a microbatch budget that some pair exceeds, naming that pair."""
@@ -100,6 +112,19 @@ class PairCatalog:
 
     def sizes_of(self, pairs: Sequence[int]) -> list[PairSize]:
         return [self.sizes[pair] for pair in pairs]
+
+    def _trees(self, index: int, row: PreferenceRow) -> PairTrees:
+        trees = pair_trees(row, self.settings)
+        if self.reference_logps is None:
+            return trees
+        sums = self.reference_logps.of(
+            index,
+            row_id=row.id,
+            num_turns=trees.num_turns,
+            where=row.source,
+            rows=self.settings.reference,
+        )
+        return replace(trees, reference_logps=sums)
 
     def _fitted(self, index: int) -> PreferenceRow | None:
         limits = self.limits

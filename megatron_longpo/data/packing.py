@@ -28,6 +28,9 @@ class Pack:
     """[N] int64."""
     counts: Mapping[Term, np.ndarray]
     """For each of the policy's terms [N, T] int64: the tokens that its sums are over."""
+    reference_logps: Mapping[Term, np.ndarray]
+    """For each sum of the reference that was computed before [N, T] float64, nats; 0 in turns that
+    a pair lacks."""
 
     @property
     def num_pairs(self) -> int:
@@ -49,6 +52,19 @@ class PairSize:
     policy_edges: int
     """Next-token distributions that the head computes."""
     reference_edges: int
+
+    @property
+    def reference_alone(self) -> PairSize:
+        """The size of `tree.reference_alone`."""
+        return PairSize(
+            policy_tokens=self.reference_tokens,
+            unshared_tokens=self.reference_tokens,
+            reference_tokens=0,
+            policy_attended=self.reference_attended,
+            reference_attended=0,
+            policy_edges=self.reference_edges,
+            reference_edges=0,
+        )
 
     @property
     def attention_cost(self) -> int:
@@ -90,11 +106,19 @@ def make_pack(pairs: Sequence[PairTrees], *, is_filler: bool = False) -> Pack:
         pair_ids=tuple(trees.id for trees in pairs),
         weights=np.full(len(pairs), 0 if is_filler else 1, dtype=np.int64),
         turn_counts=np.array([trees.num_turns for trees in pairs], dtype=np.int64),
-        counts={
-            term: np.stack([np.pad(t.counts[term], (0, num_turns - t.num_turns)) for t in pairs])
-            for term in pairs[0].counts
-        },
+        counts=_stacked([trees.counts for trees in pairs], num_turns),
+        reference_logps=_stacked([trees.reference_logps for trees in pairs], num_turns),
     )
+
+
+def _stacked(
+    by_term: Sequence[Mapping[Term, np.ndarray]], num_turns: int
+) -> dict[Term, np.ndarray]:
+    """Each pair's values [its turns] as [N, num_turns], padded with 0."""
+    return {
+        term: np.stack([np.pad(of[term], (0, num_turns - len(of[term]))) for of in by_term])
+        for term in by_term[0]
+    }
 
 
 def deal(

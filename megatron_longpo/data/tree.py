@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -31,6 +31,8 @@ class TreeSettings:
     """Rows whose answers the policy's log-probabilities are summed over."""
     reference: tuple[Row, ...] = ("short_chosen", "short_rejected")
     """The same for the reference; empty = it reads nothing for sums."""
+    packs_reference: bool = True
+    """Whether the reference's rows are packed; False = its sums were computed before."""
     nll: NllTokens | None = "chosen_row"
     """Tokens of the policy's negative log-likelihood."""
     divergence: tuple[Row, Row] | None = None
@@ -94,6 +96,8 @@ class PairTrees:
     """For each of the policy's terms [num_turns] int64: the tokens that its sums are over."""
     unshared_tokens: int
     """Policy tokens if no row shared its prefix."""
+    reference_logps: Mapping[Term, np.ndarray] = field(default_factory=dict)
+    """For each sum of the reference that was computed before [num_turns] float64, nats."""
 
 
 def pair_trees(row: PreferenceRow, settings: TreeSettings) -> PairTrees:
@@ -111,7 +115,7 @@ def pair_trees(row: PreferenceRow, settings: TreeSettings) -> PairTrees:
     groups = _groups(row, settings.policy_rows, policy_terms, nll=settings.nll)
     policy = _forest(groups, share=settings.share_prefix)
     reference = None
-    if settings.reference_rows:
+    if settings.reference_rows and settings.packs_reference:
         reference_groups = _groups(row, settings.reference_rows, reference_terms, nll=None)
         reference = _forest(reference_groups, share=settings.share_prefix)
     if settings.divergence is not None:
@@ -121,14 +125,28 @@ def pair_trees(row: PreferenceRow, settings: TreeSettings) -> PairTrees:
     num_turns = max(
         len(row.reference_chosen), *(int(turns.max(initial=-1)) + 1 for turns in answers)
     )
+    summed = () if reference is None else settings.reference
     return PairTrees(
         id=row.id,
         policy=policy,
         reference=reference,
-        reference_terms=tuple(Term.of_row(name) for name in settings.reference),
+        reference_terms=tuple(Term.of_row(name) for name in summed),
         num_turns=num_turns,
         counts={term: _count(policy, term, num_turns) for term in settings.policy_terms},
         unshared_tokens=sum(len(branch.input_ids) for group in groups for branch in group),
+    )
+
+
+def reference_alone(trees: PairTrees) -> PairTrees:
+    """The reference's trees where the policy's stand: what scores rows ahead of training."""
+    forest = trees.reference
+    assert forest is not None, "the reference reads nothing"
+    return replace(
+        trees,
+        policy=forest,
+        reference=None,
+        reference_terms=(),
+        counts={term: _count(forest, term, trees.num_turns) for term in trees.reference_terms},
     )
 
 

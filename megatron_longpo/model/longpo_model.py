@@ -7,6 +7,7 @@ are compared with the reference's.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch.distributed import ProcessGroup
 from megatron_longpo.model.divergence import reverse_kl
 from megatron_longpo.model.logprob_head import VocabularyShard, edge_logps
 from megatron_longpo.model.lora import adapter_state, adapters, adapters_off, load_adapter_state
+from megatron_longpo.model.offload import OffloadedWeights
 from megatron_longpo.model.rope import rotary_angles
 from megatron_longpo.parallel.layout import RankPack, RankTokens
 
@@ -66,6 +68,7 @@ class LongPOModel(MegatronModule):
         self._tensor_group = tensor_group
         self._context_group = context_group
         self._received: Tensor | None = None
+        self._offloaded: OffloadedWeights | None = None
         self.model_type = policy.gpt.model_type
         self.vp_stage = policy.gpt.vp_stage
         self.pre_process: bool = policy.gpt.pre_process
@@ -91,18 +94,28 @@ class LongPOModel(MegatronModule):
                 return policy_hidden
             return self._logps(policy, pack.policy, self._whole(policy, policy_hidden))
         reference = self._chunk("reference")
-        with torch.no_grad(), adapters_off(reference.gpt):
-            reference_hidden = self._hidden(reference, pack.reference, reference_input)
-        if not self.post_process:
-            return torch.cat([policy_hidden, reference_hidden])
-        policy_hidden = self._whole(policy, policy_hidden)
-        outputs = [self._logps(policy, pack.policy, policy_hidden)]
-        with torch.no_grad():
-            reference_hidden = self._whole(reference, reference_hidden)
-            outputs.append(self._logps(reference, pack.reference, reference_hidden))
-        if pack.policy.divergence.num_slots:
-            outputs.append(self._divergence(pack, policy_hidden, reference_hidden))
-        return torch.cat(outputs)
+        with self._reference_at_hand():
+            with torch.no_grad(), adapters_off(reference.gpt):
+                reference_hidden = self._hidden(reference, pack.reference, reference_input)
+            if not self.post_process:
+                return torch.cat([policy_hidden, reference_hidden])
+            policy_hidden = self._whole(policy, policy_hidden)
+            outputs = [self._logps(policy, pack.policy, policy_hidden)]
+            with torch.no_grad():
+                reference_hidden = self._whole(reference, reference_hidden)
+                outputs.append(self._logps(reference, pack.reference, reference_hidden))
+            if pack.policy.divergence.num_slots:
+                outputs.append(self._divergence(pack, policy_hidden, reference_hidden))
+            return torch.cat(outputs)
+
+    def offload_reference(self) -> None:
+        """From now on the reference's weights are on the device only while it runs."""
+        assert self.reference is not None
+        device = next(self.policy.parameters()).device
+        self._offloaded = OffloadedWeights(self.reference, device)
+
+    def _reference_at_hand(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._offloaded is None else self._offloaded.on_device()
 
     def _hidden(self, chunk: ChunkModel, tokens: RankTokens, received: Tensor | None) -> Tensor:
         """Hidden states after this stage, [tokens of this rank, 1, h]."""
@@ -156,7 +169,13 @@ class LongPOModel(MegatronModule):
         weight, shard = self._head(self._chunk("policy"))
         reference_weight, _ = self._head(self._chunk("reference"))
         return reverse_kl(
-            policy_hidden, weight, taught.sources, states[taught.slots], reference_weight, shard
+            policy_hidden,
+            weight,
+            taught.sources,
+            states[taught.slots],
+            # Backward needs it on this device, which an offloaded parameter has left by then.
+            reference_weight.detach(),
+            shard,
         )
 
     def _head(self, chunk: ChunkModel) -> tuple[Tensor, VocabularyShard]:

@@ -1,13 +1,18 @@
-"""Collectives that autograd must not mistake for something else."""
+"""Collectives that autograd must not mistake for something else, and agreements among ranks."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+from megatron_longpo.errors import UserError
+
+T = TypeVar("T")
 
 
 def sum_over(tensor: Tensor, group: ProcessGroup) -> Tensor:
@@ -29,3 +34,30 @@ class _SumOver(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return grads[0], None
+
+
+def on_any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether `flag` holds on any rank of the world."""
+    flags = torch.tensor(int(flag), device=device)
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return bool(flags.item())
+
+
+def from_main_rank(compute: Callable[[], T]) -> T:
+    """What `compute` returns on rank 0, on every rank; nobody else calls it.
+
+    For what looks at files, so that all ranks see the same ones.
+
+    Raises:
+        UserError: on every rank, where rank 0 raised it.
+    """
+    answer: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            answer[0] = compute()
+        except UserError as error:
+            answer[1] = str(error)
+    dist.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise UserError(answer[1])
+    return answer[0]

@@ -284,6 +284,8 @@ class RankPack:
     together."""
     weights: torch.Tensor
     """[N] int64; 0 for a filler's pair, else 1."""
+    reference_logps: Mapping[Term, torch.Tensor] = field(default_factory=dict)
+    """For each sum of the reference that was computed before [N, T] float64, nats."""
 
 
 def lay_out_pack(
@@ -316,4 +318,7 @@ def lay_out_pack(
         turn_mask=torch.from_numpy(turns < pack.turn_counts[:, None]).to(device),
         counts={term: torch.from_numpy(counts).to(device) for term, counts in pack.counts.items()},
         weights=torch.from_numpy(pack.weights).to(device),
+        reference_logps={
+            term: torch.from_numpy(logps).to(device) for term, logps in pack.reference_logps.items()
+        },
     )

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
-from megatron_longpo.data.catalog import PairCatalog
-from megatron_longpo.data.packing import deal, make_pack
+from megatron_longpo.data.packing import Microbatch, PairSize, deal, make_pack
+from megatron_longpo.data.tree import PairTrees
 from megatron_longpo.parallel.groups import Groups
 from megatron_longpo.parallel.layout import RankPack, lay_out_pack
 
 
+class PairSource(Protocol):
+    """What dealing and packing ask of a catalog."""
+
+    def sizes_of(self, pairs: Sequence[int]) -> list[PairSize]: ...
+
+    def trees(self, pair: int) -> PairTrees: ...
+
+
 def rank_packs(
-    catalog: PairCatalog,
+    catalog: PairSource,
     pairs: Sequence[int],
     groups: Groups,
     *,
@@ -22,19 +31,35 @@ def rank_packs(
 
     Every rank of a pipeline, tensor or context group gets the same pairs.
     """
+    return [
+        lay_out_microbatch(catalog, pairs, microbatch, groups, context_comm=context_comm)
+        for microbatch in rank_microbatches(catalog, pairs, groups, budget_tokens=budget_tokens)
+    ]
+
+
+def rank_microbatches(
+    catalog: PairSource, pairs: Sequence[int], groups: Groups, *, budget_tokens: int
+) -> list[Microbatch]:
+    """This rank's share of a global batch, as indices into `pairs`."""
     dealt = deal(catalog.sizes_of(pairs), num_ranks=groups.data.size(), budget_tokens=budget_tokens)
-    packs = []
-    for microbatch in dealt[groups.data.rank()]:
-        trees = [catalog.trees(pairs[index]) for index in microbatch.pairs]
-        pack = make_pack(trees, is_filler=microbatch.is_filler)
-        packs.append(
-            lay_out_pack(
-                pack,
-                device=groups.device,
-                multiple=groups.sizes.tensor if groups.sizes.sequence else 1,
-                context_rank=groups.context.rank(),
-                context_size=groups.context.size(),
-                scatter_heads=context_comm == "a2a",
-            )
-        )
-    return packs
+    return dealt[groups.data.rank()]
+
+
+def lay_out_microbatch(
+    catalog: PairSource,
+    pairs: Sequence[int],
+    microbatch: Microbatch,
+    groups: Groups,
+    *,
+    context_comm: str,
+) -> RankPack:
+    """Reads a microbatch's pairs and gives this rank its tokens of them."""
+    trees = [catalog.trees(pairs[index]) for index in microbatch.pairs]
+    return lay_out_pack(
+        make_pack(trees, is_filler=microbatch.is_filler),
+        device=groups.device,
+        multiple=groups.sizes.tensor if groups.sizes.sequence else 1,
+        context_rank=groups.context.rank(),
+        context_size=groups.context.size(),
+        scatter_heads=context_comm == "a2a",
+    )

@@ -18,13 +18,15 @@ from megatron.core.distributed import (
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import Float16Module
+from megatron.core.utils import unwrap_model
 
 from checkpoints_convert.hf_folder import local_hf_folder
 from checkpoints_convert.hf_weights import load_hf_weights
 from checkpoints_convert.lora_record import LoraRecord
 from megatron_longpo.config import TrainConfig
 from megatron_longpo.data.catalog import PairCatalog, RowLimits
-from megatron_longpo.data.rows import open_rows
+from megatron_longpo.data.reference_logps import ReferenceLogps
+from megatron_longpo.data.rows import RowDataset, open_rows
 from megatron_longpo.data.tree import TreeSettings
 from megatron_longpo.errors import UserError
 from megatron_longpo.model.architectures import Architecture, read_architecture
@@ -51,6 +53,9 @@ class ModelSources:
     policy: Architecture
     reference_folder: str | None
     reference: Architecture | None
+    cached_folder: str | None = None
+    """The reference whose log-probabilities come from a cache: it is never built to train."""
+    cached: Architecture | None = None
     lora: LoraRecord | None
     """The policy's adapters, None where all of its weights train."""
 
@@ -60,6 +65,11 @@ class ModelSources:
         if self.lora is None or self.reference_folder is None:
             return False
         return Path(self.reference_folder).resolve() == Path(self.policy_folder).resolve()
+
+    @property
+    def scorer(self) -> Architecture | None:
+        """The reference, whether it is there or in a cache."""
+        return self.reference or self.cached
 
 
 def read_models(config: TrainConfig) -> ModelSources:
@@ -86,26 +96,29 @@ def read_models(config: TrainConfig) -> ModelSources:
             "and model.max_position_embeddings, or lower data.max_length",
             stacklevel=2,
         )
-    reference_folder = reference = None
-    if config.reference.mode == "online":
+    folder = arch = None
+    if config.reference.mode != "none":
         assert config.reference.hf_path is not None, "settings are resolved"
-        reference_folder = local_hf_folder(config.reference.hf_path)
-        reference = read_architecture(reference_folder)
+        folder = local_hf_folder(config.reference.hf_path)
+        arch = read_architecture(folder)
     lora = None
     if config.lora is not None:
         settings = LoraSettings(**dataclasses.asdict(config.lora))
         lora = LoraRecord.of(settings, base=model.hf_path, base_folder=policy_folder)
+    is_online = config.reference.mode == "online"
     return ModelSources(
         policy_folder=policy_folder,
         policy=policy,
-        reference_folder=reference_folder,
-        reference=reference,
+        reference_folder=folder if is_online else None,
+        reference=arch if is_online else None,
+        cached_folder=None if is_online else folder,
+        cached=None if is_online else arch,
         lora=lora,
     )
 
 
 def check_layout(config: TrainConfig, sources: ModelSources) -> None:
-    """Refuses parallel sizes that either model cannot be split by."""
+    """Refuses what the settings ask of models that cannot be split, compared or moved so."""
     if (
         make_objective(config).needs.divergence is not None
         and sources.reference is not None
@@ -117,17 +130,27 @@ def check_layout(config: TrainConfig, sources: ModelSources) -> None:
             f"objective.name {config.objective.name} compares next-token distributions, so use a "
             "reference with the policy's tokenizer"
         )
-    parallel = config.parallel
-    for arch in filter(None, (sources.policy, sources.reference)):
-        check_sizes(
-            arch,
-            tensor=parallel.tensor,
-            pipeline=parallel.pipeline,
-            virtual_pipeline=parallel.virtual_pipeline,
+    if config.reference.offload and sources.shares_weights:
+        raise UserError(
+            "reference.offload (true): with lora the reference is the policy with its adapters "
+            "off, and has no weights of its own. Remove it"
         )
-        if parallel.context > 1 and parallel.context_comm == "a2a":
-            heads, kv_heads = _heads_per_rank(arch, parallel.tensor)
-            kv_repeats(heads, kv_heads, parallel.context)
+    for arch in filter(None, (sources.policy, sources.reference)):
+        check_split(config, arch)
+
+
+def check_split(config: TrainConfig, arch: Architecture) -> None:
+    """Refuses parallel sizes that one model cannot be split by."""
+    parallel = config.parallel
+    check_sizes(
+        arch,
+        tensor=parallel.tensor,
+        pipeline=parallel.pipeline,
+        virtual_pipeline=parallel.virtual_pipeline,
+    )
+    if parallel.context > 1 and parallel.context_comm == "a2a":
+        heads, kv_heads = _heads_per_rank(arch, parallel.tensor)
+        kv_repeats(heads, kv_heads, parallel.context)
 
 
 def make_objective(config: TrainConfig) -> Objective:
@@ -145,23 +168,29 @@ def read_pairs(
     objective: Objective,
     *,
     progress: Callable[[Iterable[int]], Iterable[int]],
+    find_logps: Callable[[RowDataset], ReferenceLogps] | None = None,
 ) -> PairCatalog:
-    """Opens rows and checks and measures every one of them."""
-    needs = objective.needs
+    """Opens rows and checks and measures every one of them.
+
+    `find_logps` gives the reference's sums of the rows, which then are not packed for it.
+    """
+    dataset = open_rows(path)
+    needs, scorer = objective.needs, sources.scorer
     settings = TreeSettings(
         policy=needs.policy,
-        reference=needs.reference if sources.reference is not None else (),
+        reference=needs.reference if scorer is not None else (),
+        packs_reference=find_logps is None,
         nll=needs.nll,
         divergence=needs.divergence,
         share_prefix=config.data.share_prefix,
     )
     reference_positions = None
     vocab_size = sources.policy.vocab_size
-    if sources.reference is not None:
-        reference_positions = sources.reference.max_position_embeddings
-        vocab_size = min(vocab_size, sources.reference.vocab_size)
+    if scorer is not None:
+        reference_positions = scorer.max_position_embeddings
+        vocab_size = min(vocab_size, scorer.vocab_size)
     return PairCatalog(
-        open_rows(path),
+        dataset,
         limits=RowLimits(
             vocab_size=vocab_size,
             max_length=config.data.max_length,
@@ -169,6 +198,7 @@ def read_pairs(
             max_reference_length=reference_positions if settings.reads_short_rows else None,
         ),
         settings=settings,
+        reference_logps=None if find_logps is None else find_logps(dataset),
         per_turn=objective.compared is not None and config.objective.turns == "per_turn",
         progress=progress,
     )
@@ -230,9 +260,7 @@ def build_model(
     model: Any = LongPOModel(
         policy=policy, reference=reference, tensor_group=groups.tensor, context_group=groups.context
     )
-    model.to(groups.device)
-    if config.model.dtype == "bf16":
-        model = Float16Module(model.config, model)
+    model = _placed(config, model, groups)
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=config.optimizer.grad_dtype == "fp32",
         use_distributed_optimizer=config.optimizer.distributed,
@@ -243,7 +271,27 @@ def build_model(
     wrapped = DistributedDataParallel(model.config, ddp_config, model)
     # All data-parallel ranks read the same weights, but a rank may have misread them.
     wrapped.broadcast_params()
+    if config.reference.offload:
+        unwrap_model(wrapped).offload_reference()
     return [wrapped]
+
+
+def build_reference(config: TrainConfig, sources: ModelSources, groups: Groups) -> list[Any]:
+    """The reference alone, where the policy stands otherwise: what `longpo reference` runs."""
+    assert sources.cached is not None and sources.cached_folder is not None
+    chunk = _chunk(config, sources.cached, sources.cached_folder, groups, trainable=False)
+    model: Any = LongPOModel(
+        policy=chunk, reference=None, tensor_group=groups.tensor, context_group=groups.context
+    )
+    model.requires_grad_(False)
+    model.eval()
+    return [_placed(config, model, groups)]
+
+
+def _placed(config: TrainConfig, model: Any, groups: Groups) -> Any:
+    """The model on this rank's device, in its dtype."""
+    model.to(groups.device)
+    return Float16Module(model.config, model) if config.model.dtype == "bf16" else model
 
 
 def connect(model: list[Any], optimizer: MegatronOptimizer) -> None:

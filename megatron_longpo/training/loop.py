@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-import resource
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -24,17 +21,25 @@ from megatron_longpo.errors import StopRequested
 from megatron_longpo.model.spec import DTYPES
 from megatron_longpo.objectives import Objective
 from megatron_longpo.parallel import groups as process_groups
+from megatron_longpo.parallel.collectives import on_any_rank
 from megatron_longpo.parallel.groups import Groups
 from megatron_longpo.training import build, checkpoint, run_folder
 from megatron_longpo.training.batches import rank_packs
 from megatron_longpo.training.console import RunConsole
 from megatron_longpo.training.flops import step_flops
-from megatron_longpo.training.metrics import Metrics, MetricsWriter, check_trackers, mean_metrics
+from megatron_longpo.training.metrics import (
+    Metrics,
+    MetricsWriter,
+    check_trackers,
+    mean_metrics,
+    peak_memory_gib,
+)
 from megatron_longpo.training.optimizer import (
     current_learning_rate,
     make_optimizer,
     make_scheduler,
 )
+from megatron_longpo.training.row_reader import RowReader
 from megatron_longpo.training.schedule import MetricSums, run_microbatches
 
 
@@ -115,12 +120,19 @@ def prepare(
     )
     console = RunConsole(is_main=groups.is_main)
     objective = build.make_objective(config)
-    pairs = _read_pairs(config, config.data.path, sources, objective, console)
+    reader = RowReader(
+        config=config,
+        sources=sources,
+        objective=objective,
+        console=console,
+        uses_cache=config.reference.mode == "cached",
+    )
+    pairs = reader.read("data.path", config.data.path)
     if config.data.pack_tokens is not None:
         pairs.check_budget(config.data.pack_tokens)
     eval_pairs = None
     if config.data.eval_path is not None:
-        eval_pairs = _read_pairs(config, config.data.eval_path, sources, objective, console)
+        eval_pairs = reader.read("data.eval_path", config.data.eval_path)
     sampler = PairSampler(
         len(pairs),
         global_batch_pairs=config.train.global_batch_pairs,
@@ -252,7 +264,7 @@ def _work_metrics(run: Run, pairs: list[int], step_time: float) -> Metrics:
         "step_time_s": step_time,
         "tokens_per_second": tokens / step_time,
         "model_tflops_per_gpu": flops / step_time / run.groups.world_size / 1e12,
-        "peak_memory_gib": _peak_memory_gib(),
+        "peak_memory_gib": peak_memory_gib(),
     }
 
 
@@ -330,29 +342,9 @@ def _checkpoint_to_resume(config: TrainConfig) -> Path | None:
     return chosen
 
 
-def _read_pairs(
-    config: TrainConfig,
-    path: str,
-    sources: build.ModelSources,
-    objective: Objective,
-    console: RunConsole,
-) -> PairCatalog:
-    def progress(rows: Any) -> Iterator[int]:
-        return console.track(rows, what=f"checking {path}", total=len(rows))
-
-    pairs = build.read_pairs(config, path, sources, objective, progress=progress)
-    dropped = f", {pairs.num_dropped} dropped as too long" if pairs.num_dropped else ""
-    console.say(
-        f"{path}: {len(pairs)} pairs{dropped}, the largest {pairs.largest_pair_tokens} tokens"
-    )
-    return pairs
-
-
 def _stop_agreed(run: Run) -> bool:
     """Whether any rank was asked to stop: all of them must save the same step."""
-    requested = torch.tensor(int(stop.was_requested()), device=run.groups.device)
-    dist.all_reduce(requested, op=dist.ReduceOp.MAX)
-    return bool(requested.item())
+    return on_any_rank(stop.was_requested(), run.groups.device)
 
 
 def _check_finite(name: str, value: float, step: int) -> None:
@@ -365,10 +357,3 @@ def _check_finite(name: str, value: float, step: int) -> None:
 
 def _is_due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
-
-
-def _peak_memory_gib() -> float:
-    """GPU memory, or without one the process's, at its highest since the start."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30

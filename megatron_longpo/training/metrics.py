@@ -6,9 +6,12 @@ import importlib.util
 import json
 import math
 import os
+import resource
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from megatron_longpo.config import LoggingConfig
 from megatron_longpo.errors import UserError
@@ -39,6 +42,13 @@ def mean_metrics(sums: Mapping[str, float]) -> Metrics:
     means: Metrics = {name: value / sums["pairs"] for name, value in sums.items()}
     del means["pairs"]
     return {**dict.fromkeys(LOSS_KEYS), **means}
+
+
+def peak_memory_gib() -> float:
+    """GPU memory, or without one the process's, at its highest since the start."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
 
 
 def check_trackers(config: LoggingConfig) -> None:

@@ -55,7 +55,7 @@ def sum_pairs(scores: Tensor, pack: RankPack, *, context_group: ProcessGroup) ->
     no_tokens_NT = torch.zeros_like(pack.turn_mask, dtype=torch.int64)
     return PairLogps(
         policy=_by_row(by_policy_term),
-        reference=_by_row(by_reference_term),
+        reference=_by_row({**by_reference_term, **pack.reference_logps}),
         token_counts=_by_row(pack.counts),
         turn_mask_NT=pack.turn_mask,
         # The NLL is of the pair too.

@@ -39,14 +39,16 @@ def check_is_new(config: TrainConfig) -> None:
 def check_writable(config: TrainConfig) -> None:
     """Refuses folders that cannot be made or written: better now than after the first steps."""
     assert config.checkpoint.dir is not None, "settings are resolved"
-    for key, folder in (
-        ("logging.dir", Path(config.logging.dir)),
-        ("checkpoint.dir", Path(config.checkpoint.dir)),
-    ):
-        nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-            found = "is not writable" if nearest.is_dir() else "is a file"
-            raise UserError(f"{key} ({folder}): {nearest} {found}; choose another folder")
+    check_folder("logging.dir", Path(config.logging.dir))
+    check_folder("checkpoint.dir", Path(config.checkpoint.dir))
+
+
+def check_folder(key: str, folder: Path) -> None:
+    """Refuses the folder of a setting that cannot be made or written."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        found = "is not writable" if nearest.is_dir() else "is a file"
+        raise UserError(f"{key} ({folder}): {nearest} {found}; choose another folder")
 
 
 def write_config(config: TrainConfig, fingerprints: Mapping[str, str]) -> None:

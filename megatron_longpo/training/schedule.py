@@ -49,8 +49,43 @@ def run_microbatches(
     Returns:
         Sums of every metric over the global batch, the same on every rank.
     """
-    stored = get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, objective=objective, groups=groups),
+    stored = _run(
+        partial(_forward_step, objective=objective, groups=groups),
+        model,
+        packs,
+        forward_only=forward_only,
+    )
+    return _summed_over_ranks(stored, groups)
+
+
+def score_microbatches(
+    model: Sequence[Any], packs: Sequence[RankPack], groups: Groups
+) -> list[PairLogps]:
+    """Runs microbatches forward and returns what the model says of their pairs.
+
+    The sums are whole on every context-parallel rank of the last stage; on other stages the list
+    is empty.
+    """
+    return _run(
+        partial(_scoring_step, groups=groups),
+        model,
+        packs,
+        forward_only=True,
+        collect_non_loss_data=True,
+    )
+
+
+def _run(
+    step: Callable[..., Any],
+    model: Sequence[Any],
+    packs: Sequence[RankPack],
+    *,
+    forward_only: bool,
+    collect_non_loss_data: bool = False,
+) -> list[Any]:
+    """What Megatron's schedule stores on the last stage, one object a microbatch."""
+    return get_forward_backward_func()(
+        forward_step_func=step,
         data_iterator=[iter(packs) for _ in model] if len(model) > 1 else iter(packs),
         model=list(model),
         num_microbatches=len(packs),
@@ -58,8 +93,8 @@ def run_microbatches(
         seq_length=1,
         micro_batch_size=1,
         forward_only=forward_only,
+        collect_non_loss_data=collect_non_loss_data,
     )
-    return _summed_over_ranks(stored, groups)
 
 
 def _forward_step(
@@ -67,6 +102,17 @@ def _forward_step(
 ) -> tuple[Tensor, LossFunction]:
     pack = next(packs)
     return model(pack), partial(_loss, pack=pack, objective=objective, groups=groups)
+
+
+def _scoring_step(
+    packs: Iterator[RankPack], model: Any, *, groups: Groups
+) -> tuple[Tensor, Callable[..., PairLogps]]:
+    pack = next(packs)
+
+    def sums(logps: Tensor, non_loss_data: bool) -> PairLogps:
+        return sum_pairs(logps, pack, context_group=groups.context)
+
+    return model(pack), sums
 
 
 def _loss(
