@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -276,16 +277,35 @@ def build_model(
     return [wrapped]
 
 
-def build_reference(config: TrainConfig, sources: ModelSources, groups: Groups) -> list[Any]:
+def build_reference(
+    config: TrainConfig,
+    sources: ModelSources,
+    groups: Groups,
+    *,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[Any]:
     """The reference alone, where the policy stands otherwise: what `longpo reference` runs."""
     assert sources.cached is not None and sources.cached_folder is not None
-    chunk = _chunk(config, sources.cached, sources.cached_folder, groups, trainable=False)
+    chunk = _chunk(
+        config,
+        sources.cached,
+        sources.cached_folder,
+        groups,
+        trainable=False,
+        say=say,
+        write_weights=load_hf_weights,
+    )
     model: Any = LongPOModel(
         policy=chunk, reference=None, tensor_group=groups.tensor, context_group=groups.context
     )
     model.requires_grad_(False)
     model.eval()
-    return [_placed(config, model, groups)]
+    placed = _placed(config, model, groups)
+    # As Megatron's DDP does for a model that trains: one rank's reading is everyone's.
+    same_shards = groups.data_and_context
+    for parameter in placed.parameters():
+        dist.broadcast(parameter, src=dist.get_global_rank(same_shards, 0), group=same_shards)
+    return [placed]
 
 
 def _placed(config: TrainConfig, model: Any, groups: Groups) -> Any:

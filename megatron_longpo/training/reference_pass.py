@@ -116,7 +116,7 @@ def compute(config: TrainConfig) -> None:
     tasks = [open_task(reader, catalog) for catalog in catalogs]
     if not any(task.pending for task in tasks):
         return
-    model = build.build_reference(config, sources, groups)
+    model = build.build_reference(config, sources, groups, say=console.say)
     for task in tasks:
         score(task, model, config, groups, console)
 
@@ -137,14 +137,15 @@ def open_task(reader: RowReader, catalog: PairCatalog) -> Task:
             ),
             made_with={
                 "reference": reader.sources.cached_folder,
-                "attention_kernel": config.model.attention_kernel,
+                "model.attention_kernel": config.model.attention_kernel,
+                "model.layers": config.model.layers,
                 "parallel": asdict(config.parallel),
             },
         )
         writers.append(writer)
         for path in writer.damaged:
             reader.console.say(f"{path} was damaged: its rows are scored again")
-        reader.console.say(f"{len(writer.saved)} rows are there already in {writer.folder}")
+        reader.console.say(f"{writer.folder}: has {len(writer.saved)} of {len(catalog)} rows")
         return writer.saved
 
     saved = from_main_rank(open_cache)

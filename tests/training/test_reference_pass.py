@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from megatron.core.utils import unwrap_model
 from safetensors.torch import load_file, save_file
 
 from megatron_longpo import stop
@@ -53,7 +54,7 @@ def test_cached_and_online_give_the_same_metrics(name: str, shelf: Shelf, tmp_pa
     assert_same_metrics(tmp_path / "cached", tmp_path / "online")
     # One model: no reference beside the policy, and none of its work counted.
     (model,) = run.model
-    assert model.module.reference is None
+    assert unwrap_model(model).reference is None
     assert run.sources.reference is None
     steps = [row for row in metric_rows(tmp_path / "cached", with_times=True) if "loss" in row]
     assert all(math.isfinite(row["reference_logps/chosen"]) for row in steps)
@@ -320,7 +321,7 @@ def test_offloading_changes_no_bit(
     train(online)
     run = train(away)
     assert metric_rows(tmp_path / "away") == metric_rows(tmp_path / "there")
-    assert run.model[0].module._offloaded is not None
+    assert unwrap_model(run.model[0])._offloaded is not None
 
 
 def test_offload_settings_do_not_stop_the_reference_command(shelf: Shelf, tmp_path: Path) -> None:
