@@ -18,7 +18,13 @@ from megatron.core.utils import unwrap_model
 from safetensors.torch import load_file, save_file
 
 from megatron_longpo import stop
-from megatron_longpo.config import ObjectiveConfig, ReferenceConfig, TrainConfig, resolve
+from megatron_longpo.config import (
+    LoraConfig,
+    ObjectiveConfig,
+    ReferenceConfig,
+    TrainConfig,
+    resolve,
+)
 from megatron_longpo.data.rows import write_rows_jsonl
 from megatron_longpo.errors import StopRequested, UserError
 from megatron_longpo.parallel.groups import Groups
@@ -322,6 +328,22 @@ def test_offloading_changes_no_bit(
     run = train(away)
     assert metric_rows(tmp_path / "away") == metric_rows(tmp_path / "there")
     assert unwrap_model(run.model[0])._offloaded is not None
+
+
+def test_adapters_train_on_a_cache_and_refuse_to_offload_what_they_share(
+    shelf: Shelf, tmp_path: Path
+) -> None:
+    case = replace(CASE, name="cached-lora", reference=CASE.policy)
+    lora = LoraConfig(rank=2)
+    online = replace(short_config(shelf, tmp_path / "online", case=case), lora=lora)
+    cached = replace(cached_config(shelf, tmp_path / "cached", case=case), lora=lora)
+    compute(cached)
+    train(online)
+    train(cached)
+    assert_same_metrics(tmp_path / "cached", tmp_path / "online")
+    away = replace(online, reference=replace(online.reference, offload=True))
+    with pytest.raises(UserError, match=r"reference.offload \(true\): with lora the reference is"):
+        loop.prepare(away)
 
 
 def test_offload_settings_do_not_stop_the_reference_command(shelf: Shelf, tmp_path: Path) -> None:
