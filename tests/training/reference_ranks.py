@@ -42,7 +42,7 @@ def two_layers(name: str) -> Case:
     return replace(
         case,
         policy=replace(case.policy, layers=2),
-        reference=REFERENCE,
+        reference=replace(REFERENCE, tied=True),
     )
 
 
