@@ -138,12 +138,16 @@ class ParallelConfig:
     """Pipeline-parallel size."""
     virtual_pipeline: int | None = field(default=None, metadata=limits(at_least=1))
     """Model chunks a pipeline stage; null = no interleaving."""
+    pipeline_layout: str | None = None
+    """Layers of each stage in Megatron's notation, such as Ettt|tttt|ttL; null = as evenly as
+    possible. E| and |L are stages of the embedding and of the loss alone."""
     context: int = field(default=1, metadata=limits(at_least=1))
     """Context-parallel size: ranks that share one sequence."""
     context_comm: Literal["a2a", "all_gather", "a2a+all_gather"] = "all_gather"
-    """How those ranks exchange keys and values."""
+    """How those ranks exchange keys and values: heads scattered, keys gathered (any number of
+    heads), or heads scattered within groups of neighbours and keys gathered across."""
     context_inner: int | None = field(default=None, metadata=limits(at_least=1))
-    """Size of the inner a2a group of a2a+all_gather."""
+    """Ranks that a2a+all_gather scatters heads over; null = as many as heads and machine allow."""
     sequence: bool | None = None
     """Split norms and dropout over the tensor-parallel ranks; null = true where tensor > 1."""
     timeout_minutes: float = field(default=60.0, metadata=limits(above=0))
@@ -181,6 +185,10 @@ class OptimizerConfig:
     grad_dtype: Literal["fp32", "bf16"] = "fp32"
     """Type in which gradients are summed over microbatches and ranks; bf16 takes half the memory
     and rounds every sum."""
+    overlap_grad_reduce: bool = False
+    """Sum gradients over the data-parallel ranks while backward still runs."""
+    overlap_param_gather: bool = False
+    """Gather the sharded optimizer's new weights while the next forward runs already."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -196,7 +204,10 @@ class RunConfig:
     seed: int = field(default=42, metadata=limits(at_least=0))
     """Seed of everything but the order of the data."""
     recompute: Literal["none", "selective", "full"] = "selective"
-    """What backward recomputes instead of storing: nothing, norms and MLP, or whole layers."""
+    """What backward recomputes instead of storing: nothing, some modules, or whole layers."""
+    recompute_modules: tuple[Literal["core_attn", "layernorm", "mlp"], ...] | None = None
+    """Modules that selective recomputes; null = layernorm and mlp. core_attn, twice the attention
+    of a long row, is the dearest of them."""
     eval_interval: int = field(default=0, metadata=limits(at_least=0))
     """Steps between evaluations on data.eval_path; 0 = off."""
     eval_at_start: bool = True

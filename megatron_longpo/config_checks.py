@@ -17,6 +17,7 @@ from megatron_longpo.config_objectives import (
     filled_objective,
 )
 from megatron_longpo.errors import UserError
+from megatron_longpo.parallel.stages import parse_layout
 
 if TYPE_CHECKING:
     # Only for types: config.py imports this file.
@@ -84,23 +85,7 @@ def check_world(config: TrainConfig, world_size: int) -> int:
 
 def _check_available(config: TrainConfig) -> None:
     """Refuses what the settings already name and the code does not do yet."""
-    parallel = config.parallel
     not_yet = {
-        "parallel.virtual_pipeline": (
-            parallel.virtual_pipeline,
-            parallel.virtual_pipeline is not None,
-            "null",
-        ),
-        "parallel.context_comm": (
-            parallel.context_comm,
-            parallel.context_comm == "a2a+all_gather",
-            "all_gather",
-        ),
-        "parallel.context_inner": (
-            parallel.context_inner,
-            parallel.context_inner is not None,
-            "null",
-        ),
         "checkpoint.async_save": (
             config.checkpoint.async_save,
             config.checkpoint.async_save,
@@ -129,14 +114,58 @@ def _filled_reference(config: TrainConfig, defaults: ObjectiveDefaults) -> Refer
 
 
 def _filled_parallel(parallel: ParallelConfig) -> ParallelConfig:
-    if parallel.sequence is None:
-        return replace(parallel, sequence=parallel.tensor > 1)
     if parallel.sequence and parallel.tensor == 1:
         raise UserError(
             "parallel.sequence (true) splits work over tensor-parallel ranks, and parallel.tensor "
             "is 1. Use false, or leave it out"
         )
-    return parallel
+    _check_context(parallel)
+    return replace(
+        parallel,
+        sequence=parallel.tensor > 1 if parallel.sequence is None else parallel.sequence,
+        virtual_pipeline=_filled_virtual_pipeline(parallel),
+    )
+
+
+def _check_context(parallel: ParallelConfig) -> None:
+    inner, context = parallel.context_inner, parallel.context
+    if inner is None:
+        return
+    if parallel.context_comm != "a2a+all_gather":
+        raise UserError(
+            f"parallel.context_inner ({inner}) is for parallel.context_comm a2a+all_gather, which "
+            f"is {parallel.context_comm}. Remove it, or use a2a+all_gather"
+        )
+    if context % inner:
+        fitting = ", ".join(str(size) for size in range(1, context + 1) if context % size == 0)
+        raise UserError(
+            f"parallel.context_inner ({inner}) must divide parallel.context ({context}). Use one "
+            f"of {fitting}"
+        )
+
+
+def _filled_virtual_pipeline(parallel: ParallelConfig) -> int | None:
+    """Chunks a stage, None for one; where it is left out, as many as the layout has."""
+    pipeline, virtual = parallel.pipeline, parallel.virtual_pipeline
+    if parallel.pipeline_layout is not None:
+        stages = len(parse_layout(parallel.pipeline_layout))
+        expected = pipeline * (virtual or max(1, stages // pipeline))
+        if stages != expected:
+            times = "" if virtual is None else f" x parallel.virtual_pipeline ({virtual})"
+            rule = "be a multiple of" if virtual is None else "equal"
+            raise UserError(
+                f"parallel.pipeline_layout ({parallel.pipeline_layout}): its {stages} stages must "
+                f"{rule} parallel.pipeline ({pipeline}){times}. Change one of them"
+            )
+        virtual = stages // pipeline
+    if virtual in (None, 1):
+        return None
+    if pipeline == 1:
+        raise UserError(
+            f"parallel.virtual_pipeline ({virtual}) interleaves the stages of a pipeline, and "
+            "parallel.pipeline is 1. Use null, or raise parallel.pipeline"
+        )
+    return virtual
 
 
 def _check_rest(config: TrainConfig) -> None:
@@ -150,6 +179,22 @@ def _check_rest(config: TrainConfig) -> None:
         raise UserError(
             "optimizer.grad_dtype (bf16): gradients have model.dtype at least, and it is fp32. Use "
             "fp32, or model.dtype bf16"
+        )
+    for key in ("distributed", "overlap_grad_reduce"):
+        if optimizer.overlap_param_gather and not getattr(optimizer, key):
+            raise UserError(
+                f"optimizer.overlap_param_gather (true) needs optimizer.{key}, which is false. Set "
+                "it to true, or leave optimizer.overlap_param_gather out"
+            )
+    if train.recompute_modules is not None and train.recompute != "selective":
+        raise UserError(
+            f"train.recompute_modules ({', '.join(train.recompute_modules)}) is for "
+            f"train.recompute selective, which is {train.recompute}. Remove it, or use selective"
+        )
+    if train.recompute_modules == ():
+        raise UserError(
+            "train.recompute_modules ([]) leaves nothing to recompute. Name a module, or use "
+            "train.recompute none"
         )
     if train.eval_interval and data.eval_path is None:
         raise UserError(

@@ -4,6 +4,8 @@
 - The distributed optimizer with torch's Adam (no Transformer Engine, no apex) loses `step` when a
   checkpoint is loaded, and lets all parameters share one `step` tensor, so that a resumed run
   drifts silently. `build_optimizer` returns one that does neither.
+- Recomputation of norms asks Transformer Engine about fp8 though no fp8 is on, which fails where it
+  is not installed. `mend_norm_recompute` makes it ask no more.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import torch
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer import distrib_optimizer as megatron_distrib_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from torch import Tensor
 
 _STATE_HOLDS_STEP: bool = not megatron_distrib_optimizer.HAVE_APEX_OR_TE
@@ -136,6 +139,18 @@ def build_optimizer(
         if isinstance(part, DistributedOptimizer):
             part.__class__ = _MendedDistributedOptimizer
     return optimizer
+
+
+def mend_norm_recompute() -> None:
+    """Lets Megatron recompute norms without Transformer Engine; called again, it does nothing."""
+    if CheckpointWithoutOutput().fp8:
+        original = CheckpointWithoutOutput.__init__
+
+        def without_fp8(self: CheckpointWithoutOutput, fp8: Any = False) -> None:
+            # Megatron takes any value but None, its own default False too, for fp8.
+            original(self, fp8 or None)
+
+        CheckpointWithoutOutput.__init__ = without_fp8
 
 
 def initialize_state(optimizer: MegatronOptimizer) -> None:

@@ -65,6 +65,7 @@ CONTRACT_DEFAULTS: dict[str, Any] = {
     "parallel.tensor": 1,
     "parallel.pipeline": 1,
     "parallel.virtual_pipeline": None,
+    "parallel.pipeline_layout": None,
     "parallel.context": 1,
     "parallel.context_comm": "all_gather",
     "parallel.context_inner": None,
@@ -83,11 +84,14 @@ CONTRACT_DEFAULTS: dict[str, Any] = {
     "optimizer.min_lr": 0,
     "optimizer.distributed": True,
     "optimizer.grad_dtype": "fp32",
+    "optimizer.overlap_grad_reduce": False,
+    "optimizer.overlap_param_gather": False,
     "train.global_batch_pairs": 8,
     "train.epochs": 1,
     "train.steps": None,
     "train.seed": 42,
     "train.recompute": "selective",
+    "train.recompute_modules": None,
     "train.eval_interval": 0,
     "train.eval_at_start": True,
     "train.dry_run": False,
@@ -355,9 +359,49 @@ def test_what_is_required_is_asked_for() -> None:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--parallel.virtual_pipeline=2"], "parallel.virtual_pipeline (2) is not available yet"),
-        (["--parallel.context_inner=2"], "parallel.context_inner (2) is not available yet"),
-        (["--parallel.context_comm=a2a+all_gather"], "(a2a+all_gather) is not available yet"),
+        (["--parallel.virtual_pipeline=2"], "parallel.pipeline is 1. Use null"),
+        (["--parallel.pipeline_layout=Ett|m|L"], "m is none of E (embedding)"),
+        (["--parallel.pipeline_layout=tt|EL"], "it must begin with the only E"),
+        (["--parallel.pipeline_layout=Et||L"], "stage 2 has nothing to do"),
+        (
+            ["--parallel.pipeline=2", "--parallel.pipeline_layout=Et|t|L"],
+            "its 3 stages must be a multiple of parallel.pipeline (2)",
+        ),
+        (
+            [
+                "--parallel.pipeline=2",
+                "--parallel.virtual_pipeline=2",
+                "--parallel.pipeline_layout=Et|L",
+            ],
+            "its 2 stages must equal parallel.pipeline (2) x parallel.virtual_pipeline (2)",
+        ),
+        (["--parallel.context_inner=2"], "is all_gather. Remove it, or use a2a+all_gather"),
+        (
+            [
+                "--parallel.context=6",
+                "--parallel.context_comm=a2a+all_gather",
+                "--parallel.context_inner=4",
+            ],
+            "parallel.context_inner (4) must divide parallel.context (6). Use one of 1, 2, 3, 6",
+        ),
+        (
+            ["--optimizer.overlap_param_gather"],
+            "optimizer.overlap_param_gather (true) needs optimizer.overlap_grad_reduce",
+        ),
+        (
+            [
+                "--optimizer.overlap_param_gather",
+                "--optimizer.overlap_grad_reduce",
+                "--optimizer.distributed=false",
+            ],
+            "optimizer.overlap_param_gather (true) needs optimizer.distributed",
+        ),
+        (["--train.recompute_modules=[moe]"], "each item one of core_attn, layernorm, mlp"),
+        (
+            ["--train.recompute=full", "--train.recompute_modules=[mlp]"],
+            "train.recompute_modules (mlp) is for train.recompute selective, which is full",
+        ),
+        (["--train.recompute_modules=[]"], "leaves nothing to recompute"),
         (["--checkpoint.async_save"], "checkpoint.async_save (true) is not available yet"),
         (["--lora.targets=[]"], "lora.targets ([]): nothing is left to train"),
         (["--lora.targets=[linear_fc1,linear_fc1]"], "lora.targets (linear_fc1, linear_fc1): a"),
@@ -447,6 +491,15 @@ def with_sizes(tensor: int = 1, pipeline: int = 1, context: int = 1) -> TrainCon
         config.parallel, tensor=tensor, pipeline=pipeline, context=context
     )
     return dataclasses.replace(config, parallel=parallel)
+
+
+def test_a_layout_says_how_many_chunks_a_stage_has() -> None:
+    sizes = ("--parallel.pipeline=2", "--parallel.pipeline_layout=Et*2|(t|)*2L")
+    assert load(*sizes).parallel.virtual_pipeline == 2
+    assert load(*sizes, "--parallel.virtual_pipeline=2").parallel.virtual_pipeline == 2
+    assert load("--parallel.pipeline=4", sizes[1]).parallel.virtual_pipeline is None
+    one_chunk = load("--parallel.pipeline=2", "--parallel.virtual_pipeline=1")
+    assert one_chunk.parallel.virtual_pipeline is None
 
 
 @pytest.mark.parametrize(

@@ -347,7 +347,6 @@ def bare_step(run: Run) -> dict[str, float]:
         list(range(len(run.pairs))),
         run.groups,
         budget_tokens=run.budget_tokens,
-        context_comm=run.config.parallel.context_comm,
     )
     sizes = run.groups.sizes
     heads_shared = sizes.context if run.config.parallel.context_comm == "a2a" else 1

@@ -122,18 +122,20 @@ def _stacked(
 
 
 def deal(
-    sizes: Sequence[PairSize], *, num_ranks: int, budget_tokens: int
+    sizes: Sequence[PairSize], *, num_ranks: int, budget_tokens: int, multiple: int = 1
 ) -> list[list[Microbatch]]:
     """Deals a global batch to the data-parallel ranks and packs each rank's share.
 
     Every rank computes the same result. The dearest pair goes first, to the rank with the least
-    attention so far; a rank's pairs are packed first-fit, longest first; ranks with fewer
-    microbatches than others get fillers, since a pipeline schedule needs equal counts.
+    attention so far; a rank's pairs are packed first-fit, longest first. A pipeline schedule needs
+    equal counts, so ranks with fewer microbatches than others split some, and where there is
+    nothing left to split get fillers.
 
     Args:
         sizes: the pairs of the global batch.
         num_ranks: data-parallel size.
         budget_tokens: most physical policy tokens of a microbatch.
+        multiple: what the number of microbatches of a rank must be a multiple of.
 
     Returns:
         For every rank its microbatches, in equal number, at least one.
@@ -155,6 +157,8 @@ def deal(
         heapq.heappush(loads, (load + sizes[index].attention_cost, rank))
     dealt = [_pack_first_fit(share, sizes, budget_tokens) for share in shares]
     most = max(len(microbatches) for microbatches in dealt)
+    most = -(-most // multiple) * multiple
+    dealt = [_split_up(microbatches, sizes, most) for microbatches in dealt]
     cheapest = min(range(len(sizes)), key=lambda i: (sizes[i].attention_cost, i))
     filler = Microbatch(pairs=(cheapest,), is_filler=True)
     return [microbatches + [filler] * (most - len(microbatches)) for microbatches in dealt]
@@ -176,3 +180,29 @@ def _pack_first_fit(
             bins.append([index])
             room.append(budget_tokens - need)
     return [Microbatch(pairs=tuple(members)) for members in bins]
+
+
+def _split_up(
+    microbatches: Sequence[Microbatch], sizes: Sequence[PairSize], most: int
+) -> list[Microbatch]:
+    """Halves the fullest microbatches of several pairs until there are `most`, where it can."""
+
+    def tokens(microbatch: Microbatch) -> int:
+        return sum(sizes[index].policy_tokens for index in microbatch.pairs)
+
+    split = list(microbatches)
+    while len(split) < most:
+        position = max(
+            (i for i, microbatch in enumerate(split) if len(microbatch.pairs) > 1),
+            key=lambda i: (tokens(split[i]), -i),
+            default=None,
+        )
+        if position is None:
+            break
+        pairs = split[position].pairs
+        # Pairs stand in the order of their lengths: every other one makes halves of like size.
+        split[position : position + 1] = [
+            Microbatch(pairs=pairs[::2]),
+            Microbatch(pairs=pairs[1::2]),
+        ]
+    return split

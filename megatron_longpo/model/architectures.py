@@ -55,8 +55,21 @@ ROPE_KEYS: dict[str, tuple[str, ...]] = {
         "high_freq_factor",
         "original_max_position_embeddings",
     ),
+    "yarn": ("factor", "original_max_position_embeddings"),
 }
 """Supported scalings and the numbers each of them needs."""
+
+OPTIONAL_ROPE_KEYS: dict[str, tuple[str, ...]] = {
+    "yarn": (
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+    ),
+}
+"""What a scaling takes besides; transformers has defaults for it. All numbers but `truncate`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,7 +78,8 @@ class RopeSettings:
 
     theta: float
     scaling: Mapping[str, Any] | None
-    """None = plain RoPE, else `rope_type` and the numbers that `ROPE_KEYS` lists for it."""
+    """None = plain RoPE, else `rope_type`, what `ROPE_KEYS` lists for it, and what is set of
+    `OPTIONAL_ROPE_KEYS`."""
     max_position_embeddings: int
 
 
@@ -255,7 +269,7 @@ def _rope_settings(
 def _checked_scaling(
     where: str, scaling: Mapping[str, Any], own_positions: int
 ) -> dict[str, Any] | None:
-    """Returns `rope_type` and exactly the numbers it needs, None for plain RoPE."""
+    """Returns `rope_type` and exactly what it needs and takes, None for plain RoPE."""
     rope_type = scaling.get("rope_type", scaling.get("type", "default"))
     if float(scaling.get("partial_rotary_factor") or 1.0) != 1.0:
         raise UserError(
@@ -274,12 +288,26 @@ def _checked_scaling(
     # transformers 5 fills this one in; an override of max_position_embeddings must not move it,
     # since it is the length that the weights were first trained at.
     values.setdefault("original_max_position_embeddings", own_positions)
-    missing = [key for key in ROPE_KEYS[rope_type] if not isinstance(values.get(key), int | float)]
+    missing = [key for key in ROPE_KEYS[rope_type] if not _is_number(values.get(key))]
     if missing:
         raise UserError(f"{where}: rope_type {rope_type} needs a number for {', '.join(missing)}")
     if not values["factor"] >= 1:
         raise UserError(f"{where}: factor ({values['factor']}) must be at least 1")
-    return {"rope_type": rope_type, **{key: values[key] for key in ROPE_KEYS[rope_type]}}
+    checked = {"rope_type": rope_type, **{key: values[key] for key in ROPE_KEYS[rope_type]}}
+    for key in OPTIONAL_ROPE_KEYS.get(rope_type, ()):
+        value = values.get(key)
+        if value is None:
+            continue
+        is_switch = key == "truncate"
+        if not (isinstance(value, bool) if is_switch else _is_number(value) and value > 0):
+            rule = "true or false" if is_switch else "a number above 0"
+            raise UserError(f"{where}: {key} ({value}) of rope_type {rope_type} must be {rule}")
+        checked[key] = value if is_switch else float(value)
+    return checked
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _integer(path: Path, config: Mapping[str, Any], key: str, default: int | None = None) -> int:

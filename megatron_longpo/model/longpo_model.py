@@ -181,6 +181,7 @@ class LongPOModel(MegatronModule):
     def _head(self, chunk: ChunkModel) -> tuple[Tensor, VocabularyShard]:
         """This rank's rows of the output weight, and the token ids that they stand for."""
         gpt = chunk.gpt
+        _await_parameters(gpt.output_layer)
         weight = (
             gpt.shared_embedding_or_output_weight()
             if gpt.share_embeddings_and_output_weights
@@ -243,3 +244,13 @@ class LongPOModel(MegatronModule):
     @property
     def has_adapters(self) -> bool:
         return any(True for _ in adapters(self.policy))
+
+
+def _await_parameters(module: nn.Module) -> None:
+    """Does before a module's weights are read what calling the module would have done first.
+
+    Megatron's DDP waits in forward pre-hooks for weights that are still being gathered
+    (`optimizer.overlap_param_gather`), and the output layer's own forward never runs here.
+    """
+    for hook in module._forward_pre_hooks.values():
+        hook(module, ())

@@ -7,6 +7,8 @@ model is built without it and the angles come from here, for the positions of a 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -26,6 +28,16 @@ def inverse_frequencies(arch: Architecture) -> torch.Tensor:
         return frequencies
     if scaling["rope_type"] == "linear":
         return frequencies / scaling["factor"]
+    if scaling["rope_type"] == "yarn":
+        return _yarn_frequencies(
+            arch.rope.theta,
+            arch.head_dim,
+            factor=scaling["factor"],
+            most_turns=scaling.get("beta_fast", 32),
+            fewest_turns=scaling.get("beta_slow", 1),
+            original_positions=scaling["original_max_position_embeddings"],
+            truncate=scaling.get("truncate", True),
+        )
     assert scaling["rope_type"] == "llama3", scaling
     return _llama3_frequencies(
         frequencies,
@@ -34,6 +46,16 @@ def inverse_frequencies(arch: Architecture) -> torch.Tensor:
         high_factor=scaling["high_freq_factor"],
         original_positions=scaling["original_max_position_embeddings"],
     )
+
+
+def attention_scale(arch: Architecture) -> float | None:
+    """What scores are multiplied by before the softmax; None = the usual 1 / sqrt(head_dim).
+
+    YaRN multiplies cosines and sines by a factor, so queries and keys both, and scores by its
+    square. Here the angles are left alone and the scores get the square.
+    """
+    factor = _yarn_attention_factor(arch.rope.scaling or {})
+    return None if factor == 1.0 else factor**2 / math.sqrt(arch.head_dim)
 
 
 def rotary_angles(inv_freq: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
@@ -63,3 +85,49 @@ def _llama3_frequencies(
     blended = (1 - smooth) * result / factor + smooth * result
     between = (wavelengths >= longest_kept) & (wavelengths <= shortest_divided)
     return torch.where(between, blended, result)
+
+
+def _yarn_frequencies(
+    theta: float,
+    head_dim: int,
+    *,
+    factor: float,
+    most_turns: float,
+    fewest_turns: float,
+    original_positions: int,
+    truncate: bool,
+) -> torch.Tensor:
+    """YaRN (arXiv 2309.00071): frequencies that turn often within the original positions are kept,
+    those that turn seldom divided by `factor`, and those between blended along a ramp."""
+
+    def dimension_of(turns: float) -> float:
+        """Where a frequency makes so many turns over the original positions."""
+        wavelength = original_positions / (turns * 2 * math.pi)
+        return (head_dim * math.log(wavelength)) / (2 * math.log(theta))
+
+    low, high = dimension_of(most_turns), dimension_of(fewest_turns)
+    if truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    if low == high:
+        high += 0.001
+    ramp = (torch.arange(head_dim // 2, dtype=torch.float32) - low) / (high - low)
+    kept = 1 - ramp.clamp(0, 1)
+    wavelengths = theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    return 1.0 / (factor * wavelengths) * (1 - kept) + 1.0 / wavelengths * kept
+
+
+def _yarn_attention_factor(scaling: Mapping[str, Any]) -> float:
+    """What transformers multiplies cosines and sines by; 1 for any other scaling."""
+    if scaling.get("rope_type") != "yarn":
+        return 1.0
+    if scaling.get("attention_factor") is not None:
+        return float(scaling["attention_factor"])
+
+    def growth(weight: float) -> float:
+        return 0.1 * weight * math.log(scaling["factor"]) + 1.0
+
+    mscale, mscale_all_dim = scaling.get("mscale"), scaling.get("mscale_all_dim")
+    if mscale is not None and mscale_all_dim is not None:
+        return growth(mscale) / growth(mscale_all_dim)
+    return growth(1.0)

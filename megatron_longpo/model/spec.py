@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -18,8 +18,11 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_longpo.errors import UserError
+from megatron_longpo.megatron_compat import mend_norm_recompute
 from megatron_longpo.model.architectures import Architecture
 from megatron_longpo.model.layer_specs import LayerKind, layer_spec, norm_class
+from megatron_longpo.model.rope import attention_scale
+from megatron_longpo.parallel.stages import Split, even_split, megatron_layout, parse_layout
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """Settings' names of the dtypes that parameters and activations may have."""
@@ -41,21 +44,28 @@ def transformer_config(
     tensor: int = 1,
     pipeline: int = 1,
     virtual_pipeline: int | None = None,
+    stages: Sequence[int] | None = None,
     context: int = 1,
     sequence: bool = False,
     recompute: Literal["none", "selective", "full"] = "none",
+    recompute_modules: Sequence[str] | None = None,
     trainable: bool = True,
     fusions: bool | None = None,
     layers: LayerKind = "local",
 ) -> TransformerConfig:
     """Megatron's config of `arch` under these parallel sizes.
 
+    `stages` are the layers of each stage (parallel/stages.py); None = as evenly as possible.
     `trainable=False` is for the frozen reference: nothing is recomputed for a backward that never
-    comes. `fusions` are Megatron's jitted elementwise kernels; None = where there is a GPU.
-    `layers` are those that `build_gpt` will be given: Transformer Engine's have a fused RoPE.
+    comes. `recompute_modules` are what `selective` recomputes; None = norms and MLPs. `fusions` are
+    Megatron's jitted elementwise kernels; None = where there is a GPU. `layers` are those that
+    `build_gpt` will be given: Transformer Engine's have a fused RoPE.
     Weights are not initialised, since `load_hf_weights` writes every one of them.
     """
-    check_sizes(arch, tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual_pipeline)
+    check_tensor_size(arch, tensor)
+    if stages is None:
+        stages = even_split(arch.num_layers, pipeline * (virtual_pipeline or 1))
+    assert sum(stages) == arch.num_layers, (stages, arch.num_layers)
     if fusions is None:
         fusions = torch.cuda.is_available()
     with warnings.catch_warnings():
@@ -68,6 +78,7 @@ def transformer_config(
             num_attention_heads=arch.num_heads,
             num_query_groups=arch.num_kv_heads,
             kv_channels=arch.head_dim,
+            softmax_scale=attention_scale(arch),
             layernorm_epsilon=arch.norm_eps,
             normalization="RMSNorm",
             add_bias_linear=False,
@@ -83,13 +94,15 @@ def transformer_config(
             tensor_model_parallel_size=tensor,
             pipeline_model_parallel_size=pipeline,
             virtual_pipeline_model_parallel_size=virtual_pipeline,
+            pipeline_model_parallel_layout=megatron_layout(stages),
             context_parallel_size=context,
             sequence_parallel=sequence and tensor > 1,
             # Every microbatch has its own length.
             variable_seq_lengths=pipeline > 1,
             # Megatron checks this against variable lengths even for a model without experts.
             moe_token_dispatcher_type="alltoall",
-            # Interleaved stages are silently mis-ordered by the batched exchange on gloo.
+            # Interleaved stages must be sent overlapped: two ranks are each other's neighbours on
+            # both sides, and a batched exchange would hand a stage the other neighbour's tensor.
             overlap_p2p_comm=virtual_pipeline is not None,
             batch_p2p_comm=virtual_pipeline is None,
             calculate_per_token_loss=True,
@@ -101,7 +114,7 @@ def transformer_config(
             masked_softmax_fusion=False,
             apply_rope_fusion=layers == "te",
             gradient_accumulation_fusion=False,
-            **_recompute_settings(recompute if trainable else "none"),
+            **_recompute_settings(recompute if trainable else "none", recompute_modules),
         )
 
 
@@ -163,8 +176,8 @@ def _mark_sharded_weights(model: GPTModel) -> None:
             )
 
 
-def _recompute_settings(recompute: str) -> dict[str, Any]:
-    """Norms and MLPs are cheap to compute twice; the core attention of a long row never is."""
+def _recompute_settings(recompute: str, modules: Sequence[str] | None) -> dict[str, Any]:
+    """Norms and MLPs are cheap to compute twice; the core attention of a long row is not."""
     if recompute == "none":
         return {}
     if recompute == "full":
@@ -173,17 +186,15 @@ def _recompute_settings(recompute: str) -> dict[str, Any]:
             "recompute_method": "uniform",
             "recompute_num_layers": 1,
         }
-    modules = ["mlp"]
-    # Megatron's recomputation of norms asks Transformer Engine about fp8 even where fp8 is off.
-    if hasattr(tensor_parallel.random, "FP8GlobalStateManager"):
-        modules.append("layernorm")
-    return {"recompute_granularity": "selective", "recompute_modules": modules}
+    mend_norm_recompute()
+    return {
+        "recompute_granularity": "selective",
+        "recompute_modules": list(modules or ("layernorm", "mlp")),
+    }
 
 
-def check_sizes(
-    arch: Architecture, *, tensor: int, pipeline: int, virtual_pipeline: int | None = None
-) -> None:
-    """Refuses parallel sizes that cannot split this model, naming those that can."""
+def check_tensor_size(arch: Architecture, tensor: int) -> None:
+    """Refuses tensor-parallel sizes that cannot split this model, naming those that can."""
     fitting = [size for size in range(1, arch.num_heads + 1) if _tensor_fits(arch, size)]
     if tensor not in fitting:
         raise UserError(
@@ -191,14 +202,28 @@ def check_sizes(
             f"{arch.num_kv_heads} key/value heads and an MLP of {arch.ffn_hidden_size} evenly; "
             f"use {_listed(fitting)}"
         )
+
+
+def check_stages(
+    arch: Architecture, *, pipeline: int, virtual_pipeline: int | None, layout: str | None
+) -> Split:
+    """The layers of each stage; refuses more stages than layers, and another model's layout."""
+    if layout is not None:
+        split = parse_layout(layout)
+        if sum(split) != arch.num_layers:
+            raise UserError(
+                f"parallel.pipeline_layout ({layout}): its {sum(split)} layers (t) must be the "
+                f"model's {arch.num_layers}. Add or remove some, or leave it out"
+            )
+        return split
     stages = pipeline * (virtual_pipeline or 1)
-    if arch.num_layers % stages:
-        fitting = [size for size in range(1, arch.num_layers + 1) if arch.num_layers % size == 0]
+    if stages > arch.num_layers:
         name = "parallel.pipeline" + (" x virtual_pipeline" if virtual_pipeline else "")
         raise UserError(
-            f"{name} ({stages}) must divide the model's {arch.num_layers} layers; use "
-            f"{_listed(fitting)}"
+            f"{name} ({stages}) must not exceed the model's {arch.num_layers} layers. Lower it, or "
+            "give embedding and loss stages of their own with parallel.pipeline_layout"
         )
+    return even_split(arch.num_layers, stages)
 
 
 def _tensor_fits(arch: Architecture, tensor: int) -> bool:

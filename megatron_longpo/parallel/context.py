@@ -2,15 +2,17 @@
 
 Each rank holds t tokens of a forest, dealt by `TokenLayout`. Either keys and values are gathered
 and queries stay (`GatherKeys`, any number of heads), or heads are scattered and every rank sees
-all tokens of its heads (`ScatterHeads`, Ulysses, arXiv 2309.14509).
+all tokens of its heads (`ScatterHeads`, Ulysses, arXiv 2309.14509), or heads are scattered among
+neighbours, as many as the heads or a machine allow, and keys gathered across (`ScatterAndGather`).
 
-Letters: c ranks of the group, t tokens on a rank, T tokens of the forest, H heads, G key/value
-heads, D head size.
+Letters: c ranks of the group, n of them that scatter heads among themselves, t tokens on a rank,
+T tokens of the forest, q those of the n ranks, H heads, G key/value heads, D head size.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Protocol
 
 import torch
@@ -19,8 +21,12 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_longpo.errors import UserError
+from megatron_longpo.parallel.groups import Groups
+from megatron_longpo.parallel.layout import TokenOrder
 
 QueryKeyValue = tuple[Tensor, Tensor, Tensor]
+
+CONTEXT = "parallel.context"
 
 
 class ContextExchange(Protocol):
@@ -29,20 +35,20 @@ class ContextExchange(Protocol):
     keeps_local: bool
     """Whether backward starts from this rank's tensors, or from those that the kernels saw."""
 
-    def enter(self, local: QueryKeyValue, order: Tensor | None) -> QueryKeyValue:
+    def enter(self, local: QueryKeyValue, order: TokenOrder | None) -> QueryKeyValue:
         """This rank's query [t,H,D], key and value [t,G,D] -> what the kernels take."""
         ...
 
-    def enter_like_query(self, local: Tensor, order: Tensor | None) -> Tensor:
+    def enter_like_query(self, local: Tensor, order: TokenOrder | None) -> Tensor:
         """[t,H,D] -> as the kernels' queries: for the output and its gradient in backward."""
         ...
 
-    def leave(self, output: Tensor, order: Tensor | None, *, num_local: int) -> Tensor:
+    def leave(self, output: Tensor, order: TokenOrder | None, *, num_local: int) -> Tensor:
         """The kernels' output -> this rank's [t,H,D]."""
         ...
 
     def leave_gradients(
-        self, gradients: QueryKeyValue, order: Tensor | None, *, num_local: int
+        self, gradients: QueryKeyValue, order: TokenOrder | None, *, num_local: int
     ) -> QueryKeyValue:
         """Gradients of what `enter` returned -> of what it was given."""
         ...
@@ -53,17 +59,17 @@ class NoExchange:
 
     keeps_local = True
 
-    def enter(self, local: QueryKeyValue, order: Tensor | None) -> QueryKeyValue:
+    def enter(self, local: QueryKeyValue, order: TokenOrder | None) -> QueryKeyValue:
         return local
 
-    def enter_like_query(self, local: Tensor, order: Tensor | None) -> Tensor:
+    def enter_like_query(self, local: Tensor, order: TokenOrder | None) -> Tensor:
         return local
 
-    def leave(self, output: Tensor, order: Tensor | None, *, num_local: int) -> Tensor:
+    def leave(self, output: Tensor, order: TokenOrder | None, *, num_local: int) -> Tensor:
         return output
 
     def leave_gradients(
-        self, gradients: QueryKeyValue, order: Tensor | None, *, num_local: int
+        self, gradients: QueryKeyValue, order: TokenOrder | None, *, num_local: int
     ) -> QueryKeyValue:
         return gradients
 
@@ -80,35 +86,30 @@ class GatherKeys:
     def __init__(self, group: ProcessGroup) -> None:
         self.group = group
 
-    def enter(self, local: QueryKeyValue, order: Tensor | None) -> QueryKeyValue:
+    def enter(self, local: QueryKeyValue, order: TokenOrder | None) -> QueryKeyValue:
         """[t,H,D], 2 x [t,G,D] -> [t,H,D], 2 x [T,G,D]."""
         assert order is not None
         query, key, value = local
-        mine = torch.stack((key, value))
-        gathered = mine.new_empty(2 * self.group.size(), *mine.shape[1:])
-        dist.all_gather_into_tensor(gathered, mine, group=self.group)
-        key, value = gathered.unflatten(0, (-1, 2)).transpose(0, 1).flatten(1, 2)[:, order]
-        return query, key, value
+        key, value = gathered_tokens(key, value, self.group)
+        return query, key[order.all], value[order.all]
 
-    def enter_like_query(self, local: Tensor, order: Tensor | None) -> Tensor:
+    def enter_like_query(self, local: Tensor, order: TokenOrder | None) -> Tensor:
         return local
 
-    def leave(self, output: Tensor, order: Tensor | None, *, num_local: int) -> Tensor:
+    def leave(self, output: Tensor, order: TokenOrder | None, *, num_local: int) -> Tensor:
         return output
 
     def leave_gradients(
-        self, gradients: QueryKeyValue, order: Tensor | None, *, num_local: int
+        self, gradients: QueryKeyValue, order: TokenOrder | None, *, num_local: int
     ) -> QueryKeyValue:
         """[t,H,D], 2 x [T,G,D] -> [t,H,D], 2 x [t,G,D]."""
         assert order is not None
         query_grad, key_grad, value_grad = gradients
-        size = self.group.size()
-        by_rank = key_grad.new_zeros(2, size * num_local, *key_grad.shape[1:])
-        by_rank[:, order] = torch.stack((key_grad, value_grad))
-        by_rank = by_rank.unflatten(1, (size, num_local)).transpose(0, 1).flatten(0, 1)
-        mine = torch.empty_like(by_rank[:2])
-        dist.reduce_scatter_tensor(mine, by_rank, group=self.group)
-        return query_grad, mine[0], mine[1]
+        num_tokens = self.group.size() * num_local
+        key_grad, value_grad = (
+            _placed(gradient, order.all, num_tokens) for gradient in (key_grad, value_grad)
+        )
+        return query_grad, *summed_back(key_grad, value_grad, self.group)
 
 
 class ScatterHeads:
@@ -123,80 +124,199 @@ class ScatterHeads:
         self.group = group
         self.repeats = kv_repeats(num_heads, num_kv_heads, group.size())
 
-    def enter(self, local: QueryKeyValue, order: Tensor | None) -> QueryKeyValue:
+    def enter(self, local: QueryKeyValue, order: TokenOrder | None) -> QueryKeyValue:
         """[t,H,D], 2 x [t,G,D] -> [T,H/c,D], 2 x [T,G*repeats/c,D]."""
+        assert order is not None
         query, key, value = local
         return (
-            self._to_heads(query, order),
-            self._to_heads(key.repeat_interleave(self.repeats, dim=1), order),
-            self._to_heads(value.repeat_interleave(self.repeats, dim=1), order),
+            scattered_heads(query, self.group)[order.all],
+            scattered_heads(_repeated(key, self.repeats), self.group)[order.all],
+            scattered_heads(_repeated(value, self.repeats), self.group)[order.all],
         )
 
-    def enter_like_query(self, local: Tensor, order: Tensor | None) -> Tensor:
-        return self._to_heads(local, order)
+    def enter_like_query(self, local: Tensor, order: TokenOrder | None) -> Tensor:
+        assert order is not None
+        return scattered_heads(local, self.group)[order.all]
 
-    def leave(self, output: Tensor, order: Tensor | None, *, num_local: int) -> Tensor:
+    def leave(self, output: Tensor, order: TokenOrder | None, *, num_local: int) -> Tensor:
         """[T,H/c,D] -> [t,H,D]."""
-        return self._to_tokens(output, order, num_local=num_local)
+        assert order is not None
+        num_tokens = self.group.size() * num_local
+        return gathered_heads(_placed(output, order.all, num_tokens), self.group)
 
     def leave_gradients(
-        self, gradients: QueryKeyValue, order: Tensor | None, *, num_local: int
+        self, gradients: QueryKeyValue, order: TokenOrder | None, *, num_local: int
     ) -> QueryKeyValue:
         """[T,H/c,D], 2 x [T,G*repeats/c,D] -> [t,H,D], 2 x [t,G,D]."""
         query_grad, key_grad, value_grad = (
-            self._to_tokens(gradient, order, num_local=num_local) for gradient in gradients
+            self.leave(gradient, order, num_local=num_local) for gradient in gradients
         )
-        return query_grad, self._unrepeat(key_grad), self._unrepeat(value_grad)
+        return (
+            query_grad,
+            _unrepeated(key_grad, self.repeats),
+            _unrepeated(value_grad, self.repeats),
+        )
 
-    def _to_heads(self, tensor: Tensor, order: Tensor | None) -> Tensor:
-        """[t,X,D] -> [T,X/c,D]."""
+
+class ScatterAndGather:
+    """`a2a+all_gather`: heads scattered among the n ranks of `inner`, keys gathered over `outer`.
+
+    Queries of all tokens of the n ranks, for some heads, attend all keys of these heads. Fast links
+    between neighbours carry the heads, slower ones the keys alone. As in `GatherKeys`, backward
+    starts from this rank's tensors.
+    """
+
+    keeps_local = True
+
+    def __init__(
+        self, inner: ProcessGroup, outer: ProcessGroup, *, num_heads: int, num_kv_heads: int
+    ) -> None:
+        self.inner, self.outer = inner, outer
+        self.repeats = kv_repeats(num_heads, num_kv_heads, inner.size())
+
+    def enter(self, local: QueryKeyValue, order: TokenOrder | None) -> QueryKeyValue:
+        """[t,H,D], 2 x [t,G,D] -> [q,H/n,D], 2 x [T,G*repeats/n,D]."""
         assert order is not None
-        sent = tensor.unflatten(1, (self.group.size(), -1)).transpose(0, 1).contiguous()
-        received = torch.empty_like(sent)
-        dist.all_to_all_single(received, sent, group=self.group)
-        return received.flatten(0, 1)[order]
+        query, key, value = local
+        key, value = (
+            scattered_heads(_repeated(tensor, self.repeats), self.inner) for tensor in (key, value)
+        )
+        key, value = gathered_tokens(key, value, self.outer)
+        return self.enter_like_query(query, order), key[order.all], value[order.all]
 
-    def _to_tokens(self, tensor: Tensor, order: Tensor | None, *, num_local: int) -> Tensor:
-        """[T,X/c,D] -> [t,X,D]; padding tokens get 0."""
+    def enter_like_query(self, local: Tensor, order: TokenOrder | None) -> Tensor:
+        """[t,H,D] -> [q,H/n,D]."""
         assert order is not None
-        sent = tensor.new_zeros(self.group.size() * num_local, *tensor.shape[1:])
-        sent[order] = tensor
-        received = torch.empty_like(sent)
-        dist.all_to_all_single(received, sent, group=self.group)
-        return received.unflatten(0, (self.group.size(), num_local)).transpose(0, 1).flatten(1, 2)
+        return scattered_heads(local, self.inner)[order.inner]
 
-    def _unrepeat(self, gradient: Tensor) -> Tensor:
-        return gradient.unflatten(1, (-1, self.repeats)).sum(2)
+    def leave(self, output: Tensor, order: TokenOrder | None, *, num_local: int) -> Tensor:
+        """[q,H/n,D] -> [t,H,D]."""
+        assert order is not None
+        num_tokens = self.inner.size() * num_local
+        return gathered_heads(_placed(output, order.inner, num_tokens), self.inner)
+
+    def leave_gradients(
+        self, gradients: QueryKeyValue, order: TokenOrder | None, *, num_local: int
+    ) -> QueryKeyValue:
+        """[q,H/n,D], 2 x [T,G*repeats/n,D] -> [t,H,D], 2 x [t,G,D]."""
+        assert order is not None
+        query_grad, key_grad, value_grad = gradients
+        num_tokens = self.outer.size() * self.inner.size() * num_local
+        key_grad, value_grad = (
+            _placed(gradient, order.all, num_tokens) for gradient in (key_grad, value_grad)
+        )
+        key_grad, value_grad = (
+            _unrepeated(gathered_heads(gradient, self.inner), self.repeats)
+            for gradient in summed_back(key_grad, value_grad, self.outer)
+        )
+        return self.leave(query_grad, order, num_local=num_local), key_grad, value_grad
 
 
-def kv_repeats(num_heads: int, num_kv_heads: int, size: int) -> int:
+def gathered_tokens(key: Tensor, value: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
+    """2 x [t,X,D] of this rank -> 2 x [ranks*t,X,D], one rank behind the other, at one go."""
+    mine = torch.stack((key, value))
+    gathered = mine.new_empty(2 * group.size(), *mine.shape[1:])
+    dist.all_gather_into_tensor(gathered, mine, group=group)
+    key, value = gathered.unflatten(0, (-1, 2)).transpose(0, 1).flatten(1, 2)
+    return key, value
+
+
+def summed_back(key: Tensor, value: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
+    """The transpose of `gathered_tokens`: 2 x [ranks*t,X,D] -> 2 x [t,X,D], summed over ranks."""
+    by_rank = torch.stack((key, value)).unflatten(1, (group.size(), -1))
+    by_rank = by_rank.transpose(0, 1).flatten(0, 1)
+    mine = torch.empty_like(by_rank[:2])
+    dist.reduce_scatter_tensor(mine, by_rank, group=group)
+    return mine[0], mine[1]
+
+
+def scattered_heads(tensor: Tensor, group: ProcessGroup) -> Tensor:
+    """[t,X,D] -> [ranks*t,X/ranks,D]: the tokens of all ranks, one rank behind the other."""
+    sent = tensor.unflatten(1, (group.size(), -1)).transpose(0, 1).contiguous()
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent, group=group)
+    return received.flatten(0, 1)
+
+
+def gathered_heads(tensor: Tensor, group: ProcessGroup) -> Tensor:
+    """The inverse and the transpose of `scattered_heads`: [ranks*t,X/ranks,D] -> [t,X,D]."""
+    sent = tensor.contiguous()
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent, group=group)
+    return received.unflatten(0, (group.size(), -1)).transpose(0, 1).flatten(1, 2)
+
+
+def _placed(tensor: Tensor, order: Tensor, num_tokens: int) -> Tensor:
+    """Puts tokens where they stand among `num_tokens` with padding, which gets 0."""
+    placed = tensor.new_zeros(num_tokens, *tensor.shape[1:])
+    placed[order] = tensor
+    return placed
+
+
+def _repeated(tensor: Tensor, repeats: int) -> Tensor:
+    return tensor.repeat_interleave(repeats, dim=1) if repeats > 1 else tensor
+
+
+def _unrepeated(gradient: Tensor, repeats: int) -> Tensor:
+    """The transpose of `_repeated`."""
+    return gradient.unflatten(1, (-1, repeats)).sum(2) if repeats > 1 else gradient
+
+
+def kv_repeats(num_heads: int, num_kv_heads: int, size: int, *, key: str = CONTEXT) -> int:
     """How often `a2a` repeats each key/value head so that `size` ranks get equal shares.
 
     Raises:
-        UserError: if the heads cannot be shared out, with sizes that would do.
+        UserError: if the heads cannot be shared out, with sizes that would do. `key` is the setting
+            that it blames.
     """
-    repeats = math.lcm(num_kv_heads, size) // num_kv_heads
-    if num_heads % (num_kv_heads * repeats):
+    if not _shares_out(num_heads, num_kv_heads, size):
         fitting = [
             str(other)
             for other in range(1, num_heads + 1)
-            if num_heads % math.lcm(num_kv_heads, other) == 0
+            if _shares_out(num_heads, num_kv_heads, other)
         ]
         raise UserError(
-            f"parallel.context ({size}): a2a cannot share {num_heads} heads and {num_kv_heads} "
+            f"{key} ({size}): a2a cannot share {num_heads} heads and {num_kv_heads} "
             f"key/value heads (of a tensor-parallel rank) out over that many ranks; use "
             f"{', '.join(fitting)}, or parallel.context_comm all_gather, which takes any size"
         )
-    return repeats
+    return math.lcm(num_kv_heads, size) // num_kv_heads
 
 
-def make_exchange(
-    comm: str, group: ProcessGroup, *, num_heads: int, num_kv_heads: int
-) -> ContextExchange:
-    """The exchange that `parallel.context_comm` names, for a tensor-parallel rank's heads."""
-    if group.size() == 1:
+def largest_inner(context: int, heads: Iterable[tuple[int, int]], *, neighbours: int) -> int:
+    """The most ranks that `a2a` can share heads out over, of `context` ranks in all.
+
+    `heads` are those of a tensor-parallel rank and its key/value heads, of every model.
+    `neighbours` ranks are on one machine; groups of ranks end where machines do.
+    """
+    models = list(heads)
+    sizes = [
+        size
+        for size in range(2, context + 1)
+        if context % size == 0 and size <= neighbours and neighbours % size == 0
+    ]
+    return max(
+        (size for size in sizes if all(_shares_out(*of_model, size) for of_model in models)),
+        default=1,
+    )
+
+
+def _shares_out(num_heads: int, num_kv_heads: int, size: int) -> bool:
+    return num_heads % math.lcm(num_kv_heads, size) == 0
+
+
+def make_exchange(groups: Groups, *, num_heads: int, num_kv_heads: int) -> ContextExchange:
+    """The exchange that the context-parallel sizes ask for, for a tensor-parallel rank's heads."""
+    size, inner = groups.context.size(), groups.sizes.context_inner
+    if size == 1:
         return NoExchange()
-    if comm == "a2a":
-        return ScatterHeads(group, num_heads=num_heads, num_kv_heads=num_kv_heads)
-    assert comm == "all_gather", comm
-    return GatherKeys(group)
+    if inner == 1:
+        return GatherKeys(groups.context)
+    if inner == size:
+        return ScatterHeads(groups.context, num_heads=num_heads, num_kv_heads=num_kv_heads)
+    return ScatterAndGather(
+        groups.context_inner,
+        groups.context_outer,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+    )

@@ -23,6 +23,8 @@ class ParallelSizes:
     pipeline: int = 1
     virtual_pipeline: int | None = None
     context: int = 1
+    context_inner: int = 1
+    """Neighbouring context-parallel ranks that scatter heads: 1 for `all_gather`, all for `a2a`."""
     sequence: bool = False
 
 
@@ -34,6 +36,10 @@ class Groups:
     tensor: ProcessGroup
     pipeline: ProcessGroup
     context: ProcessGroup
+    context_inner: ProcessGroup
+    """Ranks of `context` that scatter heads among themselves."""
+    context_outer: ProcessGroup
+    """Ranks of `context` that hold the same heads then, and gather keys."""
     data: ProcessGroup
     """Data-parallel ranks that hold the same tokens' shard, without context parallelism."""
     data_and_context: ProcessGroup
@@ -52,13 +58,15 @@ class Groups:
         """Whether this rank writes files and talks to the user."""
         return self.rank == 0
 
-    @property
-    def is_first_stage(self) -> bool:
-        return self.pipeline.rank() == 0
+    def is_first_stage(self, chunk: int = 0) -> bool:
+        """Whether chunk `chunk` of this rank holds the embedding."""
+        return self.pipeline.rank() == 0 and chunk == 0
 
-    @property
-    def is_last_stage(self) -> bool:
-        return self.pipeline.rank() == self.pipeline.size() - 1
+    def is_last_stage(self, chunk: int | None = None) -> bool:
+        """Whether chunk `chunk` of this rank, None = its last one, computes the loss."""
+        last_chunk = (self.sizes.virtual_pipeline or 1) - 1
+        is_last_rank = self.pipeline.rank() == self.pipeline.size() - 1
+        return is_last_rank and chunk in (None, last_chunk)
 
 
 _started: Groups | None = None
@@ -100,16 +108,45 @@ def initialize(sizes: ParallelSizes, *, timeout_minutes: float = 60, seed: int =
         distributed_timeout_minutes=math.ceil(timeout_minutes),
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    context = parallel_state.get_context_parallel_group()
+    inner_group, outer_group = _context_subgroups(context, sizes.context_inner, timeout_minutes)
     _started = Groups(
         sizes=sizes,
         tensor=parallel_state.get_tensor_model_parallel_group(),
         pipeline=parallel_state.get_pipeline_model_parallel_group(),
-        context=parallel_state.get_context_parallel_group(),
+        context=context,
+        context_inner=inner_group,
+        context_outer=outer_group,
         data=parallel_state.get_data_parallel_group(),
         data_and_context=parallel_state.get_data_parallel_group(with_context_parallel=True),
         device=torch.device("cuda", torch.cuda.current_device()) if has_cuda else cpu.CPU,
     )
     return _started
+
+
+def _context_subgroups(
+    context: ProcessGroup, inner: int, timeout_minutes: float
+) -> tuple[ProcessGroup, ProcessGroup]:
+    """This rank's groups of `inner` neighbours, and of those at the same place in other groups.
+
+    Megatron makes the same ones, but only where einops is installed.
+    """
+    assert context.size() % inner == 0, (context.size(), inner)
+    if context.size() == 1:
+        return context, context
+    everyone: list[list[int]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, dist.get_process_group_ranks(context))
+    mine: list[ProcessGroup] = []
+    for ranks in sorted({tuple(members) for members in everyone}):
+        inner_groups = [ranks[start : start + inner] for start in range(0, len(ranks), inner)]
+        outer_groups = list(zip(*inner_groups, strict=True))
+        for members in (*inner_groups, *outer_groups):
+            # All ranks make all groups, in the same order.
+            group = dist.new_group(list(members), timeout=timedelta(minutes=timeout_minutes))
+            if dist.get_rank() in members:
+                mine.append(group)
+    inner_group, outer_group = mine
+    return inner_group, outer_group
 
 
 def shutdown() -> None:

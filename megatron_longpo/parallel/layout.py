@@ -37,7 +37,7 @@ class QueryPiece:
     """Neighbouring queries of one run: each attends `context` whole and the piece causally."""
 
     queries: Span
-    """Of this rank's tokens."""
+    """Of the tokens that this rank's kernels see as queries."""
     own_keys: Span
     """The same tokens among the keys."""
     context: tuple[Span, ...]
@@ -45,13 +45,23 @@ class QueryPiece:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TokenOrder:
+    """Where tokens stand in the ranks' tokens one behind the other, padding included."""
+
+    all: torch.Tensor
+    """[T] int64: each token of the flat forest, among those of all ranks."""
+    inner: torch.Tensor
+    """[q] int64: each token of the ranks that scatter heads, among theirs; the order of queries."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class AttentionPlan:
     """What attends what. Rides through Megatron's layers as their `packed_seq_params`."""
 
     pieces: tuple[QueryPiece, ...]
-    order: torch.Tensor | None
-    """[T] int64: where each token of the flat forest stands in the ranks' tokens one behind the
-    other, padding included; None where there is one rank."""
+    """Over queries in the order of `order.inner`, and over the keys of the flat forest."""
+    order: TokenOrder | None
+    """None where there is one rank."""
     qkv_format: str = field(default="sbhd", init=False)
     """Megatron then takes our positions as they are, instead of deriving some from lengths."""
 
@@ -110,6 +120,10 @@ class TokenLayout:
     Each segment is cut into twice as many chunks as there are ranks; rank r takes chunks r and
     2 * ranks - 1 - r, an early one and its late counterpart, so that causal work balances in every
     segment. Dealing the flat pack instead would put all answers on one rank.
+
+    Where neighbouring ranks scatter heads among themselves (`a2a`), each of them attends with all
+    their tokens. Those, too, are an early part of every segment and its late counterpart: what one
+    rank would hold if there were as many ranks as such groups.
     """
 
     spans: tuple[tuple[Span, ...], ...]
@@ -138,13 +152,23 @@ class TokenLayout:
         ranges = [np.arange(span.start, span.stop) for span in self.spans[rank]]
         return np.concatenate([np.empty(0, dtype=np.int64), *ranges])
 
-    def order(self) -> np.ndarray:
-        """See `AttentionPlan.order`."""
-        per_rank = [self.tokens(rank) for rank in range(len(self.spans))]
-        order = np.empty(sum(map(len, per_rank)), dtype=np.int64)
-        for rank, tokens in enumerate(per_rank):
-            order[tokens] = rank * self.num_local + np.arange(len(tokens))
-        return order
+    def joint_spans(self, ranks: Sequence[int]) -> list[Span]:
+        """The spans of several ranks together, ascending; neighbours are one span."""
+        joint: list[Span] = []
+        for span in sorted(
+            (span for rank in ranks for span in self.spans[rank]), key=lambda span: span.start
+        ):
+            _append(joint, span)
+        return joint
+
+    def order(self, ranks: Sequence[int]) -> np.ndarray:
+        """Where each of these ranks' tokens, ascending, stands in their tokens with padding."""
+        tokens = [self.tokens(rank) for rank in ranks]
+        places = [
+            number * self.num_local + np.arange(len(of_rank))
+            for number, of_rank in enumerate(tokens)
+        ]
+        return np.concatenate(places)[np.argsort(np.concatenate(tokens))]
 
 
 def lay_out(
@@ -154,7 +178,7 @@ def lay_out(
     multiple: int = 1,
     context_rank: int = 0,
     context_size: int = 1,
-    scatter_heads: bool = False,
+    context_inner: int = 1,
 ) -> RankTokens:
     """Gives a rank its tokens of a forest.
 
@@ -164,7 +188,8 @@ def lay_out(
         multiple: the number of tokens is padded to a multiple of it (sequence parallelism).
         context_rank: this rank in its context-parallel group.
         context_size: ranks of that group.
-        scatter_heads: whether attention sees all tokens (of some heads) rather than this rank's.
+        context_inner: neighbouring ranks that scatter heads: attention sees the tokens of all of
+            them, for some heads. 1 = no rank does, `context_size` = all of them do.
     """
     layout = TokenLayout.of(forest, num_ranks=context_size, multiple=multiple)
     tokens = layout.tokens(context_rank)
@@ -180,18 +205,19 @@ def lay_out(
     def on_device(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(device, non_blocking=True)
 
-    runs = attention_runs(forest)
-    if scatter_heads or context_size == 1:
-        pieces = [QueryPiece(queries=run, own_keys=run, context=context) for run, context in runs]
-    else:
-        pieces = _rank_pieces(runs, layout.spans[context_rank])
+    first = context_rank - context_rank % context_inner
+    inner_ranks = range(first, first + context_inner)
+    order = None
+    if context_size > 1:
+        order = TokenOrder(
+            all=on_device(layout.order(range(context_size))),
+            inner=on_device(layout.order(inner_ranks)),
+        )
+    pieces = _query_pieces(attention_runs(forest), layout.joint_spans(inner_ranks))
     return RankTokens(
         input_ids=on_device(np.pad(forest.input_ids[tokens], (0, padding))),
         position_ids=on_device(np.pad(forest.position_ids[tokens], (0, padding))),
-        attention=AttentionPlan(
-            pieces=tuple(pieces),
-            order=on_device(layout.order()) if context_size > 1 else None,
-        ),
+        attention=AttentionPlan(pieces=tuple(pieces), order=order),
         edges=RankEdges(
             sources=on_device(edge_sources[is_here]),
             targets=on_device(forest.edge_targets[is_here]),
@@ -208,10 +234,10 @@ def lay_out(
     )
 
 
-def _rank_pieces(
+def _query_pieces(
     runs: Sequence[tuple[Span, tuple[Span, ...]]], spans: Sequence[Span]
 ) -> list[QueryPiece]:
-    """This rank's spans of each run as query pieces over the keys of the flat forest."""
+    """The given spans of each run as query pieces over the keys of the flat forest."""
     pieces = []
     num_before = 0
     for span in spans:
@@ -295,7 +321,7 @@ def lay_out_pack(
     multiple: int = 1,
     context_rank: int = 0,
     context_size: int = 1,
-    scatter_heads: bool = False,
+    context_inner: int = 1,
 ) -> RankPack:
     """Gives a rank its part of a microbatch; the arguments are those of `lay_out`.
 
@@ -308,7 +334,7 @@ def lay_out_pack(
         multiple=multiple,
         context_rank=context_rank,
         context_size=context_size,
-        scatter_heads=scatter_heads,
+        context_inner=context_inner,
     )
     turns = np.arange(int(pack.turn_counts.max()))
     return RankPack(

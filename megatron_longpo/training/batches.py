@@ -25,14 +25,13 @@ def rank_packs(
     groups: Groups,
     *,
     budget_tokens: int,
-    context_comm: str,
 ) -> list[RankPack]:
     """Deals a global batch over data-parallel ranks and lays this rank's microbatches out.
 
     Every rank of a pipeline, tensor or context group gets the same pairs.
     """
     return [
-        lay_out_microbatch(catalog, pairs, microbatch, groups, context_comm=context_comm)
+        lay_out_microbatch(catalog, pairs, microbatch, groups)
         for microbatch in rank_microbatches(catalog, pairs, groups, budget_tokens=budget_tokens)
     ]
 
@@ -41,7 +40,13 @@ def rank_microbatches(
     catalog: PairSource, pairs: Sequence[int], groups: Groups, *, budget_tokens: int
 ) -> list[Microbatch]:
     """This rank's share of a global batch, as indices into `pairs`."""
-    dealt = deal(catalog.sizes_of(pairs), num_ranks=groups.data.size(), budget_tokens=budget_tokens)
+    dealt = deal(
+        catalog.sizes_of(pairs),
+        num_ranks=groups.data.size(),
+        budget_tokens=budget_tokens,
+        # Megatron's interleaved schedule takes microbatches in groups of the pipeline's size.
+        multiple=groups.sizes.pipeline if groups.sizes.virtual_pipeline else 1,
+    )
     return dealt[groups.data.rank()]
 
 
@@ -50,8 +55,6 @@ def lay_out_microbatch(
     pairs: Sequence[int],
     microbatch: Microbatch,
     groups: Groups,
-    *,
-    context_comm: str,
 ) -> RankPack:
     """Reads a microbatch's pairs and gives this rank its tokens of them."""
     trees = [catalog.trees(pairs[index]) for index in microbatch.pairs]
@@ -61,5 +64,5 @@ def lay_out_microbatch(
         multiple=groups.sizes.tensor if groups.sizes.sequence else 1,
         context_rank=groups.context.rank(),
         context_size=groups.context.size(),
-        scatter_heads=context_comm == "a2a",
+        context_inner=groups.sizes.context_inner,
     )

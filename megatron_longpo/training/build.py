@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,10 +38,17 @@ from megatron_longpo.model.layer_specs import accumulate_in_main_grad, choose_la
 from megatron_longpo.model.longpo_model import ChunkModel, LongPOModel
 from megatron_longpo.model.lora import LoraSettings, attach_adapters
 from megatron_longpo.model.rope import inverse_frequencies
-from megatron_longpo.model.spec import DTYPES, build_gpt, check_sizes, transformer_config
+from megatron_longpo.model.spec import (
+    DTYPES,
+    build_gpt,
+    check_stages,
+    check_tensor_size,
+    transformer_config,
+)
 from megatron_longpo.objectives import Objective, build_objective
-from megatron_longpo.parallel.context import kv_repeats, make_exchange
+from megatron_longpo.parallel.context import kv_repeats, largest_inner, make_exchange
 from megatron_longpo.parallel.groups import Groups, ParallelSizes
+from megatron_longpo.parallel.stages import Split, like_split
 
 WeightsWriter = Callable[[Any, Architecture, str], None]
 """Takes this rank's model, its architecture and its Hugging Face folder."""
@@ -66,6 +74,11 @@ class ModelSources:
         if self.lora is None or self.reference_folder is None:
             return False
         return Path(self.reference_folder).resolve() == Path(self.policy_folder).resolve()
+
+    @property
+    def built(self) -> list[Architecture]:
+        """The models that training builds."""
+        return [self.policy, *filter(None, [self.reference])]
 
     @property
     def scorer(self) -> Architecture | None:
@@ -136,22 +149,61 @@ def check_layout(config: TrainConfig, sources: ModelSources) -> None:
             "reference.offload (true): with lora the reference is the policy with its adapters "
             "off, and has no weights of its own. Remove it"
         )
-    for arch in filter(None, (sources.policy, sources.reference)):
-        check_split(config, arch)
+    split = stage_split(config, sources.policy)
+    if sources.lora is not None:
+        _check_every_rank_has_layers(config, split)
+    check_split(config, sources.built)
 
 
-def check_split(config: TrainConfig, arch: Architecture) -> None:
-    """Refuses parallel sizes that one model cannot be split by."""
+def check_split(config: TrainConfig, architectures: Sequence[Architecture]) -> None:
+    """Refuses parallel sizes that one of the models cannot be split by."""
+    for arch in architectures:
+        check_tensor_size(arch, config.parallel.tensor)
+    context_inner(config, architectures)
+
+
+def _check_every_rank_has_layers(config: TrainConfig, split: Split) -> None:
+    pipeline = config.parallel.pipeline
+    for rank in range(pipeline):
+        if not sum(split[rank::pipeline]):
+            raise UserError(
+                f"parallel.pipeline_layout ({config.parallel.pipeline_layout}): with lora, "
+                f"pipeline rank {rank} would have nothing to train. Give it a layer (t)"
+            )
+
+
+def stage_split(config: TrainConfig, policy: Architecture) -> Split:
+    """The policy's layers on each pipeline stage; another model's are split like them."""
     parallel = config.parallel
-    check_sizes(
-        arch,
-        tensor=parallel.tensor,
+    return check_stages(
+        policy,
         pipeline=parallel.pipeline,
         virtual_pipeline=parallel.virtual_pipeline,
+        layout=parallel.pipeline_layout,
     )
-    if parallel.context > 1 and parallel.context_comm == "a2a":
-        heads, kv_heads = _heads_per_rank(arch, parallel.tensor)
-        kv_repeats(heads, kv_heads, parallel.context)
+
+
+def context_inner(config: TrainConfig, architectures: Sequence[Architecture]) -> int:
+    """How many neighbouring context-parallel ranks scatter heads among themselves.
+
+    Raises:
+        UserError: if the heads of one of the models cannot be shared out so.
+    """
+    parallel = config.parallel
+    if parallel.context_comm == "all_gather":
+        return 1
+    heads = [_heads_per_rank(arch, parallel.tensor) for arch in architectures]
+    if parallel.context_comm == "a2a":
+        key, inner = "parallel.context", parallel.context
+    elif parallel.context_inner is None:
+        # Ranks of one machine: the tensor-parallel ones are next to each other, then these.
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", parallel.tensor * parallel.context))
+        return largest_inner(parallel.context, heads, neighbours=ranks_here // parallel.tensor)
+    else:
+        key, inner = "parallel.context_inner", parallel.context_inner
+    for num_heads, num_kv_heads in heads:
+        kv_repeats(num_heads, num_kv_heads, inner, key=key)
+    return inner
 
 
 def make_objective(config: TrainConfig) -> Objective:
@@ -205,13 +257,15 @@ def read_pairs(
     )
 
 
-def parallel_sizes(config: TrainConfig) -> ParallelSizes:
+def parallel_sizes(config: TrainConfig, architectures: Sequence[Architecture]) -> ParallelSizes:
+    """The degrees for a run that builds these models."""
     parallel = config.parallel
     return ParallelSizes(
         tensor=parallel.tensor,
         pipeline=parallel.pipeline,
         virtual_pipeline=parallel.virtual_pipeline,
         context=parallel.context,
+        context_inner=context_inner(config, architectures),
         sequence=bool(parallel.sequence),
     )
 
@@ -229,35 +283,54 @@ def build_model(
     `say` is told which attention kernel and layers the policy runs on, and why no faster ones.
     `write_weights` fills every parameter of a model.
     """
-    policy = _chunk(
+    split = stage_split(config, sources.policy)
+    policies = _chunks(
         config,
         sources.policy,
         sources.policy_folder,
         groups,
+        split=split,
         trainable=True,
         say=say,
         write_weights=write_weights,
     )
     if sources.lora is not None:
-        attach_adapters(
-            policy.gpt,
-            sources.lora.settings,
-            seed=config.train.seed,
-            tensor_group=groups.tensor,
-        )
-    reference = None
+        for policy in policies:
+            attach_adapters(
+                policy.gpt,
+                sources.lora.settings,
+                seed=config.train.seed,
+                tensor_group=groups.tensor,
+            )
+    references: list[ChunkModel] | list[None] = [None] * len(policies)
     if sources.reference is not None and sources.shares_weights:
-        reference = _chunk_of(policy.gpt, sources.reference, groups)
+        references = [_chunk_of(policy.gpt, sources.reference, groups) for policy in policies]
     elif sources.reference is not None:
         assert sources.reference_folder is not None
-        reference = _chunk(
+        references = _chunks(
             config,
             sources.reference,
             sources.reference_folder,
             groups,
+            split=like_split(sources.reference.num_layers, split),
             trainable=False,
             write_weights=write_weights,
         )
+    return [
+        _wrapped(config, policy, reference, groups, is_first=index == 0)
+        for index, (policy, reference) in enumerate(zip(policies, references, strict=True))
+    ]
+
+
+def _wrapped(
+    config: TrainConfig,
+    policy: ChunkModel,
+    reference: ChunkModel | None,
+    groups: Groups,
+    *,
+    is_first: bool,
+) -> Any:
+    """A chunk of both models in Megatron's DDP."""
     model: Any = LongPOModel(
         policy=policy, reference=reference, tensor_group=groups.tensor, context_group=groups.context
     )
@@ -265,16 +338,19 @@ def build_model(
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=config.optimizer.grad_dtype == "fp32",
         use_distributed_optimizer=config.optimizer.distributed,
-        overlap_grad_reduce=False,
-        overlap_param_gather=False,
+        overlap_grad_reduce=config.optimizer.overlap_grad_reduce,
+        overlap_param_gather=config.optimizer.overlap_param_gather,
         average_in_collective=False,
     )
-    wrapped = DistributedDataParallel(model.config, ddp_config, model)
+    # Communication of later chunks overlaps with the first's compute as it is.
+    wrapped = DistributedDataParallel(
+        model.config, ddp_config, model, disable_bucketing=not is_first
+    )
     # All data-parallel ranks read the same weights, but a rank may have misread them.
     wrapped.broadcast_params()
     if config.reference.offload:
         unwrap_model(wrapped).offload_reference()
-    return [wrapped]
+    return wrapped
 
 
 def build_reference(
@@ -286,15 +362,21 @@ def build_reference(
 ) -> list[Any]:
     """The reference alone, where the policy stands otherwise: what `longpo reference` runs."""
     assert sources.cached is not None and sources.cached_folder is not None
-    chunk = _chunk(
+    chunks = _chunks(
         config,
         sources.cached,
         sources.cached_folder,
         groups,
+        split=like_split(sources.cached.num_layers, stage_split(config, sources.policy)),
         trainable=False,
         say=say,
         write_weights=load_hf_weights,
     )
+    return [_scorer(config, chunk, groups) for chunk in chunks]
+
+
+def _scorer(config: TrainConfig, chunk: ChunkModel, groups: Groups) -> Any:
+    """A chunk of a model that only scores."""
     model: Any = LongPOModel(
         policy=chunk, reference=None, tensor_group=groups.tensor, context_group=groups.context
     )
@@ -305,7 +387,7 @@ def build_reference(
     same_shards = groups.data_and_context
     for parameter in placed.parameters():
         dist.broadcast(parameter, src=dist.get_global_rank(same_shards, 0), group=same_shards)
-    return [placed]
+    return placed
 
 
 def _placed(config: TrainConfig, model: Any, groups: Groups) -> Any:
@@ -315,22 +397,39 @@ def _placed(config: TrainConfig, model: Any, groups: Groups) -> Any:
 
 
 def connect(model: list[Any], optimizer: MegatronOptimizer) -> None:
-    """Tells Megatron's schedule how to scale the loss and finish gradients."""
+    """Tells Megatron's schedule how to scale the loss, sum gradients and finish them."""
     for chunk in model:
+        if chunk.ddp_config.overlap_grad_reduce:
+            # Gradients are summed with the last microbatch's backward, not with every one's.
+            waits = [other.no_sync for other in model]
+            chunk.config.no_sync_func = waits if len(waits) > 1 else waits[0]
         chunk.config.grad_scale_func = optimizer.scale_loss
         chunk.config.finalize_model_grads_func = finalize_model_grads
 
 
-def _chunk(
+def gather_parameters(model: list[Any]) -> None:
+    """Makes this rank's weights those that the last optimizer step left.
+
+    With `optimizer.overlap_param_gather` that is else done by the next forward: what reads weights
+    in another way, such as a checkpoint, would find old ones.
+    """
+    for chunk in model:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
+
+
+def _chunks(
     config: TrainConfig,
     arch: Architecture,
     folder: str,
     groups: Groups,
     *,
+    split: Split,
     trainable: bool,
     write_weights: WeightsWriter,
     say: Callable[[str], None] = lambda line: None,
-) -> ChunkModel:
+) -> list[ChunkModel]:
+    """This rank's pipeline chunks of one model, with their weights."""
     sizes = groups.sizes
     dtype = config.model.dtype
     kernel = choose_kernel(
@@ -348,33 +447,38 @@ def _chunk(
     say(kernel.line)
     say(layers.line)
     heads, kv_heads = _heads_per_rank(arch, sizes.tensor)
-    exchange = make_exchange(
-        config.parallel.context_comm, groups.context, num_heads=heads, num_kv_heads=kv_heads
-    )
+    exchange = make_exchange(groups, num_heads=heads, num_kv_heads=kv_heads)
     megatron_config = transformer_config(
         arch,
         dtype=dtype,
         tensor=sizes.tensor,
         pipeline=sizes.pipeline,
         virtual_pipeline=sizes.virtual_pipeline,
+        stages=split,
         context=sizes.context,
         sequence=sizes.sequence,
         recompute=config.train.recompute,
+        recompute_modules=config.train.recompute_modules,
         trainable=trainable,
         layers=layers.kind,
     )
-    gpt = build_gpt(
-        arch,
-        megatron_config,
-        core_attention=functools.partial(TreeAttention, kernel=kernel.kernel, exchange=exchange),
-        pre_process=groups.is_first_stage,
-        post_process=groups.is_last_stage,
-        layers=layers.kind,
-    )
-    if trainable and layers.kind == "te":
-        accumulate_in_main_grad(gpt)
-    write_weights(gpt, arch, folder)
-    return _chunk_of(gpt, arch, groups)
+    core_attention = functools.partial(TreeAttention, kernel=kernel.kernel, exchange=exchange)
+    chunks = []
+    for index in range(sizes.virtual_pipeline or 1):
+        gpt = build_gpt(
+            arch,
+            megatron_config,
+            core_attention=core_attention,
+            pre_process=groups.is_first_stage(index),
+            post_process=groups.is_last_stage(index),
+            vp_stage=None if sizes.virtual_pipeline is None else index,
+            layers=layers.kind,
+        )
+        if trainable and layers.kind == "te":
+            accumulate_in_main_grad(gpt)
+        write_weights(gpt, arch, folder)
+        chunks.append(_chunk_of(gpt, arch, groups))
+    return chunks
 
 
 def _chunk_of(gpt: GPTModel, arch: Architecture, groups: Groups) -> ChunkModel:

@@ -114,7 +114,7 @@ def prepare(
         checkpoint.check_matches(resume_from, sources.policy, sources.lora)
     parallel = config.parallel
     groups = process_groups.initialize(
-        build.parallel_sizes(config),
+        build.parallel_sizes(config, sources.built),
         timeout_minutes=parallel.timeout_minutes,
         seed=config.train.seed,
     )
@@ -228,7 +228,6 @@ def train_step(run: Run) -> Metrics:
         pairs,
         run.groups,
         budget_tokens=run.budget_tokens,
-        context_comm=run.config.parallel.context_comm,
     )
     sums = run_microbatches(run.model, packs, run.objective, run.groups, forward_only=False)
     _check_finite("loss", sums["loss"], run.step + 1)
@@ -285,7 +284,6 @@ def evaluate(run: Run) -> Metrics:
                 batch,
                 run.groups,
                 budget_tokens=budget,
-                context_comm=run.config.parallel.context_comm,
             )
             sums = run_microbatches(run.model, packs, run.objective, run.groups, forward_only=True)
             for name, value in sums.items():
@@ -313,6 +311,7 @@ def _log(run: Run, metrics: Metrics, writer: MetricsWriter | None) -> None:
 def _save(run: Run) -> None:
     config = run.config
     assert config.checkpoint.dir is not None, "settings are resolved"
+    build.gather_parameters(run.model)
     folder = checkpoint.save(
         Path(config.checkpoint.dir),
         run.step,

@@ -92,9 +92,10 @@ def compute(config: TrainConfig) -> None:
     check_world(config, int(os.environ.get("WORLD_SIZE", 1)))
     sources = build.read_models(config)
     assert sources.cached is not None, "settings are resolved"
-    build.check_split(config, sources.cached)
+    build.stage_split(config, sources.policy)
+    build.check_split(config, [sources.cached])
     groups = process_groups.initialize(
-        build.parallel_sizes(config),
+        build.parallel_sizes(config, [sources.cached]),
         timeout_minutes=config.parallel.timeout_minutes,
         seed=config.train.seed,
     )
@@ -118,7 +119,7 @@ def compute(config: TrainConfig) -> None:
         return
     model = build.build_reference(config, sources, groups, say=console.say)
     for task in tasks:
-        score(task, model, config, groups, console)
+        score(task, model, groups, console)
 
 
 def open_task(reader: RowReader, catalog: PairCatalog) -> Task:
@@ -156,9 +157,7 @@ def open_task(reader: RowReader, catalog: PairCatalog) -> Task:
     )
 
 
-def score(
-    task: Task, model: list[Any], config: TrainConfig, groups: Groups, console: RunConsole
-) -> None:
+def score(task: Task, model: list[Any], groups: Groups, console: RunConsole) -> None:
     """Scores a task's pending pairs, saving them part by part."""
     rows = ReferenceRows(task.catalog)
     num_ranks = groups.data.size() * groups.pipeline.size()
@@ -174,7 +173,7 @@ def score(
                 f"stopped with {done} of {total} rows scored and saved; the same command goes on"
             )
         started = time.perf_counter()
-        logps = score_part(task, pairs, model, config, groups)
+        logps = score_part(task, pairs, model, groups)
         if task.writer is not None:
             task.writer.write(logps)
         done += len(pairs)
@@ -199,17 +198,12 @@ def split(pairs: Sequence[int], tokens: Sequence[int], *, part_tokens: int) -> l
 
 
 def score_part(
-    task: Task, pairs: Sequence[int], model: list[Any], config: TrainConfig, groups: Groups
+    task: Task, pairs: Sequence[int], model: list[Any], groups: Groups
 ) -> ReferenceLogps:
     """What the reference says of some pairs; the same on every rank."""
     source = ReferenceRows(task.catalog)
     microbatches = rank_microbatches(source, pairs, groups, budget_tokens=task.budget_tokens)
-    packs = [
-        lay_out_microbatch(
-            source, pairs, microbatch, groups, context_comm=config.parallel.context_comm
-        )
-        for microbatch in microbatches
-    ]
+    packs = [lay_out_microbatch(source, pairs, microbatch, groups) for microbatch in microbatches]
     with torch.no_grad():
         scored = score_microbatches(model, packs, groups)
     most_turns = torch.tensor(max(pack.turn_mask.shape[1] for pack in packs), device=groups.device)
@@ -221,7 +215,7 @@ def score_part(
         len(pairs), len(names), int(most_turns), dtype=torch.float64, device=groups.device
     )
     num_turns_N = torch.zeros(len(pairs), dtype=torch.int64, device=groups.device)
-    if groups.is_last_stage and groups.tensor.rank() == 0 and groups.context.rank() == 0:
+    if groups.is_last_stage() and groups.tensor.rank() == 0 and groups.context.rank() == 0:
         for microbatch, logps in zip(microbatches, scored, strict=True):
             if not microbatch.is_filler:
                 places = torch.tensor(microbatch.pairs, device=groups.device)

@@ -84,6 +84,9 @@ def _run(
     collect_non_loss_data: bool = False,
 ) -> list[Any]:
     """What Megatron's schedule stores on the last stage, one object a microbatch."""
+    if len(model) > 1:
+        settings = model[0].config
+        assert settings.overlap_p2p_comm and not settings.batch_p2p_comm, "mis-ordered otherwise"
     return get_forward_backward_func()(
         forward_step_func=step,
         data_iterator=[iter(packs) for _ in model] if len(model) > 1 else iter(packs),
@@ -189,7 +192,7 @@ def _summed_over_ranks(stored: Sequence[dict[str, Tensor]], groups: Groups) -> M
     totals = torch.zeros(len(names), dtype=torch.float64, device=groups.device)
     for sums in stored:
         totals += torch.stack([sums[name] for name in names])
-    if groups.is_last_stage:
+    if groups.is_last_stage():
         dist.all_reduce(totals, group=groups.data)
     if groups.pipeline.size() > 1:
         dist.broadcast(totals, src=last_rank, group=groups.pipeline)

@@ -97,8 +97,8 @@ def build_chunks(arch: Architecture, state: groups.Groups, sizes: dict[str, Any]
             arch,
             config,
             core_attention=NoAttention,
-            pre_process=state.is_first_stage and stage == 0,
-            post_process=state.is_last_stage and stage == last,
+            pre_process=state.is_first_stage(stage),
+            post_process=state.is_last_stage(stage),
             vp_stage=stage if stages else None,
         )
         for stage in range(last + 1)

@@ -82,6 +82,30 @@ def test_ranks_run_equally_many_microbatches(batch: list[PairSize], num_ranks: i
 
 
 @quick
+@given(sizes, st.integers(1, 3), st.integers(1, 4))
+def test_counts_are_a_multiple_and_fillers_the_last_resort(
+    batch: list[PairSize], num_ranks: int, multiple: int
+) -> None:
+    ranks = deal(batch, num_ranks=num_ranks, budget_tokens=BUDGET, multiple=multiple)
+    usual = deal(batch, num_ranks=num_ranks, budget_tokens=BUDGET)
+    assert len(ranks[0]) == -(-len(usual[0]) // multiple) * multiple
+    for microbatches, before in zip(ranks, usual, strict=True):
+        # A rank has the same pairs as ever.
+        real = [m for m in microbatches if not m.is_filler]
+        pairs = sorted(i for m in before if not m.is_filler for i in m.pairs)
+        assert sorted(i for m in real for i in m.pairs) == pairs
+        # While it has a filler, none of its microbatches could be split.
+        assert len(real) == len(microbatches) or all(len(m.pairs) == 1 for m in real)
+
+
+def test_a_microbatch_is_halved_rather_than_filled_up() -> None:
+    """Four pairs fit into one pack, and a pipeline of two wants two."""
+    batch = [size_of(tokens, tokens) for tokens in (5, 2, 4, 3)]
+    (microbatches,) = deal(batch, num_ranks=1, budget_tokens=14, multiple=2)
+    assert microbatches == [Microbatch(pairs=(0, 3)), Microbatch(pairs=(2, 1))]
+
+
+@quick
 @given(sizes, st.integers(1, 5))
 def test_attention_is_balanced_and_packs_are_not_wasted(
     batch: list[PairSize], num_ranks: int
@@ -92,8 +116,9 @@ def test_attention_is_balanced_and_packs_are_not_wasted(
         real = [m for m in microbatches if not m.is_filler]
         loads.append(sum(batch[i].attention_cost for m in real for i in m.pairs))
         tokens = sorted(sum(batch[i].policy_tokens for i in m.pairs) for m in real)
-        # First fit: no two packs of a rank would have fitted into one.
-        assert len(tokens) < 2 or tokens[0] + tokens[1] > BUDGET
+        # First fit: no two packs of a rank would have fitted into one, unless it made them itself
+        # to have as many as another.
+        assert num_ranks > 1 or len(tokens) < 2 or tokens[0] + tokens[1] > BUDGET
     # The last pair a rank got went to the least loaded one.
     assert max(loads) - min(loads) <= dearest
 

@@ -11,6 +11,7 @@ import sys
 import traceback
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -19,12 +20,18 @@ from megatron_longpo.parallel.groups import ParallelSizes
 from tests.gpu.steps import CASES, Bf16Shelf, check_step, run_step
 from tests.parity.harness import oracle_for
 
-LAYOUTS = {
-    "data 2": (ParallelSizes(), "all_gather"),
-    "context 2 all_gather": (ParallelSizes(context=2), "all_gather"),
-    "context 2 a2a": (ParallelSizes(context=2), "a2a"),
-    "tensor 2": (ParallelSizes(tensor=2, sequence=True), "all_gather"),
-    "pipeline 2": (ParallelSizes(pipeline=2), "all_gather"),
+OVERLAP = {"overlap_grad_reduce": True}
+LAYOUTS: dict[str, tuple[ParallelSizes, dict[str, Any]]] = {
+    "data 2": (ParallelSizes(), {}),
+    "data 2 overlapped": (ParallelSizes(), {"optimizer": OVERLAP}),
+    "context 2 all_gather": (ParallelSizes(context=2), {}),
+    "context 2 a2a": (ParallelSizes(context=2, context_inner=2), {}),
+    "tensor 2": (ParallelSizes(tensor=2, sequence=True), {}),
+    "pipeline 2": (ParallelSizes(pipeline=2), {}),
+    "pipeline 2 interleaved": (
+        ParallelSizes(pipeline=2, virtual_pipeline=2),
+        {"layout": "E|t|t|L"},
+    ),
 }
 
 
@@ -34,11 +41,11 @@ def main() -> None:
     failed = False
     for case in CASES[:2]:
         oracle = oracle_for(case, shelf)
-        for name, (sizes, comm) in LAYOUTS.items():
+        for name, (sizes, settings) in LAYOUTS.items():
             ranks = groups.initialize(sizes, timeout_minutes=5)
             # The distributed optimizer leaves each rank a part of the summed gradient.
             whole = replace(case, distributed_optimizer=False)
-            ours = run_step(whole, shelf, ranks, context_comm=comm)
+            ours = run_step(whole, shelf, ranks, **settings)
             if not ranks.is_main:
                 continue
             try:

@@ -60,12 +60,25 @@ class Bf16Shelf(Shelf):
 
 
 def run_step(
-    case: Case, shelf: Shelf, groups: Groups, *, context_comm: Any = "all_gather", **model: Any
+    case: Case,
+    shelf: Shelf,
+    groups: Groups,
+    *,
+    layout: str | None = None,
+    optimizer: Any = None,
+    **model: Any,
 ) -> CaseResult:
-    """One step of `longpo train`; `model` are settings of the section of that name."""
-    config = train_config(case, shelf, parallel=parallel_config(groups.sizes, context_comm))
+    """One step of `longpo train`; `optimizer` and `model` are settings of the sections."""
+    config = train_config(
+        case,
+        shelf,
+        parallel=parallel_config(groups.sizes, pipeline_layout=layout),
+    )
     settings: ModelConfig = replace(config.model, **model)
-    run = loop.prepare(replace(config, model=settings))
+    config = replace(
+        config, model=settings, optimizer=replace(config.optimizer, **(optimizer or {}))
+    )
+    run = loop.prepare(config)
     metrics = loop.train_step(run)
     return CaseResult(metrics=metrics, gradients=policy_gradients(run))
 

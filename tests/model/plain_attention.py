@@ -16,12 +16,15 @@ from megatron_longpo.model.rope import inverse_frequencies, rotary_angles
 class PlainAttention(torch.nn.Module):
     """Causal attention over one sequence: [T,1,heads,dim], [T,1,groups,dim] -> [T,1,heads*dim]."""
 
-    def __init__(self, **_: Any) -> None:
+    def __init__(self, *, softmax_scale: float | None = None, **_: Any) -> None:
         super().__init__()
+        self.scale = softmax_scale
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        output = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        output = F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, enable_gqa=True, scale=self.scale
+        )
         return output.permute(2, 0, 1, 3).flatten(2)
 
 

@@ -126,7 +126,19 @@ def test_changed_positions_do_not_move_the_length_that_llama3_starts_from(tmp_pa
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, r"rope_type \(yarn\).*linear, llam"),
+        (
+            {"rope_scaling": {"rope_type": "longrope", "factor": 4}},
+            r"rope_type \(longrope\).*linear, llama3, yarn",
+        ),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type yarn needs a number for factor"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4, "truncate": 1}},
+            r"truncate \(1\) of rope_type yarn must be true or false",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4, "mscale": 0}},
+            r"mscale \(0\) of rope_type yarn must be a number above 0",
+        ),
         ({"rope_scaling": {"rope_type": "linear"}}, "needs a number for factor"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 0.5}}, "at least 1"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),

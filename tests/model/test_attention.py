@@ -123,9 +123,11 @@ def test_every_forest_is_its_dense_mask(forest: Forest, multiple: int) -> None:
 
 
 @settings(quick, max_examples=30)
-@given(forests(), st.integers(2, 4))
-def test_ranks_with_gathered_keys_make_up_the_whole(forest: Forest, num_ranks: int) -> None:
-    """Each rank's queries over all keys; key gradients add up over the ranks."""
+@given(forests(), st.sampled_from([(2, 1), (3, 1), (4, 1), (4, 2), (8, 2), (8, 4), (8, 8)]))
+def test_ranks_with_gathered_keys_make_up_the_whole(forest: Forest, ranks: tuple[int, int]) -> None:
+    """Queries of each rank, or of each group that scatters heads, over all keys; key gradients add
+    up over them. What a rank of a group does for its heads is done here for all heads at once."""
+    num_ranks, inner = ranks
     (query, key, value), grad = random_inputs(forest.num_tokens, torch.float64)
     flat = [tensor.squeeze(1) for tensor in (query, key, value)]
     mask, scale = tree_mask(forest, forest.num_tokens), HEAD_DIM**-0.5
@@ -133,9 +135,16 @@ def test_ranks_with_gathered_keys_make_up_the_whole(forest: Forest, num_ranks: i
     expected_grads = dense_gradients(flat, mask, scale, grad)
     layout = TokenLayout.of(forest, num_ranks=num_ranks, multiple=1)
     key_grads, value_grads = torch.zeros_like(flat[1]), torch.zeros_like(flat[2])
-    for rank in range(num_ranks):
-        here = layout.tokens(rank)
-        plan = lay_out(forest, device=CPU, context_rank=rank, context_size=num_ranks).attention
+    for rank in range(0, num_ranks, inner):
+        group = range(rank, rank + inner)
+        here = np.sort(np.concatenate([layout.tokens(member) for member in group]))
+        plan = lay_out(
+            forest,
+            device=CPU,
+            context_rank=rank,
+            context_size=num_ranks,
+            context_inner=inner,
+        ).attention
         entered = (flat[0][here], flat[1], flat[2])
         output, logsumexp = attend(entered, plan, CpuFlashKernel(), scale=scale)
         torch.testing.assert_close(output, expected[here], rtol=1e-11, atol=1e-11)

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as hf_apply
 
 from megatron_longpo.model.architectures import effective_hf_config, read_architecture
-from megatron_longpo.model.rope import inverse_frequencies, rotary_angles
+from megatron_longpo.model.rope import attention_scale, inverse_frequencies, rotary_angles
 from tools.tiny_models import FAMILIES, make_tiny_model
 
 SCALINGS: list[dict[str, Any]] = [
@@ -25,11 +25,38 @@ SCALINGS: list[dict[str, Any]] = [
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 1024,
     },
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024},
+    {
+        "rope_type": "yarn",
+        "factor": 8,
+        "original_max_position_embeddings": 512,
+        "beta_fast": 20.0,
+        "beta_slow": 2.0,
+        "truncate": False,
+        "mscale": 1.5,
+        "mscale_all_dim": 0.5,
+    },
+    # The whole range between the bounds is one dimension.
+    {
+        "rope_type": "yarn",
+        "factor": 2.5,
+        "original_max_position_embeddings": 64,
+        "beta_fast": 1.001,
+        "beta_slow": 1.0,
+        "truncate": False,
+        "attention_factor": 1.25,
+        "mscale": 2.0,
+        "mscale_all_dim": 1.0,
+    },
 ]
 
 
+def scaling_name(scaling: dict[str, Any]) -> str:
+    return f"{scaling['rope_type']}_{len(scaling)}"
+
+
 @pytest.mark.parametrize("theta", [None, 1e7])
-@pytest.mark.parametrize("scaling", SCALINGS, ids=lambda scaling: scaling["rope_type"])
+@pytest.mark.parametrize("scaling", SCALINGS, ids=scaling_name)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_frequencies_are_those_of_transformers(
     tmp_path: Path, family: str, scaling: dict[str, Any], theta: float | None
@@ -43,19 +70,33 @@ def test_frequencies_are_those_of_transformers(
         config.rope_parameters["rope_theta"] = theta
     with torch.device("meta"):
         rotary = type(AutoModelForCausalLM.from_config(config).model.rotary_emb)
-    expected = rotary(config).inv_freq
+    expected = rotary(config)
     assert inverse_frequencies(arch).dtype == torch.float32
-    assert torch.equal(inverse_frequencies(arch), expected)
+    assert torch.equal(inverse_frequencies(arch), expected.inv_freq)
+    factor = expected.attention_scaling
+    if scaling["rope_type"] == "yarn":
+        assert factor > 1
+    scale = attention_scale(arch)
+    assert scale == (None if factor == 1 else pytest.approx(factor**2 * 128**-0.5, rel=1e-12))
 
 
-def test_both_spellings_in_an_exported_config_give_the_policys_frequencies(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scaling", SCALINGS[2:], ids=scaling_name)
+def test_both_spellings_in_an_exported_config_give_the_policys_frequencies(
+    tmp_path: Path, scaling: dict[str, Any]
+) -> None:
     folder = make_tiny_model("llama", tmp_path, layers=1, tokenizer=False)
-    arch = read_architecture(folder, rope_theta=3e6, rope_scaling=SCALINGS[2])
+    arch = read_architecture(
+        folder, rope_theta=3e6, rope_scaling=scaling, max_position_embeddings=4096
+    )
     original = AutoConfig.from_pretrained(folder)
     config = type(original).from_dict(effective_hf_config(original.to_dict(), arch))
     with torch.device("meta"):
         rotary = type(AutoModelForCausalLM.from_config(config).model.rotary_emb)
     assert torch.equal(rotary(config).inv_freq, inverse_frequencies(arch))
+    exported = effective_hf_config(original.to_dict(), arch)
+    # transformers 4 reads one of them, transformers 5 the other.
+    assert exported["rope_scaling"].items() <= exported["rope_parameters"].items()
+    assert exported["rope_scaling"].keys() == scaling.keys()
 
 
 def test_angles_rotate_as_transformers_does_at_any_position(single_process: Any) -> None:

@@ -9,6 +9,8 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.enums import LayerType
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from transformers import AutoModelForCausalLM
 
 from checkpoints_convert.hf_weights import load_hf_weights
@@ -16,7 +18,12 @@ from checkpoints_convert.mapping import tensor_rules
 from megatron_longpo.errors import UserError
 from megatron_longpo.model.architectures import read_architecture
 from megatron_longpo.model.norm import RMSNorm
-from megatron_longpo.model.spec import build_gpt, padded_vocab_size, transformer_config
+from megatron_longpo.model.spec import (
+    build_gpt,
+    check_stages,
+    padded_vocab_size,
+    transformer_config,
+)
 from tests.convert.models import MODELS
 from tests.model.plain_attention import PlainAttention, forward_logits
 from tests.model.test_norm import TINY
@@ -98,17 +105,48 @@ def test_vocabulary_is_padded_for_every_rank(tensor: int, expected: int) -> None
 
 
 @pytest.mark.parametrize(
-    ("sizes", "message"),
+    ("pipeline", "virtual_pipeline", "layout", "message"),
     [
-        ({"tensor": 3}, r"parallel\.tensor \(3\) cannot split 4 heads"),
-        ({"pipeline": 2}, r"\(2\) must divide the model's 1 layers; use 1"),
+        (2, None, None, r"parallel\.pipeline \(2\) must not exceed the model's 1 layers"),
+        (1, 2, None, r"parallel\.pipeline x virtual_pipeline \(2\) must not exceed"),
+        (2, None, "Ett|tL", r"\(Ett\|tL\): its 3 layers \(t\) must be the model's 1"),
     ],
 )
-def test_sizes_that_do_not_divide_the_model_are_refused(
-    sizes: dict[str, int], message: str
+def test_stages_that_do_not_fit_the_model_are_refused(
+    pipeline: int, virtual_pipeline: int | None, layout: str | None, message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        transformer_config(TINY, **sizes)  # type: ignore[arg-type]
+        check_stages(TINY, pipeline=pipeline, virtual_pipeline=virtual_pipeline, layout=layout)
+
+
+def test_a_tensor_size_that_does_not_divide_the_model_is_refused() -> None:
+    with pytest.raises(UserError, match=r"parallel\.tensor \(3\) cannot split 4 heads"):
+        transformer_config(TINY, tensor=3)
+
+
+def test_megatron_counts_uneven_stages_as_we_do() -> None:
+    """For every rank and chunk: how many layers, and which is the first."""
+    arch = dataclasses.replace(TINY, num_layers=11)
+    for pipeline, virtual, stages in ((4, None, (3, 3, 3, 2)), (2, 3, (0, 3, 2, 2, 4, 0))):
+        config = transformer_config(
+            arch, pipeline=pipeline, virtual_pipeline=virtual, stages=stages
+        )
+        layout = config.pipeline_model_parallel_layout
+        assert isinstance(layout, PipelineParallelLayerLayout)
+        assert layout.virtual_pipeline_model_parallel_size == (virtual or 1)
+        per_stage = [
+            layout.layout[stage % pipeline][stage // pipeline].count(LayerType.decoder)
+            for stage in range(len(stages))
+        ]
+        assert per_stage == list(stages)
+
+
+def test_interleaved_stages_are_sent_overlapped() -> None:
+    """Megatron's other exchange takes the next rank's tensor for the previous one's."""
+    arch = dataclasses.replace(TINY, num_layers=4)
+    config = transformer_config(arch, pipeline=2, virtual_pipeline=2)
+    assert config.overlap_p2p_comm and not config.batch_p2p_comm
+    assert not config.deallocate_pipeline_outputs
 
 
 def _tensor_keys(model: GPTModel) -> dict[str, int]:

@@ -14,7 +14,7 @@ def test_a_world_of_one_has_every_group(single_process: Groups) -> None:
         assert (group.rank(), group.size()) == (0, 1), name
     assert (single_process.rank, single_process.world_size) == (0, 1)
     assert single_process.is_main
-    assert single_process.is_first_stage and single_process.is_last_stage
+    assert single_process.is_first_stage() and single_process.is_last_stage()
     assert single_process.sizes == ParallelSizes()
     assert dist.is_initialized()
 

@@ -27,6 +27,8 @@ from tests.random_rows import random_rows
 
 quick = settings(max_examples=60, deadline=None, derandomize=True)
 CPU = torch.device("cpu")
+GROUPS = [(1, 1), (2, 1), (2, 2), (3, 1), (4, 1), (4, 2), (4, 4), (8, 1), (8, 2), (8, 4), (8, 8)]
+"""Context-parallel ranks, and how many neighbours of them scatter heads."""
 
 random_forests = st.builds(
     lambda rows, share: build_forest(rows, share=share),
@@ -71,10 +73,11 @@ def test_runs_cover_the_forest_and_know_each_tokens_row(forest: Forest) -> None:
 
 
 @quick
-@given(random_forests, st.integers(1, 4), st.integers(1, 4))
+@given(random_forests, st.sampled_from(GROUPS), st.integers(1, 4))
 def test_ranks_hold_every_token_and_edge_once(
-    forest: Forest, num_ranks: int, multiple: int
+    forest: Forest, ranks: tuple[int, int], multiple: int
 ) -> None:
+    num_ranks, inner = ranks
     layout = TokenLayout.of(forest, num_ranks=num_ranks, multiple=multiple)
     here = [layout.tokens(rank) for rank in range(num_ranks)]
     assert sorted(np.concatenate(here).tolist()) == list(range(forest.num_tokens))
@@ -86,7 +89,12 @@ def test_ranks_hold_every_token_and_edge_once(
     stacked: list[int] = []
     for rank in range(num_ranks):
         tokens = lay_out(
-            forest, device=CPU, multiple=multiple, context_rank=rank, context_size=num_ranks
+            forest,
+            device=CPU,
+            multiple=multiple,
+            context_rank=rank,
+            context_size=num_ranks,
+            context_inner=inner,
         )
         assert tokens.num_tokens == layout.num_local
         count = len(here[rank])
@@ -117,7 +125,15 @@ def test_ranks_hold_every_token_and_edge_once(
     if num_ranks > 1:
         order = tokens.attention.order
         assert order is not None
-        assert [stacked[place] for place in order.tolist()] == list(range(forest.num_tokens))
+        assert [stacked[place] for place in order.all.tolist()] == list(range(forest.num_tokens))
+        # The last rank's queries: all tokens of its inner group, as they lie in the flat forest.
+        inner_stacked = stacked[-inner * layout.num_local :]
+        queries = [inner_stacked[place] for place in order.inner.tolist()]
+        assert queries == sorted(token for token in inner_stacked if token >= 0)
+        last_group = range(num_ranks - inner, num_ranks)
+        joint = layout.joint_spans(last_group)
+        assert queries == [token for span in joint for token in range(span.start, span.stop)]
+        assert all(left.stop < right.start for left, right in itertools.pairwise(joint))
 
 
 def edges_of(tokens: RankTokens, here: np.ndarray) -> list[tuple[int, ...]]:
@@ -159,6 +175,23 @@ def test_causal_work_is_even_in_every_long_segment() -> None:
     work = [int((scaled.position_ids[layout.tokens(rank)] + 1).sum()) for rank in range(4)]
     assert sum(work) == scaled.attended_pairs
     assert max(work) < 1.02 * sum(work) / 4
+    # Where heads are scattered over neighbours, the groups' shares are as even as ranks' are.
+    halves = [sum(work[:2]), sum(work[2:])]
+    assert max(halves) < 1.02 * sum(work) / 2
+
+
+def test_a_group_that_scatters_heads_has_two_pieces_a_segment() -> None:
+    """An early part and its late counterpart, as one rank has: kernels see no smaller pieces."""
+    (row,) = random_rows(np.random.default_rng(0), 200, 1, max_turns=1)
+    forest = pair_trees(row, TreeSettings(nll=None)).policy
+    num_segments = len(forest.segment_starts)
+    for rank in range(8):
+        grouped = lay_out(
+            forest, device=CPU, context_rank=rank, context_size=8, context_inner=4
+        ).attention
+        pair = lay_out(forest, device=CPU, context_rank=rank // 4, context_size=2).attention
+        assert grouped.pieces == pair.pieces
+        assert len(grouped.pieces) <= 2 * num_segments
 
 
 @quick

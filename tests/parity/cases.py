@@ -26,6 +26,15 @@ LLAMA3_SCALING = {
 }
 """Short original positions, so that rows of a hundred tokens reach all three ranges."""
 
+YARN_SCALING = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "beta_fast": 8.0,
+    "truncate": False,
+}
+"""With an attention factor of 1.14."""
+
 LINEAR_SCALING = {"rope_type": "linear", "factor": 2.0}
 
 
@@ -120,6 +129,7 @@ class Case:
     pack_tokens: int | None = None
     """None = the largest pair: most microbatches hold one or two pairs."""
     recompute: Literal["none", "selective", "full"] = "none"
+    recompute_modules: tuple[Literal["core_attn", "layernorm", "mlp"], ...] | None = None
     dtype: Literal["fp32", "bf16"] = "fp32"
     distributed_optimizer: bool = True
     seed: int = 0
@@ -189,6 +199,11 @@ MODEL_CASES = [
     Case(name="llama3_scaling_asked_for", rope_scaling=tuple(LLAMA3_SCALING.items())),
     Case(name="linear_scaling", rope_scaling=tuple(LINEAR_SCALING.items()), rope_theta=None),
     Case(
+        name="yarn_scaling_asked_for",
+        rope_scaling=tuple(YARN_SCALING.items()),
+        reference=TinyModel(family="qwen3", seed=2, scaling=tuple(YARN_SCALING.items())),
+    ),
+    Case(
         name="linear_reference",
         reference=TinyModel(family="qwen3", seed=3, scaling=tuple(LINEAR_SCALING.items())),
     ),
@@ -208,6 +223,23 @@ MODEL_CASES = [
     Case(name="no_padding_rows", policy=TinyModel(vocab_size=384)),
     Case(name="plain_optimizer", distributed_optimizer=False),
     Case(name="recompute_selective", recompute="selective", policy=TinyModel(family="qwen3")),
+    Case(
+        name="recompute_core_attn",
+        recompute="selective",
+        recompute_modules=("core_attn",),
+        policy=TinyModel(family="qwen2"),
+    ),
+    Case(
+        name="recompute_norms",
+        recompute="selective",
+        recompute_modules=("layernorm",),
+        policy=TinyModel(family="qwen3"),
+    ),
+    Case(
+        name="recompute_all_modules",
+        recompute="selective",
+        recompute_modules=("core_attn", "layernorm", "mlp"),
+    ),
     Case(name="recompute_full", recompute="full", policy=TinyModel(family="qwen2")),
     Case(name="recompute_full_tied", recompute="full", policy=TinyModel(tied=True)),
 ]

@@ -28,6 +28,7 @@ from megatron_longpo.config import (
 from megatron_longpo.data.rows import write_rows_jsonl
 from megatron_longpo.parallel.groups import Groups, ParallelSizes
 from megatron_longpo.training import loop
+from megatron_longpo.training.build import gather_parameters
 from megatron_longpo.training.metrics import LOSS_KEYS, Metrics
 from tests.oracle import OracleResult, oracle_step
 from tests.parity.cases import Case, TinyModel
@@ -130,7 +131,11 @@ def train_config(
         "parallel": parallel or ParallelConfig(),
         # A learning rate of 0: the step is whole, and the gradient it leaves is not clipped.
         "optimizer": OptimizerConfig(lr=0.0, clip_grad=0.0, distributed=case.distributed_optimizer),
-        "train": RunConfig(global_batch_pairs=len(case.shapes), recompute=case.recompute),
+        "train": RunConfig(
+            global_batch_pairs=len(case.shapes),
+            recompute=case.recompute,
+            recompute_modules=case.recompute_modules,
+        ),
         "checkpoint": CheckpointConfig(interval=0),
         "logging": LoggingConfig(dir=str(shelf.root / f"run-{case.name}"), tensorboard=False),
         "lora": case.lora,
@@ -138,16 +143,19 @@ def train_config(
     return resolve(TrainConfig(**{**settings, **sections}))
 
 
-def parallel_config(
-    sizes: ParallelSizes, context_comm: Literal["a2a", "all_gather"] = "all_gather"
-) -> ParallelConfig:
+def parallel_config(sizes: ParallelSizes, *, pipeline_layout: str | None = None) -> ParallelConfig:
     """The settings that lead to groups of these sizes."""
+    comm: Literal["a2a", "all_gather", "a2a+all_gather"] = "a2a+all_gather"
+    if sizes.context_inner in (1, sizes.context):
+        comm = "all_gather" if sizes.context_inner == 1 else "a2a"
     return ParallelConfig(
         tensor=sizes.tensor,
         pipeline=sizes.pipeline,
         virtual_pipeline=sizes.virtual_pipeline,
+        pipeline_layout=pipeline_layout,
         context=sizes.context,
-        context_comm=context_comm,
+        context_comm=comm,
+        context_inner=sizes.context_inner if comm == "a2a+all_gather" else None,
         sequence=sizes.sequence,
     )
 
@@ -161,17 +169,13 @@ class CaseResult:
 
 
 def run_case(
-    case: Case,
-    shelf: Shelf,
-    groups: Groups,
-    *,
-    context_comm: Literal["a2a", "all_gather"] = "all_gather",
+    case: Case, shelf: Shelf, groups: Groups, *, parallel: ParallelConfig | None = None
 ) -> CaseResult:
     """One optimizer step through everything that `longpo train` runs, on the groups of this rank.
 
-    `groups` are those that `parallel.groups.initialize` has made in this process.
+    `groups` are those that `parallel.groups.initialize` has made in this process, `parallel` the
+    settings that lead to them; None = one process.
     """
-    parallel = parallel_config(groups.sizes, context_comm)
     run = loop.prepare(train_config(case, shelf, parallel=parallel))
     assert run.groups is groups
     if case.lora is not None:
@@ -187,6 +191,7 @@ def policy_gradients(run: loop.Run) -> dict[str, Tensor]:
 
 def policy_parameters(run: loop.Run) -> dict[str, Tensor]:
     """What trains of the policy, by the same names, copied."""
+    gather_parameters(run.model)
     return _gathered_trained(run, lambda parameter: parameter)
 
 

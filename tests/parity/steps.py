@@ -60,6 +60,8 @@ class Steps:
 
     optimizer: Literal["rmsprop", "adam"] = "rmsprop"
     distributed: bool = True
+    overlap: bool = False
+    """Of gradient sums with backward and, with a distributed optimizer, of weights with forward."""
     weight_decay: float = 0.0
     objective: ObjectiveConfig = field(
         default_factory=lambda: ObjectiveConfig(beta=0.1, preference_weight=0.5)
@@ -111,6 +113,8 @@ def our_steps(steps: Steps, shelf: Shelf, *, parallel: ParallelConfig | None = N
             clip_grad=CLIP,
             weight_decay=steps.weight_decay,
             distributed=steps.distributed,
+            overlap_grad_reduce=steps.overlap,
+            overlap_param_gather=steps.overlap and steps.distributed,
         ),
     )
     run = loop.prepare(config)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from itertools import chain
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from megatron.core.utils import unwrap_model
+from torch import Tensor, nn
 
 from megatron_longpo.data.packing import make_pack
 from megatron_longpo.parallel.groups import Groups
@@ -67,7 +71,6 @@ def test_the_budget_decides_the_number_of_microbatches(run: loop.Run) -> None:
             pairs,
             run.groups,
             budget_tokens=budget_tokens,
-            context_comm=run.config.parallel.context_comm,
         )
 
     assert len(packs(ONE_PACK)) == 1
@@ -87,6 +90,56 @@ def test_one_microbatch_or_many_is_the_same_step(run: loop.Run) -> None:
         assert other_sums == pytest.approx(sums, rel=1e-6, abs=1e-5)
         for name, gradient in gradients.items():
             assert float((gradient - other[name]).norm()) <= 1e-6 * norm, name
+
+
+def test_gradients_of_bf16_weights_add_up_in_fp32(shelf: Shelf, single_process: Groups) -> None:
+    """Ten microbatches' gradient is the sum of theirs to fp32's rounding, not bf16's."""
+    case = Case(name="layouts_bf16", shapes=ALL_SHAPES, pack_tokens=ONE_PACK, dtype="bf16")
+    run = loop.prepare(train_config(case, shelf))
+    trained = [parameter for chunk in run.model for parameter in chunk.module.parameters()]
+    trained = [parameter for parameter in trained if parameter.requires_grad]
+    assert {parameter.dtype for parameter in trained} == {torch.bfloat16}
+    assert {parameter.main_grad.dtype for parameter in trained} == {torch.float32}
+    pairs = range(len(ALL_SHAPES))
+    _, whole = step(run, lay_out_pairs(run, [[pair] for pair in pairs]))
+    alone = [step(run, lay_out_pairs(run, [[pair]]))[1] for pair in pairs]
+    norm = sum(float(gradient.norm()) ** 2 for gradient in whole.values()) ** 0.5
+    for name, gradient in whole.items():
+        mean = torch.stack([gradients[name].double() for gradients in alone]).mean(0)
+        assert float((gradient - mean).norm()) <= 1e-6 * norm, name
+    assert norm > 0
+
+
+@pytest.mark.parametrize(
+    "modules",
+    [("core_attn",), ("layernorm",), ("mlp",), ("core_attn", "layernorm", "mlp"), None],
+    ids=lambda modules: "+".join(modules or ("default",)),
+)
+def test_selective_recomputes_what_is_named(
+    modules: tuple[Any, ...] | None, shelf: Shelf, single_process: Groups
+) -> None:
+    case = Case(
+        name="layouts_recompute",
+        pack_tokens=ONE_PACK,
+        reference=None,
+        recompute="selective",
+        recompute_modules=modules,
+    )
+    run = loop.prepare(train_config(case, shelf))
+    (model,) = unwrap_model(run.model)
+    layer = model.policy.decoder.layers[0]
+    watched = {
+        "core_attn": [layer.self_attention.core_attention],
+        "layernorm": [layer.input_layernorm, layer.pre_mlp_layernorm],
+        "mlp": [layer.mlp],
+    }
+    calls: Counter[nn.Module] = Counter()
+    for module in chain(*watched.values()):
+        module.register_forward_hook(lambda module, *_: calls.update([module]))
+    loop.train_step(run)
+    for name, of_name in watched.items():
+        times = 2 if name in (modules or ("layernorm", "mlp")) else 1
+        assert [calls[module] for module in of_name] == [times] * len(of_name), name
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])

@@ -50,8 +50,17 @@ def settings(folder: Path, **parallel: Any) -> TrainConfig:
         ),
         ({"tensor": 3}, r"parallel\.tensor \(3\) cannot split .*; use 1, 2, 4 or 12"),
         (
-            {"pipeline": 4},
-            r"parallel\.pipeline \(4\) must divide the model's 6 layers; use 1, 2, 3 or 6",
+            {"pipeline": 7},
+            r"parallel\.pipeline \(7\) must not exceed the model's 6 layers. Lower it, or give .* "
+            r"parallel\.pipeline_layout",
+        ),
+        (
+            {"pipeline": 2, "pipeline_layout": "Ettt|ttL"},
+            r"parallel\.pipeline_layout \(Ettt\|ttL\): its 5 layers \(t\) must be the model's 6",
+        ),
+        (
+            {"context": 8, "context_comm": "a2a+all_gather", "context_inner": 8},
+            r"parallel\.context_inner \(8\): a2a cannot share 12 heads and 4 key/value heads",
         ),
         (
             {"context": 8, "context_comm": "a2a"},
@@ -79,7 +88,11 @@ def test_a_layout_that_the_model_cannot_be_split_by(
     "parallel",
     [
         {"tensor": 12, "pipeline": 6},
+        {"pipeline": 4},
+        {"pipeline": 2, "virtual_pipeline": 3},
+        {"pipeline": 4, "pipeline_layout": "E|ttt|ttt|L"},
         {"context": 7},
+        {"context": 8, "context_comm": "a2a+all_gather"},
         {"context": 6, "context_comm": "a2a"},
         {"tensor": 2, "context": 3, "context_comm": "a2a"},
     ],
@@ -87,6 +100,35 @@ def test_a_layout_that_the_model_cannot_be_split_by(
 def test_a_layout_that_fits(parallel: dict[str, Any], tmp_path: Path) -> None:
     config = settings(tmp_path, **parallel)
     build.check_layout(config, build.read_models(config))
+
+
+@pytest.mark.parametrize(
+    ("context", "tensor", "ranks_here", "expected"),
+    [
+        # 12 heads and 4 key/value heads.
+        (8, 1, None, 4),
+        (12, 1, None, 12),
+        # 6 of them would be on two machines.
+        (12, 1, "8", 4),
+        # 6 heads and 2 key/value heads, on 4 ranks of this machine that are not tensor-parallel.
+        (12, 2, "8", 2),
+        (7, 1, None, 1),
+        (8, 2, "1", 1),
+    ],
+)
+def test_heads_are_scattered_as_far_as_heads_and_machine_allow(
+    context: int,
+    tensor: int,
+    ranks_here: str | None,
+    expected: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if ranks_here is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks_here)
+    config = settings(tmp_path, context=context, tensor=tensor, context_comm="a2a+all_gather")
+    assert build.context_inner(config, build.read_models(config)) == expected
 
 
 def test_sizes_that_do_not_fit_the_world(tmp_path: Path) -> None:
