@@ -349,7 +349,7 @@ def bare_step(run: Run) -> dict[str, float]:
         budget_tokens=run.budget_tokens,
     )
     sizes = run.groups.sizes
-    heads_shared = sizes.context if run.config.parallel.context_comm == "a2a" else 1
+    heads_shared = sizes.context_inner
     total: dict[str, float] = {}
     for pack in packs:
         parts = bare_seconds(

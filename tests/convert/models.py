@@ -13,6 +13,14 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 16,
 }
 
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 8.0,
+    "truncate": False,
+}
+
 MODELS: dict[str, dict[str, Any]] = {
     "llama 2": {"family": "llama", "kv_heads": 4},
     "llama 3.1": {"family": "llama", "rope_scaling": LLAMA3_ROPE, "rope_theta": 500000.0},
@@ -26,6 +34,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "family": "qwen2",
         "rope_scaling": {"rope_type": "linear", "factor": 4.0},
     },
+    "qwen2 yarn rope": {"family": "qwen2", "rope_scaling": YARN_ROPE},
     "qwen3 tied": {"family": "qwen3", "tied": True, "head_dim": 16},
     "qwen3 untied": {"family": "qwen3", "head_dim": 16},
 }
