@@ -9,6 +9,7 @@ from tests.parity.rank_cases import rank_runs, step_runs
 from tests.torchrun import torchrun
 
 
+@pytest.mark.timeout(600)  # some two hundred steps, and four ranks may have two cores
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_layouts_give_the_oracles_step(world_size: int, shelf: Shelf) -> None:
     runs = rank_runs(world_size)
@@ -19,7 +20,7 @@ def test_layouts_give_the_oracles_step(world_size: int, shelf: Shelf) -> None:
         shelf.rows_file(case)
         if case.reference is not None:
             shelf.hf_folder(case.reference)
-    result = torchrun("tests/parity/ranks.py", str(shelf.root), ranks=world_size)
+    result = torchrun("tests/parity/ranks.py", str(shelf.root), ranks=world_size, timeout_s=540)
     problems = [line for line in result.stdout.splitlines() if line.startswith("differs: ")]
     assert not problems, result.stdout[-4000:]
     assert result.returncode == 0, result.stderr[-4000:]

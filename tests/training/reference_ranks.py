@@ -19,20 +19,20 @@ from megatron_longpo.parallel import groups
 from megatron_longpo.parallel.groups import ParallelSizes
 from megatron_longpo.training import loop
 from tests.parity.cases import REFERENCE, Case
-from tests.parity.harness import Shelf, parallel_config
-from tests.parity.rank_cases import Layout
+from tests.parity.harness import Shelf
+from tests.parity.rank_cases import CP2, CP2_A2A, DP2, INTERLEAVED, PP2, TP2_SP
 from tests.training.cached_runs import assert_same_rows, cached_config, case_of, compute
 from tests.training.short_runs import TIMES, short_config
 
 RUNS = (
-    (Layout(name="TP2+SP", sizes=ParallelSizes(tensor=2, sequence=True)), "DP2", "longpo"),
-    (Layout(name="PP2", sizes=ParallelSizes(pipeline=2)), "CP2 a2a", "dpo"),
-    (Layout(name="CP2 a2a", sizes=ParallelSizes(context=2), comm="a2a"), "PP2", "longpo"),
-    (Layout(name="CP2 all_gather", sizes=ParallelSizes(context=2)), "DP2", "solopo_dpo"),
-    (Layout(name="DP2"), "TP2+SP", "solopo_dpo"),
+    (TP2_SP, DP2, "longpo"),
+    (PP2, CP2_A2A, "dpo"),
+    (CP2_A2A, INTERLEAVED, "longpo"),
+    (CP2, DP2, "solopo_dpo"),
+    (DP2, TP2_SP, "solopo_dpo"),
+    (INTERLEAVED, PP2, "longpo"),
 )
 """Layout to score under, layout to train under, objective."""
-LAYOUTS = {layout.name: layout for layout, _, _ in RUNS}
 STEPS = 3
 
 
@@ -50,24 +50,24 @@ def main() -> None:
     shelf, folder = Shelf(Path(sys.argv[1])), Path(sys.argv[2])
     torch.set_num_threads(1)
     groups.initialize(ParallelSizes(), timeout_minutes=2)
-    for scored_under, trained_under, name in RUNS:
-        case, layout = two_layers(name), LAYOUTS[trained_under]
+    for scored_under, layout, name in RUNS:
+        case = two_layers(name)
         cache = folder / f"{scored_under.name} {name}"
         scoring = cached_config(
             shelf,
             folder / "scored",
             cache,
             case=case,
-            parallel=parallel_config(scored_under.sizes, scored_under.comm),
+            parallel=scored_under.parallel,
         )
         compute(scoring)
-        parallel = parallel_config(layout.sizes, layout.comm)
+        parallel = layout.parallel
         cached = cached_config(shelf, folder / "run", cache, case=case, parallel=parallel)
         online = short_config(shelf, folder / "run", case=case, parallel=parallel)
         mine, theirs = steps_of(cached), steps_of(online)
         assert_same_rows(mine, theirs)
         if dist.get_rank() == 0:
-            print(f"same: {scored_under.name}, {trained_under}", flush=True)
+            print(f"same: {scored_under.name}, {layout.name}", flush=True)
     dist.barrier()
     groups.shutdown()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from megatron_longpo.config import (
     DataConfig,
     LoggingConfig,
+    LoraConfig,
     ModelConfig,
     ParallelConfig,
     RunConfig,
@@ -84,6 +86,18 @@ def test_a_layout_that_the_model_cannot_be_split_by(
     assert "\n" not in str(refused.value)
 
 
+def test_adapters_need_a_layer_on_every_pipeline_rank(tmp_path: Path) -> None:
+    config = settings(tmp_path, pipeline=2, pipeline_layout="E|ttttttL")
+    config = resolve(dataclasses.replace(config, lora=LoraConfig()))
+    with pytest.raises(UserError, match=r"with lora, pipeline rank 0 would have nothing to train"):
+        build.check_layout(config, build.read_models(config))
+    interleaved = dataclasses.replace(
+        config.parallel, pipeline_layout="E|ttt|ttt|L", virtual_pipeline=2
+    )
+    config = resolve(dataclasses.replace(config, parallel=interleaved))
+    build.check_layout(config, build.read_models(config))
+
+
 @pytest.mark.parametrize(
     "parallel",
     [
@@ -128,7 +142,7 @@ def test_heads_are_scattered_as_far_as_heads_and_machine_allow(
     if ranks_here is not None:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks_here)
     config = settings(tmp_path, context=context, tensor=tensor, context_comm="a2a+all_gather")
-    assert build.context_inner(config, build.read_models(config)) == expected
+    assert build.context_inner(config, build.read_models(config).built) == expected
 
 
 def test_sizes_that_do_not_fit_the_world(tmp_path: Path) -> None:
