@@ -71,6 +71,8 @@ def transformer_config(
     with warnings.catch_warnings():
         # Megatron warns about a default of its own.
         warnings.filterwarnings("ignore", message="full scope is deprecated")
+        # And about a core attention that is not ours.
+        warnings.filterwarnings("ignore", message="If you are using transformer_engine")
         return TransformerConfig(
             num_layers=arch.num_layers,
             hidden_size=arch.hidden_size,

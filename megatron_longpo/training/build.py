@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,17 +37,17 @@ from megatron_longpo.model.layer_specs import accumulate_in_main_grad, choose_la
 from megatron_longpo.model.longpo_model import ChunkModel, LongPOModel
 from megatron_longpo.model.lora import LoraSettings, attach_adapters
 from megatron_longpo.model.rope import inverse_frequencies
-from megatron_longpo.model.spec import (
-    DTYPES,
-    build_gpt,
-    check_stages,
-    check_tensor_size,
-    transformer_config,
-)
+from megatron_longpo.model.spec import DTYPES, build_gpt, transformer_config
 from megatron_longpo.objectives import Objective, build_objective
-from megatron_longpo.parallel.context import kv_repeats, largest_inner, make_exchange
-from megatron_longpo.parallel.groups import Groups, ParallelSizes
+from megatron_longpo.parallel.context import make_exchange
+from megatron_longpo.parallel.groups import Groups
 from megatron_longpo.parallel.stages import Split, like_split
+from megatron_longpo.training.degrees import (
+    check_every_rank_has_layers,
+    check_split,
+    heads_per_rank,
+    stage_split,
+)
 
 WeightsWriter = Callable[[Any, Architecture, str], None]
 """Takes this rank's model, its architecture and its Hugging Face folder."""
@@ -151,59 +150,8 @@ def check_layout(config: TrainConfig, sources: ModelSources) -> None:
         )
     split = stage_split(config, sources.policy)
     if sources.lora is not None:
-        _check_every_rank_has_layers(config, split)
+        check_every_rank_has_layers(config, split)
     check_split(config, sources.built)
-
-
-def check_split(config: TrainConfig, architectures: Sequence[Architecture]) -> None:
-    """Refuses parallel sizes that one of the models cannot be split by."""
-    for arch in architectures:
-        check_tensor_size(arch, config.parallel.tensor)
-    context_inner(config, architectures)
-
-
-def _check_every_rank_has_layers(config: TrainConfig, split: Split) -> None:
-    pipeline = config.parallel.pipeline
-    for rank in range(pipeline):
-        if not sum(split[rank::pipeline]):
-            raise UserError(
-                f"parallel.pipeline_layout ({config.parallel.pipeline_layout}): with lora, "
-                f"pipeline rank {rank} would have nothing to train. Give it a layer (t)"
-            )
-
-
-def stage_split(config: TrainConfig, policy: Architecture) -> Split:
-    """The policy's layers on each pipeline stage; another model's are split like them."""
-    parallel = config.parallel
-    return check_stages(
-        policy,
-        pipeline=parallel.pipeline,
-        virtual_pipeline=parallel.virtual_pipeline,
-        layout=parallel.pipeline_layout,
-    )
-
-
-def context_inner(config: TrainConfig, architectures: Sequence[Architecture]) -> int:
-    """How many neighbouring context-parallel ranks scatter heads among themselves.
-
-    Raises:
-        UserError: if the heads of one of the models cannot be shared out so.
-    """
-    parallel = config.parallel
-    if parallel.context_comm == "all_gather":
-        return 1
-    heads = [_heads_per_rank(arch, parallel.tensor) for arch in architectures]
-    if parallel.context_comm == "a2a":
-        key, inner = "parallel.context", parallel.context
-    elif parallel.context_inner is None:
-        # Ranks of one machine: the tensor-parallel ones are next to each other, then these.
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", parallel.tensor * parallel.context))
-        return largest_inner(parallel.context, heads, neighbours=ranks_here // parallel.tensor)
-    else:
-        key, inner = "parallel.context_inner", parallel.context_inner
-    for num_heads, num_kv_heads in heads:
-        kv_repeats(num_heads, num_kv_heads, inner, key=key)
-    return inner
 
 
 def make_objective(config: TrainConfig) -> Objective:
@@ -254,19 +202,6 @@ def read_pairs(
         reference_logps=None if find_logps is None else find_logps(dataset),
         per_turn=objective.compared is not None and config.objective.turns == "per_turn",
         progress=progress,
-    )
-
-
-def parallel_sizes(config: TrainConfig, architectures: Sequence[Architecture]) -> ParallelSizes:
-    """The degrees for a run that builds these models."""
-    parallel = config.parallel
-    return ParallelSizes(
-        tensor=parallel.tensor,
-        pipeline=parallel.pipeline,
-        virtual_pipeline=parallel.virtual_pipeline,
-        context=parallel.context,
-        context_inner=context_inner(config, architectures),
-        sequence=bool(parallel.sequence),
     )
 
 
@@ -446,7 +381,7 @@ def _chunks(
     )
     say(kernel.line)
     say(layers.line)
-    heads, kv_heads = _heads_per_rank(arch, sizes.tensor)
+    heads, kv_heads = heads_per_rank(arch, sizes.tensor)
     exchange = make_exchange(groups, num_heads=heads, num_kv_heads=kv_heads)
     megatron_config = transformer_config(
         arch,
@@ -487,8 +422,3 @@ def _chunk_of(gpt: GPTModel, arch: Architecture, groups: Groups) -> ChunkModel:
         inv_freq=inverse_frequencies(arch).to(groups.device),
         vocab_size=arch.vocab_size,
     )
-
-
-def _heads_per_rank(arch: Architecture, tensor: int) -> tuple[int, int]:
-    """Heads and key/value heads of one tensor-parallel rank; one of those at least."""
-    return arch.num_heads // tensor, max(1, arch.num_kv_heads // tensor)

@@ -26,6 +26,7 @@ from megatron_longpo.parallel.groups import Groups
 from megatron_longpo.training import build, checkpoint, run_folder
 from megatron_longpo.training.batches import rank_packs
 from megatron_longpo.training.console import RunConsole
+from megatron_longpo.training.degrees import parallel_sizes
 from megatron_longpo.training.flops import step_flops
 from megatron_longpo.training.metrics import (
     Metrics,
@@ -114,7 +115,7 @@ def prepare(
         checkpoint.check_matches(resume_from, sources.policy, sources.lora)
     parallel = config.parallel
     groups = process_groups.initialize(
-        build.parallel_sizes(config, sources.built),
+        parallel_sizes(config, sources.built),
         timeout_minutes=parallel.timeout_minutes,
         seed=config.train.seed,
     )

@@ -29,7 +29,7 @@ from megatron_longpo.objectives import Row
 from megatron_longpo.parallel import groups as process_groups
 from megatron_longpo.parallel.collectives import from_main_rank, on_any_rank
 from megatron_longpo.parallel.groups import Groups
-from megatron_longpo.training import build, run_folder
+from megatron_longpo.training import build, degrees, run_folder
 from megatron_longpo.training.batches import lay_out_microbatch, rank_microbatches
 from megatron_longpo.training.console import RunConsole
 from megatron_longpo.training.metrics import peak_memory_gib
@@ -92,10 +92,10 @@ def compute(config: TrainConfig) -> None:
     check_world(config, int(os.environ.get("WORLD_SIZE", 1)))
     sources = build.read_models(config)
     assert sources.cached is not None, "settings are resolved"
-    build.stage_split(config, sources.policy)
-    build.check_split(config, [sources.cached])
+    degrees.stage_split(config, sources.policy)
+    degrees.check_split(config, [sources.cached])
     groups = process_groups.initialize(
-        build.parallel_sizes(config, [sources.cached]),
+        degrees.parallel_sizes(config, [sources.cached]),
         timeout_minutes=config.parallel.timeout_minutes,
         seed=config.train.seed,
     )
