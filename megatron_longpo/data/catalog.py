@@ -55,6 +55,7 @@ class PairCatalog:
         self.reference_logps = reference_logps
         self.sizes: list[PairSize] = []
         self._indices: list[int] = []
+        self._ahead: dict[int, PairTrees] = {}
         for index in progress(range(len(dataset))):
             row = self._fitted(index)
             if row is None:
@@ -83,8 +84,14 @@ class PairCatalog:
     def largest_pair_tokens(self) -> int:
         return max(size.policy_tokens for size in self.sizes)
 
+    def read_ahead(self, pairs: Sequence[int]) -> None:
+        """Keeps the trees of these pairs, and of no others, for when they are asked for."""
+        self._ahead = {pair: self.trees(pair) for pair in pairs}
+
     def trees(self, pair: int) -> PairTrees:
         """Reads one usable pair and builds its trees."""
+        if pair in self._ahead:
+            return self._ahead[pair]
         index = self._indices[pair]
         row = self._fitted(index)
         assert row is not None, "a usable row cannot have become too long"

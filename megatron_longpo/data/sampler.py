@@ -58,15 +58,24 @@ class PairSampler:
 
     def next_batch(self) -> list[int]:
         """Returns the next global batch's pair indices and moves the position past it."""
-        state = self.state
-        if state.offset + self.global_batch_pairs > self.num_pairs:
-            state.epoch += 1
-            state.offset = 0
-        order = self._order(state.epoch)
-        batch = order[state.offset : state.offset + self.global_batch_pairs]
-        state.offset += self.global_batch_pairs
-        state.consumed_pairs += self.global_batch_pairs
+        batch = self.upcoming_batch()
+        self.state.epoch, offset = self._upcoming()
+        self.state.offset = offset + self.global_batch_pairs
+        self.state.consumed_pairs += self.global_batch_pairs
+        return batch
+
+    def upcoming_batch(self) -> list[int]:
+        """What `next_batch` will return."""
+        epoch, offset = self._upcoming()
+        batch = self._order(epoch)[offset : offset + self.global_batch_pairs]
         return [int(index) for index in batch]
+
+    def _upcoming(self) -> tuple[int, int]:
+        """Epoch and offset at which the next batch begins."""
+        epoch, offset = self.state.epoch, self.state.offset
+        if offset + self.global_batch_pairs > self.num_pairs:
+            return epoch + 1, 0
+        return epoch, offset
 
     def _order(self, epoch: int) -> np.ndarray:
         if not self.shuffle:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from megatron_longpo.data.catalog import PairCatalog
 from megatron_longpo.data.packing import Microbatch, PairSize, deal, make_pack
 from megatron_longpo.data.tree import PairTrees
 from megatron_longpo.parallel.groups import Groups
@@ -66,3 +67,11 @@ def lay_out_microbatch(
         context_size=groups.context.size(),
         context_inner=groups.sizes.context_inner,
     )
+
+
+def read_ahead(
+    catalog: PairCatalog, pairs: Sequence[int], groups: Groups, *, budget_tokens: int
+) -> None:
+    """Reads what `rank_packs` will need for these pairs, so that it finds it in memory."""
+    share = rank_microbatches(catalog, pairs, groups, budget_tokens=budget_tokens)
+    catalog.read_ahead([pairs[index] for microbatch in share for index in microbatch.pairs])

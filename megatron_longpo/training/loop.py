@@ -24,7 +24,7 @@ from megatron_longpo.parallel import groups as process_groups
 from megatron_longpo.parallel.collectives import on_any_rank
 from megatron_longpo.parallel.groups import Groups
 from megatron_longpo.training import build, checkpoint, run_folder
-from megatron_longpo.training.batches import rank_packs
+from megatron_longpo.training.batches import rank_packs, read_ahead
 from megatron_longpo.training.console import RunConsole
 from megatron_longpo.training.degrees import parallel_sizes
 from megatron_longpo.training.flops import step_flops
@@ -230,7 +230,19 @@ def train_step(run: Run) -> Metrics:
         run.groups,
         budget_tokens=run.budget_tokens,
     )
-    sums = run_microbatches(run.model, packs, run.objective, run.groups, forward_only=False)
+
+    def read_next_batch() -> None:
+        upcoming = run.sampler.upcoming_batch()
+        read_ahead(run.pairs, upcoming, run.groups, budget_tokens=run.budget_tokens)
+
+    sums = run_microbatches(
+        run.model,
+        packs,
+        run.objective,
+        run.groups,
+        forward_only=False,
+        meanwhile=read_next_batch,
+    )
     _check_finite("loss", sums["loss"], run.step + 1)
     learning_rate = current_learning_rate(run.optimizer)
     _, grad_norm, _ = run.optimizer.step()

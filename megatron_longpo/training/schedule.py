@@ -32,6 +32,7 @@ def run_microbatches(
     groups: Groups,
     *,
     forward_only: bool,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> MetricSums:
     """Runs a global batch's microbatches and, unless `forward_only`, leaves its gradient.
 
@@ -45,6 +46,7 @@ def run_microbatches(
         objective: the loss of a pair.
         groups: process groups.
         forward_only: whether to score only.
+        meanwhile: work of the CPU, done while a GPU is still busy with this batch.
 
     Returns:
         Sums of every metric over the global batch, the same on every rank.
@@ -55,6 +57,7 @@ def run_microbatches(
         packs,
         forward_only=forward_only,
     )
+    meanwhile()
     return _summed_over_ranks(stored, groups)
 
 

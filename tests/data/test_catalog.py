@@ -64,6 +64,18 @@ def test_pairs_are_measured_and_read_again(tmp_path: Path, share: bool) -> None:
         assert_same_forest(catalog.trees(pair).reference, trees.reference)
 
 
+def test_what_was_read_ahead_is_not_read_again(tmp_path: Path) -> None:
+    rows = random_rows(np.random.default_rng(0), VOCAB, 4)
+    catalog = make_catalog(tmp_path, rows)
+    ahead = {pair: catalog.trees(pair) for pair in (1, 3)}
+    catalog.read_ahead([3, 1])
+    for pair, trees in ahead.items():
+        assert catalog.trees(pair) is catalog.trees(pair)
+        assert_same_forest(catalog.trees(pair).policy, trees.policy)
+    catalog.read_ahead([0])
+    assert catalog.trees(1) is not catalog.trees(1), "kept for one batch only"
+
+
 def test_dropped_rows_leave_the_others_in_order(tmp_path: Path) -> None:
     rows = [row(5, "a"), row(30, "long"), row(6, "b"), row(31, "longer"), row(7, "c")]
     limits = replace(LIMITS, max_length=20, too_long="drop")

@@ -30,7 +30,11 @@ def test_an_epoch_visits_pairs_once_and_drops_the_rest(
     assert sampler.steps_per_epoch * batch + sampler.dropped_pairs_per_epoch == num_pairs
     assert sampler.dropped_pairs_per_epoch < batch
     for epoch in range(2):
-        batches = [sampler.next_batch() for _ in range(sampler.steps_per_epoch)]
+        batches = []
+        for _ in range(sampler.steps_per_epoch):
+            upcoming = sampler.upcoming_batch()
+            batches.append(sampler.next_batch())
+            assert batches[-1] == upcoming, "a look ahead moves nothing"
         assert all(len(pairs) == batch for pairs in batches)
         visited = [pair for pairs in batches for pair in pairs]
         assert len(set(visited)) == len(visited) and set(visited) <= set(range(num_pairs))
