@@ -203,8 +203,9 @@ class RunConfig:
     """Optimizer steps; overrides epochs."""
     seed: int = field(default=42, metadata=limits(at_least=0))
     """Seed of everything but the order of the data."""
-    recompute: Literal["none", "selective", "full"] = "selective"
-    """What backward recomputes instead of storing: nothing, some modules, or whole layers."""
+    recompute: Literal["none", "selective", "all_but_attention", "full"] = "selective"
+    """What backward recomputes instead of storing: nothing, some modules, layers without their
+    attention, or whole layers."""
     recompute_modules: tuple[Literal["core_attn", "layernorm", "mlp"], ...] | None = None
     """Modules that selective recomputes; null = layernorm and mlp. core_attn, twice the attention
     of a long row, is the dearest of them."""

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch.profiler import record_function
@@ -42,7 +42,7 @@ from megatron_longpo.config import (
 from megatron_longpo.data.rows import write_rows_jsonl
 from megatron_longpo.data.sampler import PairSampler
 from megatron_longpo.gpu_memory import allow_expandable_segments
-from megatron_longpo.model.spec import DTYPES
+from megatron_longpo.model.spec import DTYPES, Recompute
 from megatron_longpo.parallel import groups
 from megatron_longpo.training import build
 from megatron_longpo.training.batches import rank_packs
@@ -121,7 +121,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         layout.add_argument(f"--{name}", type=int, default=1)
     layout.add_argument("--context-comm", choices=("a2a", "all_gather"), default="all_gather")
     run = parser.add_argument_group("run")
-    run.add_argument("--recompute", choices=("none", "selective", "full"), default="none")
+    run.add_argument("--recompute", choices=get_args(Recompute), default="none")
+    run.add_argument("--grad-dtype", choices=("fp32", "bf16"), default="fp32")
     run.add_argument("--warmup", type=int, default=1, help="steps that are not counted")
     run.add_argument("--repeats", type=int, default=5, help="counted steps of each mode")
     run.add_argument("--profile", type=Path, help="folder for a trace of each mode's last step")
@@ -194,7 +195,7 @@ def settings(arguments: argparse.Namespace, folder: Path, mode: Mode) -> TrainCo
                 context=arguments.context_parallel,
                 context_comm=arguments.context_comm,
             ),
-            optimizer=OptimizerConfig(warmup_ratio=0.0),
+            optimizer=OptimizerConfig(warmup_ratio=0.0, grad_dtype=arguments.grad_dtype),
             train=RunConfig(
                 global_batch_pairs=data_parallel_size(arguments),
                 steps=arguments.warmup + arguments.repeats + 1,

@@ -17,12 +17,18 @@ from megatron_longpo.model.kernels import AttentionKernel
 from megatron_longpo.parallel.context import ContextExchange, QueryKeyValue
 from megatron_longpo.parallel.layout import AttentionPlan, QueryPiece, Span
 
+Attended = tuple[Tensor, Tensor]
+"""This rank's output [t,H,D], and the log-sum-exp of its kernels' scores."""
+
 
 class TreeAttention(nn.Module):
     """Each token attends its ancestors and, causally, its own segment (design.md section 2).
 
-    Built and called as Megatron builds and calls any core attention, but for `kernel` and
-    `exchange`; the `AttentionPlan` comes as `packed_seq_params`, and no mask is read.
+    Built and called as Megatron builds and calls any core attention, but for `kernel`, `exchange`
+    and `keeps_results`; the `AttentionPlan` comes as `packed_seq_params`, and no mask is read.
+
+    With `keeps_results`, a layer that is recomputed in backward gets its attention's results from
+    memory: they are small beside what computing them again would cost in a long row.
     """
 
     def __init__(
@@ -30,6 +36,7 @@ class TreeAttention(nn.Module):
         *,
         kernel: AttentionKernel,
         exchange: ContextExchange,
+        keeps_results: bool = False,
         config: Any,
         layer_number: int,
         attn_mask_type: Any = None,
@@ -42,6 +49,10 @@ class TreeAttention(nn.Module):
         super().__init__()
         self.kernel = kernel
         self.exchange = exchange
+        self.keeps_results = keeps_results
+        # By the plan's id: of the microbatches whose backward is still to come. A plan is kept
+        # too, lest another one get its id.
+        self._kept: dict[int, tuple[AttentionPlan, Attended]] = {}
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
 
     def forward(
@@ -56,15 +67,23 @@ class TreeAttention(nn.Module):
     ) -> Tensor:
         """[t,1,H,D], [t,1,G,D], [t,1,G,D] -> [t,1,H*D]."""
         assert packed_seq_params is not None, "tree attention needs an AttentionPlan"
-        output = _TreeAttentionFunction.apply(
+        plan = packed_seq_params
+        kept: Attended | None = None
+        if torch.is_grad_enabled():
+            _, kept = self._kept.pop(id(plan), (plan, None))
+        output, logsumexp = _TreeAttentionFunction.apply(
             query.squeeze(1),
             key.squeeze(1),
             value.squeeze(1),
-            packed_seq_params,
+            plan,
             self.kernel,
             self.exchange,
             self.scale,
+            kept,
         )
+        if self.keeps_results and self.training and not torch.is_grad_enabled():
+            # The first pass of a layer that will run once more, with gradients.
+            self._kept[id(plan)] = plan, (output, logsumexp)
         return output.flatten(1).unsqueeze(1)
 
 
@@ -81,17 +100,24 @@ class _TreeAttentionFunction(torch.autograd.Function):
         kernel: AttentionKernel,
         exchange: ContextExchange,
         scale: float,
-    ) -> Tensor:
+        kept: Attended | None,
+    ) -> Attended:
         # Values come as a view of the projection that queries and keys were copied from: kept as
         # they are, they would keep all of it.
         local = (query.contiguous(), key.contiguous(), value.contiguous())
-        entered = exchange.enter(local, plan.order)
-        with record_function("attention"):
-            attended, logsumexp = attend(entered, plan, kernel, scale=scale)
-        output = exchange.leave(attended, plan.order, num_local=len(query))
+        entered = local
+        if kept is None or not exchange.keeps_local:
+            entered = exchange.enter(local, plan.order)
+        if kept is None:
+            with record_function("attention"):
+                attended, logsumexp = attend(entered, plan, kernel, scale=scale)
+            output = exchange.leave(attended, plan.order, num_local=len(query))
+        else:
+            output, logsumexp = kept
         ctx.save_for_backward(*(local if exchange.keeps_local else entered), output, logsumexp)
         ctx.plan, ctx.kernel, ctx.exchange, ctx.scale = plan, kernel, exchange, scale
-        return output
+        ctx.mark_non_differentiable(logsumexp)
+        return output, logsumexp
 
     @staticmethod
     def backward(ctx: Any, *output_grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -108,7 +134,7 @@ class _TreeAttentionFunction(torch.autograd.Function):
                 output_grad, entered, entered_output, logsumexp, plan, ctx.kernel, scale=ctx.scale
             )
         gradients = exchange.leave_gradients(gradients, plan.order, num_local=len(output))
-        return (*(gradient.to(query.dtype) for gradient in gradients), None, None, None, None)
+        return (*(gradient.to(query.dtype) for gradient in gradients), *[None] * 5)
 
 
 def attend(

@@ -27,6 +27,8 @@ from megatron_longpo.parallel.stages import Split, even_split, megatron_layout, 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """Settings' names of the dtypes that parameters and activations may have."""
 
+Recompute = Literal["none", "selective", "all_but_attention", "full"]
+
 VOCAB_MULTIPLE = 128
 """Megatron pads the vocabulary to a multiple of this times the tensor-parallel size."""
 
@@ -47,7 +49,7 @@ def transformer_config(
     stages: Sequence[int] | None = None,
     context: int = 1,
     sequence: bool = False,
-    recompute: Literal["none", "selective", "full"] = "none",
+    recompute: Recompute = "none",
     recompute_modules: Sequence[str] | None = None,
     trainable: bool = True,
     fusions: bool | None = None,
@@ -179,10 +181,14 @@ def _mark_sharded_weights(model: GPTModel) -> None:
 
 
 def _recompute_settings(recompute: str, modules: Sequence[str] | None) -> dict[str, Any]:
-    """Norms and MLPs are cheap to compute twice; the core attention of a long row is not."""
+    """Norms and MLPs are cheap to compute twice; the core attention of a long row is not.
+
+    For Megatron `all_but_attention` is `full`: our core attention does not run again
+    (`TreeAttention`).
+    """
     if recompute == "none":
         return {}
-    if recompute == "full":
+    if recompute in ("all_but_attention", "full"):
         return {
             "recompute_granularity": "full",
             "recompute_method": "uniform",

@@ -397,7 +397,12 @@ def _chunks(
         trainable=trainable,
         layers=layers.kind,
     )
-    core_attention = functools.partial(TreeAttention, kernel=kernel.kernel, exchange=exchange)
+    core_attention = functools.partial(
+        TreeAttention,
+        kernel=kernel.kernel,
+        exchange=exchange,
+        keeps_results=trainable and config.train.recompute == "all_but_attention",
+    )
     chunks = []
     for index in range(sizes.virtual_pipeline or 1):
         gpt = build_gpt(

@@ -56,7 +56,7 @@ def test_both_kinds_of_layers_give_one_gradient(
     assert gradient_error(te.gradients, local.gradients) <= TOLERANCE
 
 
-@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize("recompute", ["selective", "all_but_attention", "full"])
 def test_recomputation_changes_little(
     recompute: Any, bf16_shelf: Bf16Shelf, single_process: Groups
 ) -> None:

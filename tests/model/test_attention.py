@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -120,6 +121,47 @@ def test_every_forest_is_its_dense_mask(forest: Forest, multiple: int) -> None:
     padding = slice(forest.num_tokens, None)
     assert output[padding].eq(0).all()
     assert all(gradient[padding].eq(0).all() for gradient in grads)
+
+
+class CountingKernel(CpuFlashKernel):
+    """Counts its forward calls."""
+
+    calls = 0
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.calls += 1
+        return super().forward(*args, **kwargs)
+
+
+@pytest.mark.parametrize("keeps_results", [False, True])
+def test_recomputed_layers_get_kept_results(keeps_results: bool) -> None:
+    """Two microbatches in flight, backward in the other order, as Megatron's checkpoints run."""
+    kernel = CountingKernel()
+    attention = tree_attention(kernel, keeps_results=keeps_results)
+    plans = [
+        lay_out(make_forest(parents, lengths), device=CPU).attention
+        for parents, lengths in (([NO_PARENT, 0, 0], [9, 3, 4]), ([NO_PARENT, 0], [11, 5]))
+    ]
+    inputs, grad = random_inputs(16, torch.float64)
+    with torch.no_grad():
+        first = [attention(*inputs, packed_seq_params=plan) for plan in plans]
+    calls_of_first = kernel.calls
+    for plan, wanted in reversed(list(zip(plans, first, strict=True))):
+        leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+        again = attention(*leaves, packed_seq_params=plan)
+        torch.testing.assert_close(again, wanted, rtol=0, atol=0)
+        fresh = tree_attention()(*leaves, packed_seq_params=plan)
+        for actual, expected in zip(
+            torch.autograd.grad(again, leaves, grad.reshape(again.shape)),
+            torch.autograd.grad(fresh, leaves, grad.reshape(again.shape)),
+            strict=True,
+        ):
+            torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    assert kernel.calls == calls_of_first * (1 if keeps_results else 2)
+    attention.eval()
+    with torch.no_grad():
+        attention(*inputs, packed_seq_params=plans[0])
+    assert not attention._kept, "nothing is left of a step, nor kept of an evaluation"
 
 
 @settings(quick, max_examples=30)

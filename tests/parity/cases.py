@@ -128,7 +128,7 @@ class Case:
     share_prefix: bool = True
     pack_tokens: int | None = None
     """None = the largest pair: most microbatches hold one or two pairs."""
-    recompute: Literal["none", "selective", "full"] = "none"
+    recompute: Literal["none", "selective", "all_but_attention", "full"] = "none"
     recompute_modules: tuple[Literal["core_attn", "layernorm", "mlp"], ...] | None = None
     dtype: Literal["fp32", "bf16"] = "fp32"
     distributed_optimizer: bool = True
@@ -239,6 +239,11 @@ MODEL_CASES = [
         name="recompute_all_modules",
         recompute="selective",
         recompute_modules=("core_attn", "layernorm", "mlp"),
+    ),
+    Case(
+        name="recompute_all_but_attention",
+        recompute="all_but_attention",
+        policy=TinyModel(family="qwen2"),
     ),
     Case(name="recompute_full", recompute="full", policy=TinyModel(family="qwen2")),
     Case(name="recompute_full_tied", recompute="full", policy=TinyModel(tied=True)),

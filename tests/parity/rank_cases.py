@@ -128,6 +128,7 @@ SHORT_ROWS = Case(
     shapes=ALL_SHAPES[:5],
     objective=ObjectiveConfig(name="solopo_dpo"),
     distributed_optimizer=False,
+    recompute="all_but_attention",
 )
 """The policy reads short rows beside the long ones, with gradient."""
 

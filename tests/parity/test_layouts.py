@@ -142,7 +142,7 @@ def test_selective_recomputes_what_is_named(
         assert [calls[module] for module in of_name] == [times] * len(of_name), name
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "all_but_attention", "full"])
 def test_bf16_stays_near_the_oracle(recompute: str, shelf: Shelf, single_process: Groups) -> None:
     case = Case(
         name=f"bf16_{recompute}",
