@@ -1,11 +1,14 @@
 """The limit of a step: its attention calls and matrix products alone, by the fastest kernels here.
 
 Nothing is recomputed, normalised, added or communicated, and backward is given what it needs. A
-time is the best of a few.
+time is either the best of a few single calls (`fastest`), or the mean of a row of them
+(`sustained`): a GPU that computes for long meets its power limit and lowers its clock, as it does
+in training, while a single call runs at the full clock.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -24,8 +27,44 @@ REPEATS = 3
 LARGEST_PRODUCT = 32768
 """Rows of a product that are timed; more take as much longer, and would only need memory."""
 
+SUSTAINED_SECONDS = 0.25
+
 Block = tuple[int, int, bool]
 """Queries, keys, whether causal."""
+Timer = Callable[[Callable[[], object]], float]
+"""Seconds of a call."""
+
+
+def fastest(call: Callable[[], object], *, repeats: int = REPEATS) -> float:
+    """The best time of a call, after one that is not counted; 0 where that one is all."""
+    call()
+    times = []
+    _wait()
+    for _ in range(repeats):
+        started = time.perf_counter()
+        call()
+        _wait()
+        times.append(time.perf_counter() - started)
+    return min(times, default=0.0)
+
+
+def sustained(call: Callable[[], object]) -> float:
+    """The mean time of a call in a row without a pause, behind another such row."""
+    call()
+    seconds = _row_seconds(call, 1)
+    for _ in range(2):
+        count = math.ceil(SUSTAINED_SECONDS / seconds)
+        seconds = _row_seconds(call, count) / count
+    return seconds
+
+
+def _row_seconds(call: Callable[[], object], count: int) -> float:
+    _wait()
+    started = time.perf_counter()
+    for _ in range(count):
+        call()
+    _wait()
+    return time.perf_counter() - started
 
 
 def bare_seconds(
@@ -38,6 +77,7 @@ def bare_seconds(
     tensor: int = 1,
     pipeline: int = 1,
     attention_ranks: int = 1,
+    timer: Timer = fastest,
 ) -> dict[str, float]:
     """Seconds by part of one microbatch on one rank; the reference's passes are forward only.
 
@@ -51,7 +91,13 @@ def bare_seconds(
     ) -> dict[str, float]:
         def product(tokens: int, width_in: int, width_out: int) -> float:
             return bare_matmul(
-                tokens, width_in, width_out, device=device, dtype=dtype, backward=backward
+                tokens,
+                width_in,
+                width_out,
+                device=device,
+                dtype=dtype,
+                backward=backward,
+                timer=timer,
             )
 
         layers = arch.num_layers / pipeline
@@ -66,6 +112,7 @@ def bare_seconds(
                 device=device,
                 dtype=dtype,
                 backward=backward,
+                timer=timer,
             )
             for kernel in kernels.values()
         )
@@ -121,6 +168,7 @@ def bare_attention(
     device: torch.device,
     dtype: torch.dtype,
     backward: bool,
+    timer: Timer = fastest,
 ) -> float:
     """Seconds of a layer's attention calls on one of the ranks that share its heads."""
     seconds = 0.0
@@ -133,6 +181,7 @@ def bare_attention(
             head_dim=arch.head_dim,
             device=device,
             dtype=dtype,
+            timer=timer,
         )
         seconds += count * (both if backward else forward)
     return seconds
@@ -147,7 +196,7 @@ def attention_seconds(
     head_dim: int,
     device: torch.device,
     dtype: torch.dtype,
-    repeats: int = REPEATS,
+    timer: Timer = fastest,
 ) -> tuple[float, float]:
     """Seconds of one block, forward, and forward and backward."""
     queries, keys, causal = block
@@ -172,8 +221,8 @@ def attention_seconds(
             grad, query, key, value, output, logsumexp, causal=causal, scale=scale
         )
 
-    forward_seconds = fastest(forward, repeats=repeats)
-    return forward_seconds, forward_seconds + fastest(backward, repeats=repeats)
+    forward_seconds = timer(forward)
+    return forward_seconds, forward_seconds + timer(backward)
 
 
 def linear_shapes(arch: Architecture, tensor: int = 1) -> Iterable[tuple[int, int]]:
@@ -197,35 +246,29 @@ def bare_matmul(
     device: torch.device,
     dtype: torch.dtype,
     backward: bool = True,
+    timer: Timer = fastest,
 ) -> float:
     """Seconds of a linear layer's product, and of those of input and weight gradient."""
     if tokens > LARGEST_PRODUCT:
         part = bare_matmul(
-            LARGEST_PRODUCT, width_in, width_out, device=device, dtype=dtype, backward=backward
+            LARGEST_PRODUCT,
+            width_in,
+            width_out,
+            device=device,
+            dtype=dtype,
+            backward=backward,
+            timer=timer,
         )
         return part * tokens / LARGEST_PRODUCT
     if not tokens:
         return 0.0
     states = torch.randn(tokens, width_in, device=device, dtype=dtype)
     weight = torch.randn(width_out, width_in, device=device, dtype=dtype)
-    forward = fastest(lambda: states @ weight.T)
+    forward = timer(lambda: states @ weight.T)
     if not backward:
         return forward
     gradient = torch.randn(tokens, width_out, device=device, dtype=dtype)
-    return forward + fastest(lambda: gradient @ weight) + fastest(lambda: gradient.T @ states)
-
-
-def fastest(call: Callable[[], object], *, repeats: int = REPEATS) -> float:
-    """The best time of a call, after one that is not counted; 0 where that one is all."""
-    call()
-    times = []
-    _wait()
-    for _ in range(repeats):
-        started = time.perf_counter()
-        call()
-        _wait()
-        times.append(time.perf_counter() - started)
-    return min(times, default=0.0)
+    return forward + timer(lambda: gradient @ weight) + timer(lambda: gradient.T @ states)
 
 
 def _wait() -> None:

@@ -10,6 +10,7 @@ quoted. *First* is the first call of a new length: what a kernel that compiles a
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import time
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 from megatron_longpo.gpu_memory import allow_expandable_segments
 from megatron_longpo.model.kernel_choice import choose_kernel
 from megatron_longpo.model.kernels import AttentionKernel
-from tools.bench_bare import REPEATS, Block, attention_seconds, available_kernels
+from tools.bench_bare import Block, Timer, attention_seconds, available_kernels, fastest
 from tools.bench_models import SHAPES, ModelShape
 
 BRANCH = 1024
@@ -67,7 +68,7 @@ def measure(
     queries, keys, causal = block
     head_dim = shape.hidden // shape.heads
 
-    def seconds(block: Block, repeats: int) -> tuple[float, float]:
+    def seconds(block: Block, timer: Timer) -> tuple[float, float]:
         return attention_seconds(
             kernel,
             block,
@@ -76,13 +77,13 @@ def measure(
             head_dim=head_dim,
             device=device,
             dtype=dtype,
-            repeats=repeats,
+            timer=timer,
         )
 
-    forward, both = seconds(block, REPEATS)
+    forward, both = seconds(block, fastest)
     # A length that no plan is there for; of its calls, one each is what it costs to be new.
     started = time.perf_counter()
-    seconds((queries - 8, keys - 8, causal), 0)
+    seconds((queries - 8, keys - 8, causal), functools.partial(fastest, repeats=0))
     first = time.perf_counter() - started - forward - both
     pairs = queries * (queries + 1) / 2 if causal else queries * keys
     work = pairs * shape.heads * head_dim / 1e12

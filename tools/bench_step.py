@@ -7,7 +7,9 @@
 
 One pair of LongPO's shape a step: a long document, two turns. All modes train the same model in
 the same run, take turns step by step, and are compared by their medians. *Efficiency* is the time
-of the step's bare matrix products and attention calls (tools/bench_bare.py) over the step's.
+of the step's bare matrix products and attention calls (tools/bench_bare.py) over the step's; on a
+GPU it is given for single calls, at the full clock, and for calls that go on like a step does, at
+the clock that the power limit leaves.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ from megatron_longpo.training import build
 from megatron_longpo.training.batches import rank_packs
 from megatron_longpo.training.flops import step_flops
 from megatron_longpo.training.loop import Run, prepare, train_step
-from tools.bench_bare import bare_seconds
+from tools.bench_bare import Timer, bare_seconds, fastest, sustained
 from tools.bench_models import SHAPES, PairShape, random_pair, write_random_weights
 from tools.bench_trace import breakdown, in_range, traced_step
 
@@ -306,7 +308,8 @@ def summarise(
         seconds = statistics.median(timing.seconds for timing in timings[mode])
         flops = step_flops(sizes, run.sources.policy, run.sources.reference)
         peaks = [t.peak_memory_gib for t in timings[mode] if t.peak_memory_gib is not None]
-        bare = bare_step(run)
+        bare = bare_step(run, fastest)
+        steady = bare_step(run, sustained) if torch.cuda.is_available() else None
         modes[mode.name] = {
             "policy_tokens": sum(size.policy_tokens for size in sizes),
             "reference_tokens": sum(size.reference_tokens for size in sizes),
@@ -316,6 +319,8 @@ def summarise(
             "peak_memory_gib": max(peaks, default=None),
             "bare_s": bare,
             "efficiency": sum(bare.values()) / seconds,
+            "sustained_s": steady,
+            "sustained_efficiency": None if steady is None else sum(steady.values()) / seconds,
             "breakdown_s": parts[mode],
         }
     return {
@@ -341,7 +346,7 @@ def speedups(references: list[str], modes: dict[str, dict[str, Any]]) -> dict[st
     return found
 
 
-def bare_step(run: Run) -> dict[str, float]:
+def bare_step(run: Run, timer: Timer) -> dict[str, float]:
     """Bare seconds by part of this rank's microbatches."""
     packs = rank_packs(
         run.pairs,
@@ -362,6 +367,7 @@ def bare_step(run: Run) -> dict[str, float]:
             tensor=sizes.tensor,
             pipeline=sizes.pipeline,
             attention_ranks=sizes.tensor * heads_shared,
+            timer=timer,
         )
         for part, seconds in parts.items():
             total[part] = total.get(part, 0.0) + seconds
@@ -384,15 +390,17 @@ def _plain(value: Any) -> Any:
 def print_report(report: dict[str, Any]) -> None:
     print(f"{report['world_size']} x {report['device']}, torch {report['torch']}")
     for name, mode in report["modes"].items():
-        memory = mode["peak_memory_gib"]
+        memory, steady = mode["peak_memory_gib"], mode["sustained_efficiency"]
         print(
             f"{name}: {mode['policy_tokens']} + {mode['reference_tokens']} tokens, "
             f"median {mode['median_step_s']:.3f} s, "
             f"{mode['model_tflops_per_gpu']:.0f} model TFLOP/s a GPU, "
             f"efficiency {mode['efficiency']:.3f}"
+            + (f" ({steady:.3f} sustained)" if steady is not None else "")
             + (f", peak {memory:.1f} GiB" if memory is not None else "")
         )
-        for title, parts in (("bare", mode["bare_s"]), ("step", mode["breakdown_s"])):
+        titles = {"bare": "bare_s", "sustained": "sustained_s", "step": "breakdown_s"}
+        for title, parts in ((title, mode[key]) for title, key in titles.items() if mode[key]):
             shown = ", ".join(f"{part} {seconds:.3f}" for part, seconds in parts.items())
             print(f"    {title}: {shown}")
     for reference, speedup in report["speedup"].items():

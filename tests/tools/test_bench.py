@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from megatron_longpo.parallel.groups import Groups
 from megatron_longpo.parallel.layout import lay_out
 from tests.model.test_attention import make_forest
 from tools import bench_head, bench_step
-from tools.bench_bare import blocks_of, linear_shapes
+from tools.bench_bare import blocks_of, fastest, linear_shapes, sustained
 from tools.bench_models import SHAPES, PairShape, random_pair
 from tools.bench_trace import breakdown
 
@@ -85,6 +86,18 @@ def test_a_bench_step_reports_every_mode(
     assert set(report["speedup"]) == {"none", "online"}
     assert len(list(traces.iterdir())) == 4
     assert "sharing the prefix is" in capsys.readouterr().out
+
+
+def test_a_row_of_calls_is_timed_as_their_mean() -> None:
+    calls = []
+
+    def slower_at_first() -> None:
+        calls.append(None)
+        time.sleep(0.05 if len(calls) <= 2 else 0.02)
+
+    assert 0.02 <= sustained(slower_at_first) < 0.03
+    assert len(calls) >= 2 + 5 + 12
+    assert fastest(slower_at_first, repeats=0) == 0
 
 
 def test_the_head_is_timed_beside_its_products(single_process: Groups) -> None:
