@@ -4,6 +4,9 @@
 - The distributed optimizer with torch's Adam (no Transformer Engine, no apex) loses `step` when a
   checkpoint is loaded, and lets all parameters share one `step` tensor, so that a resumed run
   drifts silently. `build_optimizer` returns one that does neither.
+- Its checkpoints look parameters up behind the padding that buckets end in, in tensors that were
+  gathered without it. A tied embedding under a pipeline has a bucket of its own, and was saved as
+  other numbers wherever the bucket before it was padded.
 - Recomputation of norms asks Transformer Engine about fp8 though no fp8 is on, which fails where it
   is not installed. `mend_norm_recompute` makes it ask no more.
 """
@@ -176,12 +179,36 @@ def initialize_inner_state(optimizer: Any, config: OptimizerConfig | None = None
             state["exp_avg_sq"] = torch.zeros_like(param.data)
 
 
+def _with_bucket_padding(packed: Tensor, buckets: Sequence[Any]) -> Tensor:
+    """[sum of unpadded lengths] -> the buckets at their offsets, zeros between them."""
+    last = buckets[-1]
+    placed = packed.new_zeros(last.offset + last.numel_unpadded)
+    parts = packed.split([bucket.numel_unpadded for bucket in buckets])
+    for bucket, part in zip(buckets, parts, strict=True):
+        placed[bucket.offset : bucket.offset + len(part)] = part
+    return placed
+
+
 def _parts(optimizer: MegatronOptimizer) -> Iterator[Any]:
     yield from getattr(optimizer, "chained_optimizers", [optimizer])
 
 
 class _MendedDistributedOptimizer(DistributedOptimizer):
-    """Keeps `step` through loading, one tensor a parameter; knows a state without `exp_avg`."""
+    """Keeps `step` through loading, one tensor a parameter; knows a state without `exp_avg`.
+
+    Finds every parameter of a buffer with several buckets.
+    """
+
+    def get_parameter_state_dp_zero(self, *args: Any, **settings: Any) -> Any:
+        state = super().get_parameter_state_dp_zero(*args, **settings)
+        if state is None:
+            return None
+        for index, buffer in enumerate(self.buffers):
+            for tensors in state[index].values():
+                for key, tensor in tensors.items():
+                    if isinstance(tensor, Tensor):
+                        tensors[key] = _with_bucket_padding(tensor, buffer.buckets)
+        return state
 
     def _get_main_param_and_optimizer_states(self, model_param: Any) -> dict[str, Tensor]:
         tensors = dict(super()._get_main_param_and_optimizer_states(model_param))

@@ -46,10 +46,10 @@ from megatron_longpo.data.sampler import PairSampler
 from megatron_longpo.gpu_memory import allow_expandable_segments
 from megatron_longpo.model.spec import DTYPES, Recompute
 from megatron_longpo.parallel import groups
-from megatron_longpo.training import build
 from megatron_longpo.training.batches import rank_packs
 from megatron_longpo.training.flops import step_flops
 from megatron_longpo.training.loop import Run, prepare, train_step
+from megatron_longpo.training.sources import make_objective, read_pairs
 from tools.bench_bare import Timer, bare_seconds, fastest, sustained
 from tools.bench_models import SHAPES, PairShape, random_pair, write_random_weights
 from tools.bench_trace import breakdown, in_range, traced_step
@@ -214,10 +214,8 @@ def as_mode(built: Run, config: TrainConfig) -> Run:
     sources = built.sources
     if config.reference.mode == "none":
         sources = replace(sources, reference=None, reference_folder=None)
-    objective = build.make_objective(config)
-    pairs = build.read_pairs(
-        config, config.data.path, sources, objective, progress=lambda rows: rows
-    )
+    objective = make_objective(config)
+    pairs = read_pairs(config, config.data.path, sources, objective, progress=lambda rows: rows)
     sampler = PairSampler(
         len(pairs),
         global_batch_pairs=config.train.global_batch_pairs,

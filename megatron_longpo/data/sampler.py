@@ -56,6 +56,13 @@ class PairSampler:
     def dropped_pairs_per_epoch(self) -> int:
         return self.num_pairs % self.global_batch_pairs
 
+    def steps_left(self, epochs: int) -> int:
+        """Global batches from this position to the end of so many epochs."""
+        if self.state.epoch >= epochs:
+            return 0
+        in_this_epoch = (self.num_pairs - self.state.offset) // self.global_batch_pairs
+        return in_this_epoch + (epochs - self.state.epoch - 1) * self.steps_per_epoch
+
     def next_batch(self) -> list[int]:
         """Returns the next global batch's pair indices and moves the position past it."""
         batch = self.upcoming_batch()

@@ -42,6 +42,7 @@ from megatron_longpo.training.optimizer import (
 )
 from megatron_longpo.training.row_reader import RowReader
 from megatron_longpo.training.schedule import MetricSums, run_microbatches
+from megatron_longpo.training.sources import ModelSources, check_layout, make_objective, read_models
 
 
 @dataclass(kw_only=True, slots=True)
@@ -51,28 +52,19 @@ class Run:
     config: TrainConfig
     groups: Groups
     console: RunConsole
-    sources: build.ModelSources
+    sources: ModelSources
     objective: Objective
     pairs: PairCatalog
     eval_pairs: PairCatalog | None
     sampler: PairSampler
     model: list[Any]
     optimizer: MegatronOptimizer
+    state: checkpoint.TrainingState
+    """What a checkpoint saves of the above."""
     scheduler: OptimizerParamScheduler
     num_steps: int
-    step: int = 0
+    step: int
     """Optimizer steps done."""
-
-    @property
-    def state(self) -> checkpoint.TrainingState:
-        optimizer = self.config.optimizer
-        return checkpoint.TrainingState(
-            model=self.model,
-            optimizer=self.optimizer,
-            optimizer_kind={"name": optimizer.name, "distributed": optimizer.distributed},
-            sampler=self.sampler,
-            groups=self.groups,
-        )
 
     @property
     def budget_tokens(self) -> int:
@@ -108,8 +100,8 @@ def prepare(
     if config.checkpoint.resume == "never":
         run_folder.check_is_new(config)
     check_world(config, int(os.environ.get("WORLD_SIZE", 1)))
-    sources = build.read_models(config)
-    build.check_layout(config, sources)
+    sources = read_models(config)
+    check_layout(config, sources)
     resume_from = _checkpoint_to_resume(config)
     if resume_from is not None:
         checkpoint.check_matches(resume_from, sources.policy, sources.lora)
@@ -120,7 +112,7 @@ def prepare(
         seed=config.train.seed,
     )
     console = RunConsole(is_main=groups.is_main)
-    objective = build.make_objective(config)
+    objective = make_objective(config)
     reader = RowReader(
         config=config,
         sources=sources,
@@ -141,7 +133,6 @@ def prepare(
         seed=config.data.seed,
         fingerprint=pairs.dataset.fingerprint,
     )
-    num_steps = config.train.steps or config.train.epochs * sampler.steps_per_epoch
     if sampler.dropped_pairs_per_epoch:
         console.say(
             f"the last {sampler.dropped_pairs_per_epoch} pairs of each epoch's order are left out: "
@@ -150,7 +141,27 @@ def prepare(
     model = build.build_model(config, sources, groups, say=console.say, write_weights=write_weights)
     optimizer = make_optimizer(config.optimizer, model, bf16=config.model.dtype == "bf16")
     build.connect(model, optimizer)
-    run = Run(
+    state = checkpoint.TrainingState(
+        model=model,
+        optimizer=optimizer,
+        optimizer_kind={
+            "name": config.optimizer.name,
+            "distributed": config.optimizer.distributed,
+        },
+        sampler=sampler,
+        groups=groups,
+    )
+    step = 0
+    if resume_from is not None:
+        step = checkpoint.load(resume_from, state, load_optimizer=config.checkpoint.load_optimizer)
+        console.say(f"resumed from {resume_from} at step {step}")
+    # With another global batch than before, the rest of the epochs is another number of steps.
+    num_steps = config.train.steps or step + sampler.steps_left(config.train.epochs)
+    if step >= num_steps:
+        console.say(f"nothing is left to do: {num_steps} steps are asked for")
+    scheduler = make_scheduler(config.optimizer, optimizer, num_steps=num_steps)
+    scheduler.step(increment=min(step, num_steps))
+    return Run(
         config=config,
         groups=groups,
         console=console,
@@ -161,18 +172,11 @@ def prepare(
         sampler=sampler,
         model=model,
         optimizer=optimizer,
-        scheduler=make_scheduler(config.optimizer, optimizer, num_steps=num_steps),
+        state=state,
+        scheduler=scheduler,
         num_steps=num_steps,
+        step=step,
     )
-    if resume_from is not None:
-        run.step = checkpoint.load(
-            resume_from, run.state, load_optimizer=config.checkpoint.load_optimizer
-        )
-        run.scheduler.step(increment=min(run.step, num_steps))
-        console.say(f"resumed from {resume_from} at step {run.step}")
-        if run.step >= num_steps:
-            console.say(f"nothing is left to do: {num_steps} steps are asked for")
-    return run
 
 
 def train(run: Run) -> None:

@@ -36,6 +36,7 @@ from megatron_longpo.training.metrics import peak_memory_gib
 from megatron_longpo.training.reference_cache import CacheHeader, CacheWriter
 from megatron_longpo.training.row_reader import RowReader
 from megatron_longpo.training.schedule import score_microbatches
+from megatron_longpo.training.sources import make_objective, read_models
 
 MICROBATCHES_A_PART = 4
 """For each data-parallel rank and pipeline stage: enough to balance the ranks and to fill the
@@ -90,7 +91,7 @@ def compute(config: TrainConfig) -> None:
     assert config.reference.cache_path is not None, "settings are resolved"
     run_folder.check_folder("reference.cache_path", Path(config.reference.cache_path))
     check_world(config, int(os.environ.get("WORLD_SIZE", 1)))
-    sources = build.read_models(config)
+    sources = read_models(config)
     assert sources.cached is not None, "settings are resolved"
     degrees.stage_split(config, sources.policy)
     degrees.check_split(config, [sources.cached])
@@ -104,7 +105,7 @@ def compute(config: TrainConfig) -> None:
     reader = RowReader(
         config=config,
         sources=sources,
-        objective=build.make_objective(config),
+        objective=make_objective(config),
         console=console,
         uses_cache=False,
     )

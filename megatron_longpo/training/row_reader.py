@@ -14,7 +14,6 @@ from megatron_longpo.data.reference_logps import ReferenceLogps
 from megatron_longpo.data.rows import RowDataset
 from megatron_longpo.objectives import Objective
 from megatron_longpo.parallel.collectives import from_main_rank
-from megatron_longpo.training import build
 from megatron_longpo.training.console import RunConsole
 from megatron_longpo.training.reference_cache import find_logps
 from megatron_longpo.training.reference_fingerprint import (
@@ -22,6 +21,7 @@ from megatron_longpo.training.reference_fingerprint import (
     fingerprint_model,
     with_rows,
 )
+from megatron_longpo.training.sources import ModelSources, read_pairs
 
 
 @dataclass(kw_only=True, slots=True)
@@ -29,7 +29,7 @@ class RowReader:
     """Reads `data.path` and `data.eval_path` alike."""
 
     config: TrainConfig
-    sources: build.ModelSources
+    sources: ModelSources
     objective: Objective
     console: RunConsole
     uses_cache: bool
@@ -43,7 +43,7 @@ class RowReader:
         def progress(rows: Any) -> Iterator[int]:
             return self.console.track(rows, what=f"checking {path}", total=len(rows))
 
-        pairs = build.read_pairs(
+        pairs = read_pairs(
             self.config,
             path,
             self.sources,

@@ -101,3 +101,21 @@ def test_a_global_batch_larger_than_the_data_is_refused() -> None:
         UserError, match=r"train\.global_batch_pairs \(4\): .* only 3 usable pairs.* at most 3"
     ):
         make(num_pairs=3, batch=4)
+
+
+@quick
+@given(st.integers(1, 20), st.data())
+def test_steps_left_are_those_that_follow(num_pairs: int, data: st.DataObject) -> None:
+    """Also from where another global batch left off."""
+    first, second = (data.draw(st.integers(1, num_pairs)) for _ in range(2))
+    before, after = make(num_pairs, first), make(num_pairs, second)
+    assert before.steps_left(2) == 2 * before.steps_per_epoch
+    for _ in range(data.draw(st.integers(0, 2 * before.steps_per_epoch))):
+        before.next_batch()
+    after.load_state_dict(before.state_dict())
+    left = after.steps_left(2)
+    for _ in range(left):
+        after.next_batch()
+        assert after.state.epoch < 2
+    after.next_batch()
+    assert after.state.epoch == 2

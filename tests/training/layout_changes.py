@@ -1,6 +1,6 @@
 """Under torchrun: a run saved under one layout goes on under another, overlapped or not.
 
-    torchrun --nproc-per-node 2 tests/training/layout_changes.py FOLDER
+    torchrun --nproc-per-node 4 tests/training/layout_changes.py FOLDER
 
 FOLDER is a `Shelf` whose models and rows are made already. Prints `same: FIRST -> SECOND` for each
 change of layout after which the metrics are those of the run that went on.
@@ -39,11 +39,22 @@ INTERLEAVED = Layout(
     name="PP2xVPP2", parallel=ParallelConfig(pipeline=2, pipeline_layout="E|t|t|L")
 )
 OVERLAPPED = Layout(name="DP2 overlapped", parallel=ParallelConfig(), optimizer=OVERLAP)
-CHANGES = (
-    (INTERLEAVED, INTERLEAVED),
-    (INTERLEAVED, OVERLAPPED),
-    (OVERLAPPED, INTERLEAVED),
-)
+TP2_PP2 = Layout(name="TP2xPP2", parallel=ParallelConfig(tensor=2, pipeline=2, sequence=True))
+CP2_DP2 = Layout(name="CP2xDP2", parallel=ParallelConfig(context=2))
+CHANGES = {
+    2: (
+        (INTERLEAVED, INTERLEAVED),
+        (INTERLEAVED, OVERLAPPED),
+        (OVERLAPPED, INTERLEAVED),
+    ),
+    4: (
+        (TP2_PP2, TP2_PP2),
+        (TP2_PP2, CP2_DP2),
+        (CP2_DP2, CP2_DP2),
+        (CP2_DP2, TP2_PP2),
+    ),
+}
+"""By world size."""
 
 TENSORS = (
     ("model.embed_tokens.weight", "embedding.word_embeddings.weight", None),
@@ -76,11 +87,21 @@ def run(
     return metric_rows(folder)
 
 
+def compare(resumed: list[dict[str, Any]], straight: list[dict[str, Any]]) -> None:
+    """Raises AssertionError where the resumed steps are not those of the run that went on."""
+    # The last row is the evaluation's.
+    expected = [row for row in straight if row["step"] > SAVED]
+    assert [row["step"] for row in resumed] == [row["step"] for row in expected] == [3, 4, 4]
+    for mine, theirs in zip(resumed, expected, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-5)
+
+
 def main() -> None:
     shelf = Shelf(Path(sys.argv[1]))
     torch.set_num_threads(1)
     straight: dict[str, list[dict[str, Any]]] = {}
-    for first, second in CHANGES:
+    world_size = groups.initialize(groups.ParallelSizes(), timeout_minutes=2).world_size
+    for first, second in CHANGES[world_size]:
         folder = shelf.root / first.name
         if first.name not in straight:
             straight[first.name] = run(shelf, first, folder)
@@ -88,13 +109,10 @@ def main() -> None:
         resumed = run(
             shelf, second, shelf.root / f"{first.name} to {second.name}", resume=str(saved)
         )
-        # The last row is the evaluation's.
-        expected = [row for row in straight[first.name] if row["step"] > SAVED]
-        assert [row["step"] for row in resumed] == [row["step"] for row in expected] == [3, 4, 4]
-        for mine, theirs in zip(resumed, expected, strict=True):
-            assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-5), (first.name, second.name)
+        compare(resumed, straight[first.name])
         if first is second:
-            assert resumed == expected, "not bit for bit"
+            went_on = [row for row in straight[first.name] if row["step"] > SAVED]
+            assert resumed == went_on, "not bit for bit"
         if torch.distributed.get_rank() == 0:
             print(f"same: {first.name} -> {second.name}", flush=True)
     groups.shutdown()

@@ -20,7 +20,8 @@ from megatron_longpo.config import (
     resolve,
 )
 from megatron_longpo.errors import UserError
-from megatron_longpo.training import build, degrees
+from megatron_longpo.training import degrees
+from megatron_longpo.training.sources import check_layout, read_models
 from tools.tiny_models import make_tiny_model
 
 
@@ -80,9 +81,9 @@ def test_a_layout_that_the_model_cannot_be_split_by(
     parallel: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     config = settings(tmp_path, **parallel)
-    sources = build.read_models(config)
+    sources = read_models(config)
     with pytest.raises(UserError, match=message) as refused:
-        build.check_layout(config, sources)
+        check_layout(config, sources)
     assert "\n" not in str(refused.value)
 
 
@@ -90,12 +91,12 @@ def test_adapters_need_a_layer_on_every_pipeline_rank(tmp_path: Path) -> None:
     config = settings(tmp_path, pipeline=2, pipeline_layout="E|ttttttL")
     config = resolve(dataclasses.replace(config, lora=LoraConfig()))
     with pytest.raises(UserError, match=r"with lora, pipeline rank 0 would have nothing to train"):
-        build.check_layout(config, build.read_models(config))
+        check_layout(config, read_models(config))
     interleaved = dataclasses.replace(
         config.parallel, pipeline_layout="E|ttt|ttt|L", virtual_pipeline=2
     )
     config = resolve(dataclasses.replace(config, parallel=interleaved))
-    build.check_layout(config, build.read_models(config))
+    check_layout(config, read_models(config))
 
 
 @pytest.mark.parametrize(
@@ -113,7 +114,7 @@ def test_adapters_need_a_layer_on_every_pipeline_rank(tmp_path: Path) -> None:
 )
 def test_a_layout_that_fits(parallel: dict[str, Any], tmp_path: Path) -> None:
     config = settings(tmp_path, **parallel)
-    build.check_layout(config, build.read_models(config))
+    check_layout(config, read_models(config))
 
 
 @pytest.mark.parametrize(
@@ -142,7 +143,7 @@ def test_heads_are_scattered_as_far_as_heads_and_machine_allow(
     if ranks_here is not None:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks_here)
     config = settings(tmp_path, context=context, tensor=tensor, context_comm="a2a+all_gather")
-    assert degrees.context_inner(config, build.read_models(config).built) == expected
+    assert degrees.context_inner(config, read_models(config).built) == expected
 
 
 def test_sizes_that_do_not_fit_the_world(tmp_path: Path) -> None:
