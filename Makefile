@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-gpu lint types check bench clean
+.PHONY: help setup quickstart test test-gpu parity lint types check bench clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -64,6 +64,9 @@ test: setup ## run the tests that need neither a GPU nor Slurm
 
 test-gpu: setup ## run the tests that need a GPU; those of several are skipped on one
 	$(BIN)/python -m pytest -m gpu
+
+parity: setup ## train every pair of features beside plain transformers; writes docs/parity.md
+	$(BIN)/python -W ignore -m tests.parity.table
 
 lint: setup ## check style and formatting
 	$(BIN)/ruff check .

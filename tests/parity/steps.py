@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+import zlib
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import pytest
@@ -15,13 +17,15 @@ from megatron_longpo.config import (
     OptimizerConfig,
     ParallelConfig,
     RunConfig,
+    TrainConfig,
+    resolve,
 )
 from megatron_longpo.config_objectives import OBJECTIVE_DEFAULTS
 from megatron_longpo.data.sampler import PairSampler
-from megatron_longpo.training import loop
+from megatron_longpo.training import loop, reference_pass
 from megatron_longpo.training.metrics import Metrics
 from tests.oracle import oracle_train
-from tests.parity.cases import ALL_SHAPES, REFERENCE, Case, TinyModel
+from tests.parity.cases import ALL_SHAPES, REFERENCE, Case, RowShape, TinyModel
 from tests.parity.harness import (
     RELATIVE,
     Shelf,
@@ -37,7 +41,6 @@ BATCH, STEPS, LR, EPS, CLIP = 4, 5, 1e-3, 1e-5, 0.05
 """10 pairs: the third step begins the second epoch, and 2 pairs of the first are left out. The
 square averages of a rare token are tiny: with a smaller eps rounding would become direction."""
 DATA_SEED = 3
-WITHOUT_REFERENCE = [name for name, of in OBJECTIVE_DEFAULTS.items() if of.mode == "none"]
 METRICS = (
     "step",
     "loss",
@@ -67,24 +70,67 @@ class Steps:
         default_factory=lambda: ObjectiveConfig(beta=0.1, preference_weight=0.5)
     )
     lora: LoraConfig | None = None
+    layers: int = 2
+    shapes: tuple[RowShape, ...] = ALL_SHAPES
+    share_prefix: bool = True
+    recompute: Literal["none", "selective", "full"] = "none"
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    reference_mode: Literal["online", "cached", "none"] | None = None
+    """None = the objective's own."""
+    offload: bool = False
 
     def __str__(self) -> str:
         return self.case.name
 
     @property
     def case(self) -> Case:
-        policy = TinyModel(family="qwen2", tied=not self.distributed)
-        reference = REFERENCE if self.lora is None else policy
-        kind = self.objective.name if self.lora is None else f"{self.objective.name}_lora"
+        policy = TinyModel(family="qwen2", tied=not self.distributed, layers=self.layers)
+        reference = policy if self.lora is not None else replace(REFERENCE, layers=self.layers)
+        mode = self.reference_mode or OBJECTIVE_DEFAULTS[self.objective.name].mode
+        digest = zlib.crc32(repr(self).encode())
         return Case(
-            name=f"five_steps_{self.optimizer}_{self.distributed}_{kind}",
-            shapes=ALL_SHAPES,
+            name=f"five_steps_{self.optimizer}_{self.objective.name}_{digest:08x}",
+            shapes=self.shapes,
             policy=policy,
-            reference=None if self.objective.name in WITHOUT_REFERENCE else reference,
+            reference=None if mode == "none" else reference,
             objective=self.objective,
+            share_prefix=self.share_prefix,
+            recompute=self.recompute,
+            dtype=self.dtype,
             seed=7,
             lora=self.lora,
         )
+
+    def config(self, shelf: Shelf, parallel: ParallelConfig | None = None) -> TrainConfig:
+        """The settings of the run."""
+        case = self.case
+        config = train_config(
+            case,
+            shelf,
+            parallel=parallel,
+            data=DataConfig(
+                path=shelf.rows_file(case),
+                max_length=2000,
+                seed=DATA_SEED,
+                share_prefix=self.share_prefix,
+            ),
+            train=RunConfig(global_batch_pairs=BATCH, steps=STEPS, recompute=self.recompute),
+            optimizer=OptimizerConfig(
+                name=self.optimizer,
+                lr=LR,
+                lr_schedule="constant",
+                warmup_ratio=0.0,
+                eps=EPS,
+                clip_grad=CLIP,
+                weight_decay=self.weight_decay,
+                distributed=self.distributed,
+                overlap_grad_reduce=self.overlap,
+                overlap_param_gather=self.overlap and self.distributed,
+            ),
+        )
+        mode = self.reference_mode or config.reference.mode
+        reference = replace(config.reference, mode=mode, offload=self.offload)
+        return resolve(replace(config, reference=reference))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,26 +143,10 @@ class History:
 
 
 def our_steps(steps: Steps, shelf: Shelf, *, parallel: ParallelConfig | None = None) -> History:
-    case = steps.case
-    config = train_config(
-        case,
-        shelf,
-        parallel=parallel,
-        data=DataConfig(path=shelf.rows_file(case), max_length=2000, seed=DATA_SEED),
-        train=RunConfig(global_batch_pairs=BATCH, steps=STEPS),
-        optimizer=OptimizerConfig(
-            name=steps.optimizer,
-            lr=LR,
-            lr_schedule="constant",
-            warmup_ratio=0.0,
-            eps=EPS,
-            clip_grad=CLIP,
-            weight_decay=steps.weight_decay,
-            distributed=steps.distributed,
-            overlap_grad_reduce=steps.overlap,
-            overlap_param_gather=steps.overlap and steps.distributed,
-        ),
-    )
+    """Five steps on this rank's groups, which `parallel` asks for."""
+    config = steps.config(shelf, parallel)
+    if config.reference.mode == "cached":
+        reference_pass.compute(config)
     run = loop.prepare(config)
     if steps.lora is not None:
         write_b(run)
@@ -139,7 +169,7 @@ def oracle_steps(steps: Steps, shelf: Shelf) -> History:
         weight_decay=steps.weight_decay,
         clip_grad=CLIP,
         eps=EPS,
-        **oracle_settings(train_config(case, shelf)),
+        **oracle_settings(steps.config(shelf)),
     )
     after = {key: tensor.detach() for key, tensor in trained(policy).items()}
     return History(metrics=metrics, before=before, after=after)
@@ -163,3 +193,43 @@ def compare_steps(ours: History, oracle: History) -> None:
         difference = ours.after[key] - oracle.after[key]
         assert float(change.norm()) > 0
         assert float(difference.norm()) <= 1e-4 * float(change.norm()), key
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Differences:
+    """How far a run of ours is from the oracle's, as parts of what the oracle has."""
+
+    loss: float
+    """Largest of the steps'."""
+    grad_norm: float
+    """Largest of the steps', before clipping."""
+    parameters: float
+    """Norm of the difference between both ways that all parameters went, over the oracle's."""
+
+
+def differences(ours: History, oracle: History) -> Differences:
+    """NaN counts as infinitely far."""
+
+    def largest(key: str) -> float:
+        parts = [
+            abs(_number(mine[key]) - theirs[key]) / abs(theirs[key])
+            for mine, theirs in zip(ours.metrics, oracle.metrics, strict=True)
+        ]
+        return max(part if math.isfinite(part) else math.inf for part in parts)
+
+    squared_difference = squared_change = 0.0
+    for key, before in oracle.before.items():
+        change = (oracle.after[key] - before).double()
+        our_change = (ours.after[key] - ours.before[key]).double()
+        squared_difference += float((our_change - change).square().sum())
+        squared_change += float(change.square().sum())
+    parameters = (squared_difference / squared_change) ** 0.5
+    return Differences(
+        loss=largest("loss"),
+        grad_norm=largest("grad_norm"),
+        parameters=parameters if math.isfinite(parameters) else math.inf,
+    )
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
