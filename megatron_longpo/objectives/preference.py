@@ -18,6 +18,7 @@ from .types import (
     LossOutput,
     Needs,
     NllScope,
+    NllTokens,
     Objective,
     PairLogps,
     Row,
@@ -79,7 +80,11 @@ class LongPreference(Preference):
 
     @property
     def needs(self) -> Needs:
-        return Needs(policy=self.compared, nll=self.nll_scope if self.nll_weight else None)
+        return Needs(policy=self.compared, nll=self.nll_tokens)
+
+    @property
+    def nll_tokens(self) -> NllTokens | None:
+        return self.nll_scope if self.nll_weight else None
 
     @property
     def compared(self) -> tuple[Row, Row]:
@@ -98,7 +103,7 @@ class ReferencedPreference(LongPreference):
         return Needs(
             policy=self.compared,
             reference=self.reference_rows,
-            nll=self.nll_scope if self.nll_weight else None,
+            nll=self.nll_tokens,
         )
 
     @property

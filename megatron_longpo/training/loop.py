@@ -236,6 +236,8 @@ def train_step(run: Run) -> Metrics:
     )
 
     def read_next_batch() -> None:
+        if run.step + 1 >= run.num_steps:
+            return
         upcoming = run.sampler.upcoming_batch()
         read_ahead(run.pairs, upcoming, run.groups, budget_tokens=run.budget_tokens)
 

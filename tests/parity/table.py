@@ -10,14 +10,14 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 from megatron_longpo.training.run_folder import write_text
-from tests.parity.combination_ranks import results_name
+from tests.parity.combination_ranks import combinations_name, results_name
 from tests.parity.combinations import Combination, allowed_pairs, combinations_of, covering_array
 from tests.parity.harness import Shelf
 from tests.parity.steps import Differences
@@ -58,11 +58,14 @@ def run_combinations(
         shelf.rows_file(case)
         if case.reference is not None:
             shelf.hf_folder(case.reference)
+    # Not found out again by every rank.
+    lines = [json.dumps(asdict(one)) + "\n" for one in wanted]
+    write_text(shelf.root / combinations_name(num_ranks), "".join(lines))
     results = shelf.root / results_name(num_ranks)
     results.unlink(missing_ok=True)
     done = torchrun(
         "tests/parity/combination_ranks.py",
-        *(str(shelf.root), str(part), str(parts)),
+        str(shelf.root),
         ranks=num_ranks,
         timeout_s=timeout_s,
     )
