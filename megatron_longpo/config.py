@@ -50,9 +50,11 @@ class ModelConfig:
     """Positions of the policy, kept in exported configs; null = the model's own."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Type of weights and activations in the model; the optimizer keeps fp32 weights."""
-    attention_kernel: Literal["auto", "te", "cudnn", "flash_attn", "varlen", "sdpa"] = "auto"
+    attention_kernel: Literal["auto", "cudnn+te", "te", "cudnn", "flash_attn", "varlen", "sdpa"] = (
+        "auto"
+    )
     """Attention kernel; auto takes the fastest that the machine has. te and cudnn are cuDNN's, the
-    fast ones from Hopper on."""
+    fast ones from Hopper on; cudnn+te is cudnn for long causal blocks and te for all others."""
     layers: Literal["auto", "te", "local"] = "auto"
     """te = Transformer Engine's fused layers, local = Megatron's own modules; auto = te on a GPU
     in bf16 where Transformer Engine is installed. Checkpoints are the same."""

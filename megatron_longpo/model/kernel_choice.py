@@ -2,7 +2,8 @@
 
 A kernel is taken only after a trial: a small causal block and a rectangle, forward and backward,
 against plain matrix products. A package that is installed and does not fit the driver, the GPU or
-torch is thus named before training, and never trained with.
+torch is thus named before training, and never trained with. One that picks by block
+(long_blocks.py) is taken if both that it picks from are.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from megatron_longpo.model.gpu_kernels import (
     VarlenKernel,
 )
 from megatron_longpo.model.kernels import AttentionKernel, CpuFlashKernel, MathKernel
+from megatron_longpo.model.long_blocks import SHORTEST_LONG_BLOCK, LongBlockKernel
 
 HOPPER = (9, 0)
 """Compute capability from which cuDNN's attention is the faster one."""
@@ -74,6 +76,16 @@ _CANDIDATES = {
     "sdpa": _Candidate(title="FlashAttention 2 in torch", make=FlashKernel),
 }
 
+LONG_AND_OTHER = "cudnn+te"
+"""The setting of `LongBlockKernel`: the kernel of long causal blocks, and that of all others."""
+
+_TITLES = {name: candidate.title for name, candidate in _CANDIDATES.items()} | {
+    LONG_AND_OTHER: (
+        f"cuDNN through torch for causal blocks of {SHORTEST_LONG_BLOCK} tokens and more, "
+        "through Transformer Engine for all others"
+    )
+}
+
 
 def choose_kernel(
     setting: str, *, device: torch.device, dtype: torch.dtype, head_dim: int
@@ -115,11 +127,26 @@ def _plain_choice(workload: Workload) -> KernelChoice | None:
 
 def _preferred(capability: tuple[int, int]) -> tuple[str, ...]:
     """`auto`'s order, the fastest first."""
-    return ("te", "cudnn", "sdpa") if capability >= HOPPER else ("sdpa", "te", "cudnn")
+    if capability >= HOPPER:
+        return (LONG_AND_OTHER, "te", "cudnn", "sdpa")
+    return ("sdpa", "te", "cudnn")
 
 
 def _obtain(name: str, workload: Workload) -> tuple[AttentionKernel | None, str]:
     """The kernel, or None and why not."""
+    if name != LONG_AND_OTHER:
+        return _obtain_one(name, workload)
+    parts = []
+    for part in LONG_AND_OTHER.split("+"):
+        kernel, obstacle = _obtain_one(part, workload)
+        if kernel is None:
+            return None, f"no {part}, since {obstacle}"
+        parts.append(kernel)
+    long, other = parts
+    return LongBlockKernel(long=long, other=other), ""
+
+
+def _obtain_one(name: str, workload: Workload) -> tuple[AttentionKernel | None, str]:
     candidate = _CANDIDATES[name]
     if workload.device.type == "cpu":
         return None, "it needs a GPU"
@@ -173,7 +200,7 @@ def trial_error(kernel: AttentionKernel, workload: Workload) -> float:
 
 
 def _choice(name: str, kernel: AttentionKernel, *, rejected: dict[str, str]) -> KernelChoice:
-    line = f"attention: {name} ({_CANDIDATES[name].title})"
+    line = f"attention: {name} ({_TITLES[name]})"
     for other, reason in rejected.items():
         line += f"; not {other}: {reason}"
     return KernelChoice(setting=name, kernel=kernel, line=line)

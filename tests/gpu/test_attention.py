@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import pytest
@@ -13,6 +14,7 @@ from megatron_longpo.errors import UserError
 from megatron_longpo.model.attention import attend, attend_backward
 from megatron_longpo.model.kernel_choice import choose_kernel
 from megatron_longpo.model.kernels import AttentionKernel, MathKernel
+from megatron_longpo.model.long_blocks import SHORTEST_LONG_BLOCK, LongBlockKernel, rounded
 from megatron_longpo.parallel.layout import TokenLayout, lay_out
 from tests.model.dense_attention import block_mask, dense_attention, dense_gradients
 from tests.model.test_attention import make_forest, tree_mask
@@ -21,7 +23,7 @@ pytestmark = pytest.mark.gpu
 
 TOLERANCE = 5e-3
 """Norm of the difference over the norm."""
-KERNELS = ("te", "cudnn", "flash_attn", "varlen", "sdpa")
+KERNELS = ("te", "cudnn", "flash_attn", "varlen", "sdpa", "cudnn+te", "cudnn+te, all long")
 BLOCKS = [
     # queries, keys, heads, key/value heads, head size, causal
     (1, 1, 4, 2, 64, True),
@@ -37,10 +39,16 @@ BLOCKS = [
 def kernel_of(setting: str, head_dim: int) -> AttentionKernel:
     """The kernel, or a skip that says why this machine has none."""
     device = torch.device("cuda", torch.cuda.current_device())
+    name, _, is_all_long = setting.partition(", ")
     try:
-        return choose_kernel(setting, device=device, dtype=torch.bfloat16, head_dim=head_dim).kernel
+        kernel = choose_kernel(name, device=device, dtype=torch.bfloat16, head_dim=head_dim).kernel
     except UserError as error:
         pytest.skip(str(error))
+    if not is_all_long:
+        return kernel
+    # So that small blocks are rounded too, and by much: 300 tokens to 320, 1,000 to 1,024.
+    assert isinstance(kernel, LongBlockKernel)
+    return LongBlockKernel(long=kernel.long, other=kernel.other, shortest=256, steps=8)
 
 
 def random_tensors(lengths_and_heads: Sequence[tuple[int, int]], head_dim: int) -> list[Tensor]:
@@ -84,6 +92,52 @@ def test_a_block_is_softmax_attention(
             assert float(actual.abs().max()) < 1e-2
             continue
         assert_close(actual, wanted, f"gradient of {name}")
+
+
+@pytest.mark.parametrize("is_followed", [False, True], ids=["alone", "followed"])
+def test_a_long_block_at_its_rounded_length_is_softmax_attention(is_followed: bool) -> None:
+    """At a length that training would round, with other rows behind it in memory or none."""
+    tokens, heads, groups, head_dim = SHORTEST_LONG_BLOCK + 40, 2, 1, 128
+    kernel, scale = kernel_of("cudnn+te", head_dim), head_dim**-0.5
+    assert rounded(tokens) == tokens + 24
+    rows = slice(64, 64 + tokens)
+    tensors = [
+        tensor[rows] if is_followed else tensor[rows].clone()
+        for tensor in random_tensors(
+            [(tokens + 5064, count) for count in (heads, groups, groups, heads)], head_dim
+        )
+    ]
+    *inputs, grad = tensors
+    output, logsumexp = kernel.forward(*inputs, causal=True, scale=scale)
+    grads = kernel.backward(grad, *inputs, output, logsumexp, causal=True, scale=scale)
+    exact, math = [tensor.float() for tensor in inputs], MathKernel()
+    expected, expected_logsumexp = math.forward(*exact, causal=True, scale=scale)
+    expected_grads = math.backward(
+        grad.float(), *exact, expected, expected_logsumexp, causal=True, scale=scale
+    )
+    assert_close(output, expected, "output")
+    torch.testing.assert_close(logsumexp, expected_logsumexp, rtol=TOLERANCE, atol=TOLERANCE)
+    for name, actual, wanted in zip("qkv", grads, expected_grads, strict=True):
+        assert_close(actual, wanted, f"gradient of {name}")
+
+
+def test_lengths_near_each_other_have_one_plan() -> None:
+    """A new length within a step of a known one costs a call, not a plan."""
+    kernel, scale = kernel_of("cudnn+te", 128), 128**-0.5
+
+    def seconds(tokens: int) -> float:
+        *inputs, grad = random_tensors([(tokens, 2), (tokens, 1), (tokens, 1), (tokens, 2)], 128)
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        output, logsumexp = kernel.forward(*inputs, causal=True, scale=scale)
+        kernel.backward(grad, *inputs, output, logsumexp, causal=True, scale=scale)
+        torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    known = 30_080
+    assert rounded(known - 20) == known == rounded(known)
+    seconds(known)
+    assert seconds(known - 20) < 0.05 < seconds(known + 1)
 
 
 @pytest.mark.parametrize("setting", KERNELS)

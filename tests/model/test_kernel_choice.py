@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from megatron_longpo.model import kernel_choice
 from megatron_longpo.model.gpu_kernels import CudnnKernel, FlashKernel, TransformerEngineKernel
 from megatron_longpo.model.kernel_choice import KernelChoice, Workload, choose_kernel, trial_error
 from megatron_longpo.model.kernels import CpuFlashKernel, MathKernel
+from megatron_longpo.model.long_blocks import LongBlockKernel
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -70,10 +72,28 @@ def test_without_a_gpu_or_in_fp32_there_is_nothing_to_choose(
     assert isinstance(chosen.kernel, kernel) and chosen.line.startswith("attention: sdpa")
 
 
-def test_hopper_takes_cudnn_through_transformer_engine(hopper: None) -> None:
+@pytest.mark.parametrize("setting", ["auto", "cudnn+te"])
+def test_hopper_takes_cudnn_by_the_length_of_a_block(hopper: None, setting: str) -> None:
+    chosen = choose(setting)
+    assert isinstance(chosen.kernel, LongBlockKernel) and chosen.setting == "cudnn+te"
+    assert isinstance(chosen.kernel.long, CudnnKernel)
+    assert isinstance(chosen.kernel.other, TransformerEngineKernel)
+    assert chosen.line == (
+        "attention: cudnn+te (cuDNN through torch for causal blocks of 25600 tokens and more, "
+        "through Transformer Engine for all others)"
+    )
+
+
+def test_without_torchs_cudnn_transformer_engine_has_all_blocks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    machine(monkeypatch, capability=(9, 0), errors={CudnnKernel: RuntimeError("no engine")})
     chosen = choose()
     assert isinstance(chosen.kernel, TransformerEngineKernel)
-    assert chosen.line == "attention: te (cuDNN through Transformer Engine)"
+    assert chosen.line == (
+        "attention: te (cuDNN through Transformer Engine); not cudnn+te: no cudnn, since its trial "
+        "run failed (RuntimeError: no engine)"
+    )
 
 
 def test_an_older_gpu_takes_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,6 +124,7 @@ def test_a_kernel_that_fails_or_errs_is_passed_over(monkeypatch: pytest.MonkeyPa
     ("setting", "circumstances", "message"),
     [
         ("te", {"device": CPU}, r"\(te\): it needs a GPU; use auto"),
+        ("cudnn+te", {"device": CPU}, r"\(cudnn\+te\): no cudnn, since it needs a GPU; use auto"),
         ("cudnn", {"dtype": torch.float32}, r"\(cudnn\): it takes bf16, and model\.dtype is fp32"),
         ("te", {"head_dim": 256}, r"\(te\): it takes heads of up to 128 .* are of 256"),
         ("sdpa", {"head_dim": 100}, r"\(sdpa\): it takes heads .* in steps of 8"),
@@ -116,12 +137,14 @@ def test_a_forced_kernel_that_cannot_run_is_refused(
         choose(setting, **circumstances)
 
 
-@pytest.mark.parametrize("setting", ["te", "flash_attn"])
+@pytest.mark.parametrize("setting", ["cudnn+te", "te", "flash_attn"])
 def test_a_forced_kernel_whose_package_is_missing_is_refused(
     setting: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine(monkeypatch, capability=(9, 0), packages=())
-    with pytest.raises(UserError, match=rf"\({setting}\): the package .* is not installed"):
+    with pytest.raises(
+        UserError, match=rf"\({re.escape(setting)}\): .*the package .* is not installed"
+    ):
         choose(setting)
 
 
