@@ -211,6 +211,9 @@ class RunConfig:
     recompute_modules: tuple[Literal["core_attn", "layernorm", "mlp"], ...] | None = None
     """Modules that selective recomputes; null = layernorm and mlp. core_attn, twice the attention
     of a long row, is the dearest of them."""
+    recompute_layers: int | None = field(default=None, metadata=limits(at_least=1))
+    """Layers of each pipeline stage, the first ones, that train.recompute is for; the others store
+    everything. null = all."""
     eval_interval: int = field(default=0, metadata=limits(at_least=0))
     """Steps between evaluations on data.eval_path; 0 = off."""
     eval_at_start: bool = True

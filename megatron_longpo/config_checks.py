@@ -191,6 +191,11 @@ def _check_rest(config: TrainConfig) -> None:
             f"train.recompute_modules ({', '.join(train.recompute_modules)}) is for "
             f"train.recompute selective, which is {train.recompute}. Remove it, or use selective"
         )
+    if train.recompute_layers is not None and train.recompute == "none":
+        raise UserError(
+            f"train.recompute_layers ({train.recompute_layers}) says in how many layers something "
+            "is recomputed, and train.recompute is none. Remove it, or use another train.recompute"
+        )
     if train.recompute_modules == ():
         raise UserError(
             "train.recompute_modules ([]) leaves nothing to recompute. Name a module, or use "

@@ -37,6 +37,8 @@ MEGATRON_FLAGS = {
     "recompute_granularity": "train.recompute",
     "recompute_activations": "train.recompute",
     "recompute_modules": "train.recompute_modules",
+    "recompute_num_layers": "train.recompute_layers",
+    "recompute_method": "train.recompute_layers",
     "optimizer": "optimizer.name",
     "use_distributed_optimizer": "optimizer.distributed",
     "overlap_grad_reduce": "optimizer.overlap_grad_reduce",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -120,6 +120,20 @@ def _te_norm_class() -> type[torch.nn.Module]:
             )
 
     return FusedRMSNorm
+
+
+def keep_whole(layers: Iterable[torch.nn.Module]) -> None:
+    """Lets layers keep all of their activations where the model's others recompute modules.
+
+    Megatron's config has one list of modules for all layers, which each of them reads when it is
+    built.
+    """
+    layer: Any
+    for layer in layers:
+        layer.recompute_input_layernorm = False
+        layer.recompute_pre_mlp_layernorm = False
+        layer.recompute_mlp = False
+        layer.self_attention.checkpoint_core_attention = False
 
 
 def accumulate_in_main_grad(model: torch.nn.Module) -> None:

@@ -51,6 +51,7 @@ def transformer_config(
     sequence: bool = False,
     recompute: Recompute = "none",
     recompute_modules: Sequence[str] | None = None,
+    recompute_layers: int | None = None,
     trainable: bool = True,
     fusions: bool | None = None,
     layers: LayerKind = "local",
@@ -59,9 +60,11 @@ def transformer_config(
 
     `stages` are the layers of each stage (parallel/stages.py); None = as evenly as possible.
     `trainable=False` is for the frozen reference: nothing is recomputed for a backward that never
-    comes. `recompute_modules` are what `selective` recomputes; None = norms and MLPs. `fusions` are
-    Megatron's jitted elementwise kernels; None = where there is a GPU. `layers` are those that
-    `build_gpt` will be given: Transformer Engine's have a fused RoPE.
+    comes. `recompute_modules` are what `selective` recomputes; None = norms and MLPs. The first
+    `recompute_layers` of a stage are recomputed, None = all, and the others keep everything; where
+    modules are recomputed Megatron knows no such number, and `layer_specs.keep_whole` does it.
+    `fusions` are Megatron's jitted elementwise kernels; None = where there is a GPU. `layers` are
+    those that `build_gpt` will be given: Transformer Engine's have a fused RoPE.
     Weights are not initialised, since `load_hf_weights` writes every one of them.
     """
     check_tensor_size(arch, tensor)
@@ -118,7 +121,9 @@ def transformer_config(
             masked_softmax_fusion=False,
             apply_rope_fusion=layers == "te",
             gradient_accumulation_fusion=False,
-            **_recompute_settings(recompute if trainable else "none", recompute_modules),
+            **_recompute_settings(
+                recompute if trainable else "none", recompute_modules, recompute_layers
+            ),
         )
 
 
@@ -180,7 +185,9 @@ def _mark_sharded_weights(model: GPTModel) -> None:
             )
 
 
-def _recompute_settings(recompute: str, modules: Sequence[str] | None) -> dict[str, Any]:
+def _recompute_settings(
+    recompute: str, modules: Sequence[str] | None, layers: int | None
+) -> dict[str, Any]:
     """Norms and MLPs are cheap to compute twice; the core attention of a long row is not.
 
     For Megatron `all_but_attention` is `full`: our core attention does not run again
@@ -191,8 +198,9 @@ def _recompute_settings(recompute: str, modules: Sequence[str] | None) -> dict[s
     if recompute in ("all_but_attention", "full"):
         return {
             "recompute_granularity": "full",
-            "recompute_method": "uniform",
-            "recompute_num_layers": 1,
+            # Of each: one layer at a time, or the first ones of a stage, one at a time.
+            "recompute_method": "uniform" if layers is None else "block",
+            "recompute_num_layers": 1 if layers is None else layers,
         }
     mend_norm_recompute()
     return {

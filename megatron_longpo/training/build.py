@@ -22,7 +22,7 @@ from megatron_longpo.config import TrainConfig
 from megatron_longpo.model.architectures import Architecture
 from megatron_longpo.model.attention import TreeAttention
 from megatron_longpo.model.kernel_choice import choose_kernel
-from megatron_longpo.model.layer_specs import accumulate_in_main_grad, choose_layers
+from megatron_longpo.model.layer_specs import accumulate_in_main_grad, choose_layers, keep_whole
 from megatron_longpo.model.longpo_model import ChunkModel, LongPOModel
 from megatron_longpo.model.lora import attach_adapters
 from megatron_longpo.model.rope import inverse_frequencies
@@ -202,6 +202,7 @@ def _chunks(
     """This rank's pipeline chunks of one model, with their weights."""
     sizes = groups.sizes
     dtype = config.model.dtype
+    recompute, recompute_layers = config.train.recompute, config.train.recompute_layers
     kernel = choose_kernel(
         config.model.attention_kernel,
         device=groups.device,
@@ -227,8 +228,9 @@ def _chunks(
         stages=split,
         context=sizes.context,
         sequence=sizes.sequence,
-        recompute=config.train.recompute,
+        recompute=recompute,
         recompute_modules=config.train.recompute_modules,
+        recompute_layers=recompute_layers,
         trainable=trainable,
         layers=layers.kind,
     )
@@ -236,7 +238,7 @@ def _chunks(
         TreeAttention,
         kernel=kernel.kernel,
         exchange=exchange,
-        keeps_results=trainable and config.train.recompute == "all_but_attention",
+        keeps_results=trainable and recompute == "all_but_attention",
     )
     chunks = []
     for index in range(sizes.virtual_pipeline or 1):
@@ -251,6 +253,8 @@ def _chunks(
         )
         if trainable and layers.kind == "te":
             accumulate_in_main_grad(gpt)
+        if trainable and recompute == "selective" and recompute_layers is not None:
+            keep_whole(gpt.decoder.layers[recompute_layers:])
         write_weights(gpt, arch, folder)
         chunks.append(_chunk_of(gpt, arch, groups))
     return chunks

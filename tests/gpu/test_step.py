@@ -56,14 +56,17 @@ def test_both_kinds_of_layers_give_one_gradient(
     assert gradient_error(te.gradients, local.gradients) <= TOLERANCE
 
 
+@pytest.mark.parametrize("layers", [None, 1])
 @pytest.mark.parametrize("recompute", ["selective", "all_but_attention", "full"])
 def test_recomputation_changes_little(
-    recompute: Any, bf16_shelf: Bf16Shelf, single_process: Groups
+    recompute: Any, layers: int | None, bf16_shelf: Bf16Shelf, single_process: Groups
 ) -> None:
     """The same kernels run again; only sums in another order may differ."""
     case = CASES[1]
     kept = run_step(case, bf16_shelf, single_process)
-    again = run_step(replace(case, recompute=recompute), bf16_shelf, single_process)
+    again = run_step(
+        replace(case, recompute=recompute, recompute_layers=layers), bf16_shelf, single_process
+    )
     assert gradient_error(again.gradients, kept.gradients) <= 5e-3
 
 

@@ -130,6 +130,7 @@ class Case:
     """None = the largest pair: most microbatches hold one or two pairs."""
     recompute: Literal["none", "selective", "all_but_attention", "full"] = "none"
     recompute_modules: tuple[Literal["core_attn", "layernorm", "mlp"], ...] | None = None
+    recompute_layers: int | None = None
     dtype: Literal["fp32", "bf16"] = "fp32"
     distributed_optimizer: bool = True
     seed: int = 0
@@ -355,6 +356,7 @@ LORA_CASES = [
     _lora_case("two_rows", share_prefix=False, policy=TinyModel()),
     _lora_case("recompute_selective", recompute="selective"),
     _lora_case("recompute_full", recompute="full"),
+    _lora_case("recompute_first", recompute="full", recompute_layers=1),
     # In the first layer nothing before the MLP trains.
     _lora_case(
         "mlp_recomputed",

@@ -135,6 +135,7 @@ def train_config(
             global_batch_pairs=len(case.shapes),
             recompute=case.recompute,
             recompute_modules=case.recompute_modules,
+            recompute_layers=case.recompute_layers,
         ),
         "checkpoint": CheckpointConfig(interval=0),
         "logging": LoggingConfig(dir=str(shelf.root / f"run-{case.name}"), tensorboard=False),

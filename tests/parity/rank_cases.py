@@ -129,6 +129,7 @@ SHORT_ROWS = Case(
     objective=ObjectiveConfig(name="solopo_dpo"),
     distributed_optimizer=False,
     recompute="all_but_attention",
+    recompute_layers=1,
 )
 """The policy reads short rows beside the long ones, with gradient."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -140,6 +141,46 @@ def test_selective_recomputes_what_is_named(
     for name, of_name in watched.items():
         times = 2 if name in (modules or ("layernorm", "mlp")) else 1
         assert [calls[module] for module in of_name] == [times] * len(of_name), name
+
+
+@pytest.mark.parametrize(
+    ("recompute", "modules", "watched"),
+    [
+        ("selective", None, ("mlp", "input_layernorm")),
+        ("selective", ("core_attn",), ("self_attention.core_attention",)),
+        ("all_but_attention", None, ("mlp", "self_attention.linear_qkv")),
+        ("full", None, ("mlp", "self_attention.core_attention")),
+    ],
+    ids=["selective", "core_attn", "all_but_attention", "full"],
+)
+def test_the_last_layers_may_stay_whole(
+    recompute: Any,
+    modules: Any,
+    watched: tuple[str, ...],
+    shelf: Shelf,
+    single_process: Groups,
+) -> None:
+    """Only the first two are run again, and no gradient changes in its last bit."""
+    kept = Case(name="layouts_first", policy=TinyModel(layers=3), reference=None)
+    first = replace(kept, recompute=recompute, recompute_modules=modules, recompute_layers=2)
+    runs = [loop.prepare(train_config(case, shelf)) for case in (kept, first)]
+    counts, losses = [], []
+    for run in runs:
+        (model,) = unwrap_model(run.model)
+        calls: Counter[int] = Counter()
+        for index, layer in enumerate(model.policy.decoder.layers):
+            for name in watched:
+                module = layer.get_submodule(name)
+                module.register_forward_hook(lambda *_, i=index, c=calls: c.update([i]))
+        losses.append(loop.train_step(run)["loss"])
+        counts.append([calls[index] for index in range(3)])
+    assert losses[0] == losses[1]
+    once = counts[0][0]
+    assert once > len(watched), "there are several microbatches"
+    assert counts == [[once, once, once], [2 * once, 2 * once, once]]
+    expected, actual = (policy_gradients(run) for run in runs)
+    for name, gradient in expected.items():
+        assert torch.equal(actual[name], gradient), name
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "all_but_attention", "full"])
