@@ -4,10 +4,15 @@ Nothing is recomputed, normalised, added or communicated, and backward is given 
 time is either the best of a few single calls (`fastest`), or the mean of a row of them
 (`sustained`): a GPU that computes for long meets its power limit and lowers its clock, as it does
 in training, while a single call runs at the full clock.
+
+A shape costs a few seconds at most, however long the row: shapes that are alike are timed once, at
+a length that is a little shorter, and what is longer than the largest one in proportion; a kernel
+that is far behind on a small block is not tried on the large one.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections import Counter
@@ -24,10 +29,19 @@ from megatron_longpo.parallel.layout import AttentionPlan, RankPack
 
 KERNELS = ("te", "cudnn", "flash_attn", "sdpa")
 REPEATS = 3
-LARGEST_PRODUCT = 32768
+LARGEST_PRODUCT = 32 * 1024
 """Rows of a product that are timed; more take as much longer, and would only need memory."""
+LARGEST_BLOCK = 128 * 1024
+"""Queries or keys of a block that are timed; more take as much longer as they have pairs."""
+STEPS = 32
+"""Lengths between one and its double that are timed."""
+SCREENED_BLOCK = 16 * 1024
+FAR_BEHIND = 1.2
+"""A kernel that takes this many times the fastest's time of a small block loses the large one."""
 
 SUSTAINED_SECONDS = 0.25
+COUNTED_SECONDS = 0.5
+"""Enough calls have been counted after this."""
 
 Block = tuple[int, int, bool]
 """Queries, keys, whether causal."""
@@ -38,9 +52,9 @@ Timer = Callable[[Callable[[], object]], float]
 def fastest(call: Callable[[], object], *, repeats: int = REPEATS) -> float:
     """The best time of a call, after one that is not counted; 0 where that one is all."""
     call()
-    times = []
+    times: list[float] = []
     _wait()
-    for _ in range(repeats):
+    while len(times) < repeats and sum(times) < COUNTED_SECONDS:
         started = time.perf_counter()
         call()
         _wait()
@@ -49,10 +63,15 @@ def fastest(call: Callable[[], object], *, repeats: int = REPEATS) -> float:
 
 
 def sustained(call: Callable[[], object]) -> float:
-    """The mean time of a call in a row without a pause, behind another such row."""
+    """The mean time of a call in a row without a pause, behind another such row.
+
+    A call that is as long as a row is one.
+    """
     call()
     seconds = _row_seconds(call, 1)
     for _ in range(2):
+        if seconds >= SUSTAINED_SECONDS:
+            break
         count = math.ceil(SUSTAINED_SECONDS / seconds)
         seconds = _row_seconds(call, count) / count
     return seconds
@@ -67,80 +86,190 @@ def _row_seconds(call: Callable[[], object], count: int) -> float:
     return time.perf_counter() - started
 
 
-def bare_seconds(
-    pack: RankPack,
-    policy: Architecture,
-    reference: Architecture | None,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    tensor: int = 1,
-    pipeline: int = 1,
-    attention_ranks: int = 1,
-    timer: Timer = fastest,
-) -> dict[str, float]:
-    """Seconds by part of one microbatch on one rank; the reference's passes are forward only.
+class Limit:
+    """Bare seconds of microbatches on one rank; what has been timed is remembered.
 
-    `attention_ranks` share the heads out: more than `tensor` where context parallelism does so too.
-    Under pipeline parallelism the head is spread evenly over the stages.
+    `tensor * context_inner` ranks share the heads out. Under pipeline parallelism the head is
+    spread evenly over the stages.
     """
-    kernels = available_kernels(policy.head_dim, device=device, dtype=dtype)
 
-    def model_parts(
-        arch: Architecture, num_tokens: int, plan: AttentionPlan, num_edges: int, backward: bool
+    def __init__(
+        self,
+        *,
+        head_dim: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        tensor: int = 1,
+        pipeline: int = 1,
+        context_inner: int = 1,
+    ) -> None:
+        self.kernels = available_kernels(head_dim, device=device, dtype=dtype)
+        self._head_dim = head_dim
+        self._device, self._dtype = device, dtype
+        self._tensor, self._pipeline = tensor, pipeline
+        self._attention_ranks = tensor * context_inner
+        self._fastest_kernel = functools.cache(self._find_fastest_kernel)
+        self._block_seconds = functools.cache(self._time_block)
+        self._product_seconds = functools.cache(self._time_product)
+
+    def seconds(
+        self,
+        pack: RankPack,
+        policy: Architecture,
+        reference: Architecture | None,
+        *,
+        timer: Timer = fastest,
     ) -> dict[str, float]:
-        def product(tokens: int, width_in: int, width_out: int) -> float:
-            return bare_matmul(
-                tokens,
-                width_in,
-                width_out,
-                device=device,
-                dtype=dtype,
-                backward=backward,
-                timer=timer,
-            )
-
-        layers = arch.num_layers / pipeline
-        linears = sum(product(num_tokens, *shape) for shape in linear_shapes(arch, tensor))
-        head = product(num_edges, arch.hidden_size, -(-arch.vocab_size // tensor))
-        attention = min(
-            bare_attention(
-                kernel,
-                plan,
-                arch,
-                ranks=attention_ranks,
-                device=device,
-                dtype=dtype,
-                backward=backward,
-                timer=timer,
-            )
-            for kernel in kernels.values()
+        """Seconds by part of one microbatch; the reference's passes are forward only."""
+        long = pack.policy
+        parts = self._model_parts(
+            policy, long.num_tokens, long.attention, len(long.edges.sources), True, timer
         )
+        if pack.reference is not None:
+            assert reference is not None
+            short = pack.reference
+            forward = self._model_parts(
+                reference, short.num_tokens, short.attention, len(short.edges.sources), False, timer
+            )
+            parts["reference"] = sum(forward.values())
+        return parts
+
+    def _model_parts(
+        self,
+        arch: Architecture,
+        num_tokens: int,
+        plan: AttentionPlan,
+        num_edges: int,
+        backward: bool,
+        timer: Timer,
+    ) -> dict[str, float]:
+        heads = arch.num_heads // self._attention_ranks
+        kv_heads = max(1, arch.num_kv_heads // self._attention_ranks)
+        attention = sum(
+            count * self.block_seconds(block, heads, kv_heads, backward=backward, timer=timer)
+            for block, count in blocks_of(plan).items()
+        )
+        linears = sum(
+            self.product_seconds(num_tokens, *shape, backward=backward, timer=timer)
+            for shape in linear_shapes(arch, self._tensor)
+        )
+        width = -(-arch.vocab_size // self._tensor)
+        head = self.product_seconds(
+            num_edges, arch.hidden_size, width, backward=backward, timer=timer
+        )
+        layers = arch.num_layers / self._pipeline
         return {
             "attention": layers * attention,
             "linears": layers * linears,
-            "head": head / pipeline,
+            "head": head / self._pipeline,
         }
 
-    parts = model_parts(
-        policy, pack.policy.num_tokens, pack.policy.attention, len(pack.policy.edges.sources), True
-    )
-    if pack.reference is not None:
-        assert reference is not None
-        short = pack.reference
-        forward = model_parts(
-            reference, short.num_tokens, short.attention, len(short.edges.sources), False
+    def block_seconds(
+        self, block: Block, num_heads: int, num_kv_heads: int, *, backward: bool, timer: Timer
+    ) -> float:
+        """Of the kernel that is the fastest for this block."""
+        queries, keys, causal = block
+        timed = (_timed_length(queries, LARGEST_BLOCK), _timed_length(keys, LARGEST_BLOCK), causal)
+        seconds = self._block_seconds(timed, num_heads, num_kv_heads, backward, timer)
+        return seconds * num_attended(block) / num_attended(timed)
+
+    def _time_block(
+        self, block: Block, num_heads: int, num_kv_heads: int, backward: bool, timer: Timer
+    ) -> float:
+        kernel = self.kernels[self._fastest_kernel(block, num_heads, num_kv_heads)]
+        return self._seconds_of(kernel, block, num_heads, num_kv_heads, backward, timer)
+
+    def _find_fastest_kernel(self, block: Block, num_heads: int, num_kv_heads: int) -> str:
+        queries, keys, causal = block
+        small = (min(queries, SCREENED_BLOCK), min(keys, SCREENED_BLOCK), causal)
+        names = list(self.kernels)
+        for tried in (small, block):
+            if len(names) == 1:
+                break
+            seconds = {
+                name: self._seconds_of(
+                    self.kernels[name], tried, num_heads, num_kv_heads, True, _once
+                )
+                for name in names
+            }
+            names.sort(key=seconds.__getitem__)
+            if tried == block:
+                break
+            names = [name for name in names if seconds[name] < FAR_BEHIND * seconds[names[0]]]
+        return names[0]
+
+    def _seconds_of(
+        self,
+        kernel: AttentionKernel,
+        block: Block,
+        num_heads: int,
+        num_kv_heads: int,
+        backward: bool,
+        timer: Timer,
+    ) -> float:
+        forward, both = attention_seconds(
+            kernel,
+            block,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=self._head_dim,
+            device=self._device,
+            dtype=self._dtype,
+            backward=backward,
+            timer=timer,
         )
-        parts["reference"] = sum(forward.values())
-    return parts
+        return both if backward else forward
+
+    def product_seconds(
+        self, tokens: int, width_in: int, width_out: int, *, backward: bool, timer: Timer
+    ) -> float:
+        """Of a linear layer's product, and of those of input and weight gradient."""
+        if not tokens:
+            return 0.0
+        timed = _timed_length(tokens, LARGEST_PRODUCT)
+        seconds = self._product_seconds(timed, width_in, width_out, backward, timer)
+        return seconds * tokens / timed
+
+    def _time_product(
+        self, tokens: int, width_in: int, width_out: int, backward: bool, timer: Timer
+    ) -> float:
+        return bare_matmul(
+            tokens,
+            width_in,
+            width_out,
+            device=self._device,
+            dtype=self._dtype,
+            backward=backward,
+            timer=timer,
+        )
+
+
+def _once(call: Callable[[], object]) -> float:
+    return fastest(call, repeats=1)
+
+
+def _timed_length(length: int, largest: int) -> int:
+    """`largest`, or the multiple of a power of two below `length`, by a `STEPS`-th at most."""
+    step = 1 << max(0, (length // STEPS).bit_length() - 1)
+    return min(largest, length - length % step)
+
+
+def num_attended(block: Block) -> float:
+    """Pairs of a query and a key."""
+    queries, keys, causal = block
+    return queries * (queries + 1) / 2 if causal else queries * keys
 
 
 def available_kernels(
-    head_dim: int, *, device: torch.device, dtype: torch.dtype
+    head_dim: int,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    settings: Iterable[str] = KERNELS,
 ) -> dict[str, AttentionKernel]:
-    """Every kernel that runs here, by its setting."""
+    """Every one of these kernels that runs here, by its setting."""
     kernels = {}
-    for setting in KERNELS:
+    for setting in settings:
         try:
             chosen = choose_kernel(setting, device=device, dtype=dtype, head_dim=head_dim)
         except UserError:
@@ -159,34 +288,6 @@ def blocks_of(plan: AttentionPlan) -> Counter[Block]:
     return blocks
 
 
-def bare_attention(
-    kernel: AttentionKernel,
-    plan: AttentionPlan,
-    arch: Architecture,
-    *,
-    ranks: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    backward: bool,
-    timer: Timer = fastest,
-) -> float:
-    """Seconds of a layer's attention calls on one of the ranks that share its heads."""
-    seconds = 0.0
-    for block, count in blocks_of(plan).items():
-        forward, both = attention_seconds(
-            kernel,
-            block,
-            num_heads=arch.num_heads // ranks,
-            num_kv_heads=max(1, arch.num_kv_heads // ranks),
-            head_dim=arch.head_dim,
-            device=device,
-            dtype=dtype,
-            timer=timer,
-        )
-        seconds += count * (both if backward else forward)
-    return seconds
-
-
 def attention_seconds(
     kernel: AttentionKernel,
     block: Block,
@@ -196,9 +297,10 @@ def attention_seconds(
     head_dim: int,
     device: torch.device,
     dtype: torch.dtype,
+    backward: bool = True,
     timer: Timer = fastest,
 ) -> tuple[float, float]:
-    """Seconds of one block, forward, and forward and backward."""
+    """Seconds of one block, forward, and forward and, if `backward`, backward."""
     queries, keys, causal = block
     query, key, value, grad = (
         torch.randn(length, heads, head_dim, device=device, dtype=dtype)
@@ -214,15 +316,17 @@ def attention_seconds(
     def forward() -> tuple[Tensor, Tensor]:
         return kernel.forward(query, key, value, causal=causal, scale=scale)
 
+    forward_seconds = timer(forward)
+    if not backward:
+        return forward_seconds, forward_seconds
     output, logsumexp = forward()
 
-    def backward() -> object:
+    def run_backward() -> object:
         return kernel.backward(
             grad, query, key, value, output, logsumexp, causal=causal, scale=scale
         )
 
-    forward_seconds = timer(forward)
-    return forward_seconds, forward_seconds + timer(backward)
+    return forward_seconds, forward_seconds + timer(run_backward)
 
 
 def linear_shapes(arch: Architecture, tensor: int = 1) -> Iterable[tuple[int, int]]:
@@ -249,19 +353,6 @@ def bare_matmul(
     timer: Timer = fastest,
 ) -> float:
     """Seconds of a linear layer's product, and of those of input and weight gradient."""
-    if tokens > LARGEST_PRODUCT:
-        part = bare_matmul(
-            LARGEST_PRODUCT,
-            width_in,
-            width_out,
-            device=device,
-            dtype=dtype,
-            backward=backward,
-            timer=timer,
-        )
-        return part * tokens / LARGEST_PRODUCT
-    if not tokens:
-        return 0.0
     states = torch.randn(tokens, width_in, device=device, dtype=dtype)
     weight = torch.randn(width_out, width_in, device=device, dtype=dtype)
     forward = timer(lambda: states @ weight.T)

@@ -21,7 +21,15 @@ import torch
 from megatron_longpo.gpu_memory import allow_expandable_segments
 from megatron_longpo.model.kernel_choice import choose_kernel
 from megatron_longpo.model.kernels import AttentionKernel
-from tools.bench_bare import Block, Timer, attention_seconds, available_kernels, fastest
+from tools.bench_bare import (
+    KERNELS,
+    Block,
+    Timer,
+    attention_seconds,
+    available_kernels,
+    fastest,
+    num_attended,
+)
 from tools.bench_models import SHAPES, ModelShape
 
 BRANCH = 1024
@@ -33,6 +41,7 @@ def main() -> None:
     )
     parser.add_argument("--shape", choices=SHAPES, default="mistral-7b")
     parser.add_argument("--lengths", type=int, nargs="+", default=[32768, 131072])
+    parser.add_argument("--kernels", nargs="+", default=(*KERNELS, "cudnn+te"), help="those alone")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     allow_expandable_segments()
@@ -42,7 +51,7 @@ def main() -> None:
     dtype = torch.bfloat16 if has_cuda else torch.float32
     head_dim = shape.hidden // shape.heads
     print(choose_kernel("auto", device=device, dtype=dtype, head_dim=head_dim).line)
-    kernels = available_kernels(head_dim, device=device, dtype=dtype)
+    kernels = available_kernels(head_dim, device=device, dtype=dtype, settings=arguments.kernels)
     rows = []
     for length in arguments.lengths:
         for block in ((length, length, True), (BRANCH, length, False)):
@@ -85,8 +94,7 @@ def measure(
     started = time.perf_counter()
     seconds((queries - 8, keys - 8, causal), functools.partial(fastest, repeats=0))
     first = time.perf_counter() - started - forward - both
-    pairs = queries * (queries + 1) / 2 if causal else queries * keys
-    work = pairs * shape.heads * head_dim / 1e12
+    work = num_attended(block) * shape.heads * head_dim / 1e12
     return {
         "kernel": name,
         "queries": queries,

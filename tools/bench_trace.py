@@ -3,8 +3,10 @@
 A kernel counts for the innermost of our ranges that it ran in (`attention`, `head`, `reference`,
 `optimizer`), else by its name: NCCL's are communication, matrix products are linears, and the
 rest is norms, activations and copies. Everything within the reference's range is the reference's.
-Idle is the time in which no kernel ran. Without a GPU the ranges' own times are taken, and there
-is no telling apart what is outside them.
+Communication is the time in which NCCL's kernels ran alone, waiting for other ranks included; where
+others ran beside them it is overlapped communication, which slows these a little. Idle is the time
+in which no kernel ran. Without a GPU the ranges' own times are taken, and there is no telling apart
+what is outside them.
 """
 
 from __future__ import annotations
@@ -67,18 +69,25 @@ def breakdown(path: Path) -> dict[str, float]:
         return _breakdown_of_ranges(events)
     (step,) = _spans(events, "user_annotation", STEP)
     ranges = {name: _Spans(_spans(events, "gpu_user_annotation", name)) for name in RANGES}
+    sent, computed = [], []
     seconds: dict[str, float] = defaultdict(float)
     for kernel in kernels:
-        middle = kernel["ts"] + kernel["dur"] / 2
-        seconds[_part(kernel["name"], middle, ranges)] += kernel["dur"] / 1e6
-    busy = _covered([(kernel["ts"], kernel["ts"] + kernel["dur"]) for kernel in kernels])
+        span = (kernel["ts"], kernel["ts"] + kernel["dur"])
+        if "nccl" in kernel["name"].lower():
+            sent.append(span)
+            continue
+        computed.append(span)
+        seconds[_part(kernel["name"], sum(span) / 2, ranges)] += kernel["dur"] / 1e6
+    busy = _covered(computed + sent)
+    if sent:
+        alone = busy - _covered(computed)
+        seconds["communication"] = alone / 1e6
+        seconds["overlapped communication"] = (_covered(sent) - alone) / 1e6
     seconds["idle"] = max(0.0, (step[1] - step[0] - busy) / 1e6)
     return dict(seconds)
 
 
 def _part(name: str, middle: float, ranges: dict[str, _Spans]) -> str:
-    if "nccl" in name.lower():
-        return "communication"
     for part, spans in ranges.items():
         if middle in spans:
             return part

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections import Counter
 from pathlib import Path
@@ -12,11 +13,12 @@ import pytest
 import torch
 
 from megatron_longpo.data.forest import NO_PARENT
+from megatron_longpo.model.kernels import CpuFlashKernel
 from megatron_longpo.parallel.groups import Groups
 from megatron_longpo.parallel.layout import lay_out
 from tests.model.test_attention import make_forest
-from tools import bench_head, bench_step
-from tools.bench_bare import blocks_of, fastest, linear_shapes, sustained
+from tools import bench_bare, bench_head, bench_step
+from tools.bench_bare import Limit, blocks_of, fastest, linear_shapes, num_attended, sustained
 from tools.bench_models import SHAPES, PairShape, random_pair
 from tools.bench_trace import breakdown
 
@@ -41,6 +43,48 @@ def test_a_pair_has_the_shape_of_longpo() -> None:
 def test_a_tree_is_two_causal_blocks_and_a_rectangle() -> None:
     plan = lay_out(make_forest([NO_PARENT, 0, 0], [7, 2, 3]), device=torch.device("cpu")).attention
     assert blocks_of(plan) == Counter({(9, 9, True): 1, (3, 3, True): 1, (3, 7, False): 1})
+
+
+class SlowKernel(CpuFlashKernel):
+    """Takes as long as its pairs, and remembers its calls."""
+
+    def __init__(self, seconds_a_pair: float) -> None:
+        self.seconds_a_pair = seconds_a_pair
+        self.blocks: list[tuple[int, int, bool]] = []
+
+    def forward(self, query: Any, key: Any, value: Any, *, causal: bool, scale: float) -> Any:
+        self.blocks.append((len(query), len(key), causal))
+        time.sleep(self.seconds_a_pair * num_attended(self.blocks[-1]))
+        return query, query.new_zeros(query.shape[1], len(query))
+
+    def backward(self, *args: Any, **settings: Any) -> Any:
+        return ()
+
+
+def test_alike_blocks_are_timed_once_and_by_the_fastest_kernel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    quick, slow = SlowKernel(1e-6), SlowKernel(3e-6)
+    monkeypatch.setattr(bench_bare, "LARGEST_BLOCK", 512)
+    monkeypatch.setattr(bench_bare, "SCREENED_BLOCK", 128)
+    monkeypatch.setattr(
+        bench_bare, "available_kernels", lambda *_, **__: {"slow": slow, "quick": quick}
+    )
+    limit = Limit(head_dim=8, device=torch.device("cpu"), dtype=torch.float32)
+
+    def seconds(queries: int, keys: int, *, causal: bool) -> float:
+        return limit.block_seconds((queries, keys, causal), 2, 1, backward=True, timer=fastest)
+
+    first = seconds(510, 510, causal=True)
+    assert first == pytest.approx(1e-6 * 510 * 511 / 2, rel=0.2)
+    assert set(slow.blocks) == {(128, 128, True)}
+    assert set(quick.blocks) == {(128, 128, True), (504, 504, True)}
+    num_calls = len(quick.blocks)
+    alike = seconds(505, 505, causal=True)
+    assert alike == pytest.approx(first * (505 * 506) / (510 * 511)), "timed at 504 as well"
+    assert len(quick.blocks) == num_calls
+    assert seconds(40, 2000, causal=False) == pytest.approx(1e-6 * 40 * 2000, rel=0.2)
+    assert max(keys for _, keys, _ in quick.blocks) == 512
 
 
 def test_linear_shapes_have_the_parameters_of_mistral() -> None:
@@ -85,7 +129,30 @@ def test_a_bench_step_reports_every_mode(
     assert unshared["policy_tokens"] > 1.5 * shared["policy_tokens"]
     assert set(report["speedup"]) == {"none", "online"}
     assert len(list(traces.iterdir())) == 4
-    assert "sharing the prefix is" in capsys.readouterr().out
+    lines = capsys.readouterr().out
+    assert "sharing the prefix is" in lines
+    assert re.search(r"^\[ *\d+\.\d s\] shared, reference online: step \d", lines, re.MULTILINE)
+
+
+def test_a_run_that_is_cut_leaves_what_it_has_measured(
+    tmp_path: Path, single_process: Groups, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench_step, "profiled_step", cut)
+    numbers = tmp_path / "bench.json"
+    arguments = ["--context", "200", "--chunk", "40", "--repeats", "2", "--pairs", "2", *TINY]
+    arguments += ["--recompute", "full", "--recompute-layers", "1", "--json", str(numbers)]
+    with pytest.raises(KeyboardInterrupt):
+        bench_step.bench(bench_step.parse_arguments(arguments))
+    report = json.loads(numbers.read_text())
+    mode = report["modes"]["shared, reference none"]
+    assert len(mode["step_s"]) == 2 and len(mode["warmup_s"]) == 1
+    assert mode["model_tflops_per_gpu"] > 0 and mode["breakdown_s"] is None
+    assert mode["policy_tokens"] > 2 * 200, "two pairs a step"
+    assert report["speedup"]["none"] > 0 and report["settings"]["recompute_layers"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]
 
 
 def test_a_row_of_calls_is_timed_as_their_mean() -> None:
@@ -98,6 +165,20 @@ def test_a_row_of_calls_is_timed_as_their_mean() -> None:
     assert 0.02 <= sustained(slower_at_first) < 0.03
     assert len(calls) >= 2 + 5 + 12
     assert fastest(slower_at_first, repeats=0) == 0
+
+
+def test_a_long_call_is_timed_no_more_often_than_it_must(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_bare, "COUNTED_SECONDS", 0.03)
+    monkeypatch.setattr(bench_bare, "SUSTAINED_SECONDS", 0.02)
+    for timer in (fastest, sustained):
+        calls = []
+
+        def long_call(calls: list[None] = calls) -> None:
+            calls.append(None)
+            time.sleep(0.04)
+
+        assert 0.04 <= timer(long_call) < 0.06
+        assert len(calls) == 2, "one that does not count, and one that does"
 
 
 def test_the_head_is_timed_beside_its_products(single_process: Groups) -> None:
@@ -130,7 +211,8 @@ def test_a_trace_is_read_kernel_by_kernel(tmp_path: Path) -> None:
         "attention": 190,
         "reference": 50,
         "linears": 100,
-        "communication": 100,
+        "communication": 20,
+        "overlapped communication": 80,
         "norms, activations, copies": 10,
         "idle": 1000 - 150 - 40 - 50 - 120 - 10,
     }

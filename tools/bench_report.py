@@ -1,0 +1,163 @@
+"""What a benchmark of steps has found so far: said, written to a file, and printed at the end.
+
+The file is written anew whenever something is known, so that a run that is cut short leaves what it
+has measured, and its last line says where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_longpo.training.flops import step_flops
+from megatron_longpo.training.loop import Run
+from tools.bench_timing import Timing
+
+STARTED = time.perf_counter()
+
+
+class Report:
+    """Numbers by mode, as plain JSON types; on ranks other than the first it says nothing."""
+
+    def __init__(self, arguments: argparse.Namespace, *, is_main: bool, world_size: int) -> None:
+        self._is_main = is_main
+        self._json: Path | None = arguments.json
+        self.modes: dict[str, dict[str, Any]] = {}
+        self._head = {
+            "device": device_name(),
+            "world_size": world_size,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "settings": {name: _plain(value) for name, value in vars(arguments).items()},
+        }
+
+    def say(self, line: str) -> None:
+        """Says what has been done, and when."""
+        if self._is_main:
+            print(f"[{time.perf_counter() - STARTED:6.1f} s] {line}", flush=True)
+
+    def start_mode(self, name: str, run: Run) -> None:
+        sizes = run.pairs.sizes
+        self.modes[name] = {
+            "policy_tokens": sum(size.policy_tokens for size in sizes),
+            "reference_tokens": sum(size.reference_tokens for size in sizes),
+            "median_step_s": None,
+            "step_s": [],
+            "warmup_s": [],
+            "model_tflops_per_gpu": None,
+            "peak_memory_gib": None,
+            "bare_s": None,
+            "efficiency": None,
+            "sustained_s": None,
+            "sustained_efficiency": None,
+            "breakdown_s": None,
+            "communication_share": None,
+        }
+
+    def add_step(self, name: str, run: Run, timing: Timing, *, counts: bool) -> None:
+        """Takes a step; one that does not count is kept apart."""
+        mode = self.modes[name]
+        mode["step_s" if counts else "warmup_s"].append(timing.seconds)
+        if counts:
+            flops = step_flops(run.pairs.sizes, run.sources.policy, run.sources.reference)
+            mode["median_step_s"] = median = statistics.median(mode["step_s"])
+            mode["model_tflops_per_gpu"] = flops / median / run.groups.world_size / 1e12
+            if timing.peak_memory_gib is not None:
+                mode["peak_memory_gib"] = max(
+                    timing.peak_memory_gib, mode["peak_memory_gib"] or 0.0
+                )
+        kind = "step" if counts else "warm-up step"
+        memory = timing.peak_memory_gib
+        self.say(
+            f"{name}: {kind} {timing.seconds:.3f} s"
+            + (f", peak {memory:.1f} GiB" if memory is not None else "")
+        )
+        self.save()
+
+    def add_breakdown(self, name: str, seconds: dict[str, float]) -> None:
+        mode = self.modes[name]
+        mode["breakdown_s"] = seconds
+        mode["communication_share"] = seconds.get("communication", 0.0) / sum(
+            time for part, time in seconds.items() if part != "overlapped communication"
+        )
+        self.say(f"{name}: step traced")
+        self.save()
+
+    def add_bare(self, name: str, key: str, seconds: dict[str, float]) -> None:
+        """`key` is `bare` or `sustained`; efficiencies are of the steps there have been."""
+        mode = self.modes[name]
+        mode[f"{key}_s"] = seconds
+        efficiency = "efficiency" if key == "bare" else f"{key}_efficiency"
+        mode[efficiency] = sum(seconds.values()) / mode["median_step_s"]
+        self.say(f"{name}: {key} products and attention timed")
+        self.save()
+
+    def save(self) -> None:
+        """Writes the file, by renaming a new one."""
+        if self._json is None or not self._is_main:
+            return
+        report = {**self._head, "modes": self.modes, "speedup": self.speedups()}
+        self._json.parent.mkdir(parents=True, exist_ok=True)
+        new = self._json.with_name(self._json.name + ".new")
+        new.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        os.replace(new, self._json)
+
+    def speedups(self) -> dict[str, float]:
+        """How much faster the shared layout is, by reference, where both layouts ran."""
+        found = {}
+        for name, shared in self.modes.items():
+            unshared = self.modes.get(f"un{name}")
+            if unshared and shared["median_step_s"] and unshared["median_step_s"]:
+                reference = name.rpartition(" ")[2]
+                found[reference] = unshared["median_step_s"] / shared["median_step_s"]
+        return found
+
+    def print(self) -> None:
+        if not self._is_main:
+            return
+        head = self._head
+        print(f"{head['world_size']} x {head['device']}, torch {head['torch']}")
+        for name, mode in self.modes.items():
+            _print_mode(name, mode)
+        for reference, speedup in self.speedups().items():
+            print(f"sharing the prefix is {speedup:.2f} times as fast (reference {reference})")
+
+
+def _print_mode(name: str, mode: dict[str, Any]) -> None:
+    memory, efficiency, steady, share = (
+        mode[key]
+        for key in ("peak_memory_gib", "efficiency", "sustained_efficiency", "communication_share")
+    )
+    print(
+        f"{name}: {mode['policy_tokens']} + {mode['reference_tokens']} tokens, "
+        f"median {mode['median_step_s']:.3f} s, "
+        f"{mode['model_tflops_per_gpu']:.0f} model TFLOP/s a GPU"
+        + (f", efficiency {efficiency:.3f}" if efficiency is not None else "")
+        + (f" ({steady:.3f} sustained)" if steady is not None else "")
+        + (f", communication {100 * share:.1f} %" if share else "")
+        + (f", peak {memory:.1f} GiB" if memory is not None else "")
+    )
+    titles = {"bare": "bare_s", "sustained": "sustained_s", "step": "breakdown_s"}
+    for title, parts in ((title, mode[key]) for title, key in titles.items() if mode[key]):
+        shown = ", ".join(f"{part} {seconds:.3f}" for part, seconds in parts.items())
+        print(f"    {title}: {shown}")
+
+
+def device_name() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return "CPU"
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
