@@ -14,13 +14,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from megatron_longpo.training.flops import step_flops
 from megatron_longpo.training.loop import Run
 from tools.bench_timing import Timing
-
-STARTED = time.perf_counter()
 
 
 class Report:
@@ -39,9 +38,10 @@ class Report:
         }
 
     def say(self, line: str) -> None:
-        """Says what has been done, and when."""
+        """Says what has been done, and how long after the start of this process."""
         if self._is_main:
-            print(f"[{time.perf_counter() - STARTED:6.1f} s] {line}", flush=True)
+            elapsed = time.time() - psutil.Process().create_time()
+            print(f"[{elapsed:6.1f} s] {line}", flush=True)
 
     def start_mode(self, name: str, run: Run) -> None:
         sizes = run.pairs.sizes

@@ -5,8 +5,8 @@ A kernel counts for the innermost of our ranges that it ran in (`attention`, `he
 rest is norms, activations and copies. Everything within the reference's range is the reference's.
 Communication is the time in which NCCL's kernels ran alone, waiting for other ranks included; where
 others ran beside them it is overlapped communication, which slows these a little. Idle is the time
-in which no kernel ran. Without a GPU the ranges' own times are taken, and there is no telling apart
-what is outside them.
+in which no kernel ran. Without a GPU the ranges' own times are taken, and gloo's as
+communication where they are in none of them; there is no telling apart what is outside.
 """
 
 from __future__ import annotations
@@ -103,6 +103,15 @@ def _breakdown_of_ranges(events: list[dict[str, Any]]) -> dict[str, float]:
         before = _covered(inside)
         inside += spans
         seconds[name] = (_covered(inside) - before) / 1e6
+    sent = [
+        (max(step[0], event["ts"]), min(step[1], event["ts"] + event["dur"]))
+        for event in events
+        if event["name"].startswith("gloo:")
+    ]
+    if sent:
+        before = _covered(inside)
+        inside += sent
+        seconds["communication"] = (_covered(inside) - before) / 1e6
     seconds["linears and the rest"] = (step[1] - step[0] - _covered(inside)) / 1e6
     return seconds
 

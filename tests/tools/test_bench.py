@@ -187,10 +187,25 @@ def test_the_head_is_timed_beside_its_products(single_process: Groups) -> None:
     assert row["ours_extra_gib"] is None and "liger_ms" not in row
 
 
-def test_a_trace_is_read_kernel_by_kernel(tmp_path: Path) -> None:
-    def event(category: str, name: str, begin: float, duration: float) -> dict[str, Any]:
-        return {"ph": "X", "cat": category, "name": name, "ts": begin, "dur": duration}
+def event(category: str, name: str, begin: float, duration: float) -> dict[str, Any]:
+    return {"ph": "X", "cat": category, "name": name, "ts": begin, "dur": duration}
 
+
+def test_a_cpus_trace_has_what_gloo_sent(tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    events = [
+        event("user_annotation", "step", 0, 1000),
+        event("user_annotation", "attention", 100, 200),
+        event("user_annotation", "gloo:all_gather", 250, 100),
+        event("user_annotation", "gloo:recv", 900, 300),
+    ]
+    path.write_text(json.dumps({"traceEvents": events}))
+    parts = {name: round(1e6 * seconds) for name, seconds in breakdown(path).items()}
+    assert (parts["attention"], parts["communication"]) == (200, 50 + 100)
+    assert parts["linears and the rest"] == 1000 - 200 - 150
+
+
+def test_a_trace_is_read_kernel_by_kernel(tmp_path: Path) -> None:
     path = tmp_path / "trace.json"
     events = [
         event("user_annotation", "step", 0, 1000),
