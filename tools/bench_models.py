@@ -115,6 +115,8 @@ class PairShape:
     turns: int
     answer: int
     """Mean of the answers; each is up to 3/7 shorter or longer (200 to 500 at 350)."""
+    equal_answers: bool = False
+    """All answers have the mean's length."""
     question: int
     chunk: int
     """The short row's excerpt of the document, one a turn."""
@@ -125,7 +127,7 @@ def random_pair(shape: PairShape, *, vocabulary: int, seed: int = 0) -> Preferen
     rng = np.random.default_rng(seed)
     questions = [_tokens(rng, shape.question, vocabulary) for _ in range(shape.turns)]
     answers = [
-        [_tokens(rng, _answer_length(rng, shape.answer), vocabulary) for _ in range(shape.turns)]
+        [_tokens(rng, _answer_length(rng, shape), vocabulary) for _ in range(shape.turns)]
         for _ in range(2)
     ]
     longest = max(sum(map(len, branch)) for branch in answers)
@@ -156,7 +158,10 @@ def random_pair(shape: PairShape, *, vocabulary: int, seed: int = 0) -> Preferen
     )
 
 
-def _answer_length(rng: Generator, mean: int) -> int:
+def _answer_length(rng: Generator, shape: PairShape) -> int:
+    mean = shape.answer
+    if shape.equal_answers:
+        return mean
     return max(1, int(rng.integers(mean - mean * 3 // 7, mean + mean * 3 // 7 + 1)))
 
 

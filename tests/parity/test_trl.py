@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import datasets
 import pytest
-import torch
 from transformers import AutoTokenizer
-from trl import DPOConfig, DPOTrainer
+from trl import DPOConfig
 
 from megatron_longpo.config import ObjectiveConfig, OptimizerConfig, RunConfig
-from megatron_longpo.data.rows import PreferenceRow
 from megatron_longpo.parallel.groups import Groups
 from megatron_longpo.training import loop
 from tests.parity.cases import Case, RowShape, TinyModel
 from tests.parity.harness import Shelf, load_hf, policy_parameters, train_config
+from tools.peer_trl import TokenRowsTrainer, as_trl_dataset
 
 BATCH, STEPS, LR, BETA = 4, 5, 1e-3, 0.1
 # RMS-like denominators amplify rounding where a gradient is next to nothing.
@@ -31,43 +27,6 @@ SHAPES = tuple(
     )
     for index in range(BATCH * STEPS)
 )
-
-
-class TokenRowsTrainer(DPOTrainer):
-    """TRL's trainer on rows that are tokens already, in their order; keeps unrounded numbers."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.losses: list[float] = []
-        self.margins: list[float] = []
-        super().__init__(*args, **kwargs)
-
-    def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
-        return dataset
-
-    def _get_train_sampler(self, *_: Any, **__: Any) -> Any:
-        return torch.utils.data.SequentialSampler(self.train_dataset)
-
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        result = super().compute_loss(*args, **kwargs)
-        loss = result[0] if isinstance(result, tuple) else result
-        self.losses.append(float(loss.detach()))
-        self.margins.append(float(self._metrics["train"]["rewards/margins"][-1]))
-        return result
-
-
-def as_trl_dataset(rows: Sequence[PreferenceRow]) -> datasets.Dataset:
-    """Prompt and answers apart; an answer of ours runs to the end of its row."""
-
-    def columns(row: PreferenceRow) -> dict[str, list[int]]:
-        begin = int((row.chosen.labels != -100).argmax())
-        assert (row.chosen.input_ids[:begin] == row.rejected.input_ids[:begin]).all()
-        return {
-            "prompt_ids": row.chosen.input_ids[:begin].tolist(),
-            "chosen_ids": row.chosen.input_ids[begin:].tolist(),
-            "rejected_ids": row.rejected.input_ids[begin:].tolist(),
-        }
-
-    return datasets.Dataset.from_list([columns(row) for row in rows])
 
 
 def test_five_steps_of_dpo(shelf: Shelf, tmp_path: Path, single_process: Groups) -> None:
@@ -124,12 +83,12 @@ def test_five_steps_of_dpo(shelf: Shelf, tmp_path: Path, single_process: Groups)
     )
     ours = [loop.train_step(run) for _ in range(STEPS)]
 
+    losses = [float(loss) for loss in trainer.losses]
+    margins = [metrics["rewards/margins"] for metrics in trainer.metrics]
     assert ours[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert [step["loss"] for step in ours] == pytest.approx(trainer.losses, rel=1e-4)
-    assert [step["rewards/margins"] for step in ours] == pytest.approx(
-        trainer.margins, rel=1e-4, abs=1e-5
-    )
-    assert trainer.losses[-1] < trainer.losses[0] - 0.01, "nothing was learned"
+    assert [step["loss"] for step in ours] == pytest.approx(losses, rel=1e-4)
+    assert [step["rewards/margins"] for step in ours] == pytest.approx(margins, rel=1e-4, abs=1e-5)
+    assert losses[-1] < losses[0] - 0.01, "nothing was learned"
     for name, tensor in policy_parameters(run).items():
         theirs = policy.get_parameter(name).detach()
         change = float((theirs - before[name]).norm())
