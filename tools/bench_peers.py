@@ -5,9 +5,10 @@
     python -m tools.bench_peers --dtype fp32 --shapes small --contexts 512 --answer 32   # on a CPU
 
 A step is one pair: a long prompt and two answers of the same length (so that TRL has nothing to
-pad), policy and frozen reference of the same random weights. Each side tries several settings
-(tools/peer_trl.py, tools/peer_longpo.py) and its best median counts. Every side of every case has
-a process of its own; what is known is written after each case, and where a side runs out of memory
+pad), policy and frozen reference of the same random weights. TRL's trainer tries several settings
+(tools/peer_trl.py), and its best median counts; the first of them is what it does when left alone.
+Ours recomputes nothing where that fits, else all but attention. Every side of every case has
+processes of its own; what is known is written after each case, and where a side runs out of memory
 or of time the table says so.
 """
 
@@ -27,8 +28,8 @@ from megatron_longpo.gpu_memory import allow_expandable_segments
 from tools.bench_models import SHAPES
 from tools.peer_case import Case
 
-SIDES = ("trl", "longpo")
-"""Each a module `tools.peer_<side>`."""
+SIDES = {"trl": ("",), "longpo": ("none", "all_but_attention")}
+"""Modules `tools.peer_<side>`, and what is tried, a process each, until one of them has a time."""
 
 
 def main() -> None:
@@ -100,23 +101,33 @@ def run_side(case: Case, side: str, *, logs: Path, timeout_s: float) -> dict[str
     """What a side found; `stopped` says why it found no more, None where it came to its end."""
     case_path = Path(case.folder) / "case.json"
     result_path = Path(case.folder) / f"{case.name}-{side}.json"
-    log_path = logs / f"{case.name}-{side}.log"
     case.write(case_path)
-    command = [sys.executable, "-m", f"tools.peer_{side}", str(case_path), str(result_path)]
+    found: dict[str, Any] = {"device": None, "versions": {}, "trials": []}
     stopped = None
-    with log_path.open("w", encoding="utf-8") as log:
+    for argument in SIDES[side]:
+        command = [sys.executable, "-m", f"tools.peer_{side}", str(case_path), str(result_path)]
+        stopped = run(
+            [*command, *argument.split()],
+            log_path=logs / "-".join(filter(None, (case.name, side, argument))),
+            timeout_s=timeout_s,
+        )
+        if result_path.exists():
+            found = json.loads(result_path.read_text(encoding="utf-8"))
+        if best_trial(found) is not None:
+            break
+    return {**found, "stopped": stopped}
+
+
+def run(command: list[str], *, log_path: Path, timeout_s: float) -> str | None:
+    """Why a process came to no good end, or None."""
+    with log_path.with_suffix(log_path.suffix + ".log").open("w", encoding="utf-8") as log:
         try:
             code = subprocess.run(
                 command, stdout=log, stderr=subprocess.STDOUT, timeout=timeout_s
             ).returncode
-            if code != 0:
-                stopped = f"exit code {code}, see {log_path}"
         except subprocess.TimeoutExpired:
-            stopped = f"timed out after {timeout_s:g} s"
-    found: dict[str, Any] = {"device": None, "versions": {}, "trials": []}
-    if result_path.exists():
-        found = json.loads(result_path.read_text(encoding="utf-8"))
-    return {**found, "stopped": stopped}
+            return f"timed out after {timeout_s:g} s"
+    return None if code == 0 else f"exit code {code}, see {log.name}"
 
 
 def best_trial(side: dict[str, Any]) -> dict[str, Any] | None:
@@ -139,11 +150,13 @@ def compared(case: Case, sides: dict[str, dict[str, Any]]) -> dict[str, Any]:
             }
             for (side, found), trial in zip(sides.items(), best.values(), strict=True)
         },
-        **dict.fromkeys(("ours_over_theirs", "loss_apart", "logps_apart")),
+        **dict.fromkeys(("ours_over_theirs", "ours_over_untuned", "loss_apart", "logps_apart")),
     }
     theirs, ours = best["trl"], best["longpo"]
     if theirs is not None and ours is not None:
         row["ours_over_theirs"] = theirs["median_s"] / ours["median_s"]
+        untuned = sides["trl"]["trials"][0]["median_s"]
+        row["ours_over_untuned"] = None if untuned is None else untuned / ours["median_s"]
         row["loss_apart"] = apart(theirs, ours, 0)
         row["logps_apart"] = max(apart(theirs, ours, 1), apart(theirs, ours, 2))
     return row
@@ -201,26 +214,31 @@ def _memory(trial: dict[str, Any]) -> str:
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown, for docs/performance.md."""
     lines = [
-        "| model | tokens | reference | TRL pairs/s | ours pairs/s | ours / TRL | TRL | ours "
-        "| TRL's best | our best | loss, log-probs apart |",
-        "|---" * 11 + "|",
+        "| model | tokens | reference | TRL pairs/s | ours pairs/s | ours / TRL "
+        "| ours / TRL untuned | TRL | ours | TRL's best | our best | loss, log-probs apart |",
+        "|---" * 12 + "|",
     ]
     for row in rows:
         theirs, ours = row["sides"]["trl"], row["sides"]["longpo"]
-        ratio = row["ours_over_theirs"]
+        has_both = row["ours_over_theirs"] is not None
         cells = [
             row["shape"],
             f"{row['context']:,}",
             row["reference"],
             _pairs(theirs),
             _pairs(ours),
-            "-" if ratio is None else f"{ratio:.2f}",
+            _ratio(row["ours_over_theirs"]),
+            _ratio(row["ours_over_untuned"]),
             *("-" if side["best"] is None else _memory(side["best"]) for side in (theirs, ours)),
             *("-" if side["best"] is None else _settings(side["best"]) for side in (theirs, ours)),
-            "-" if ratio is None else f"{row['loss_apart']:.1e}, {row['logps_apart']:.1e}",
+            f"{row['loss_apart']:.1e}, {row['logps_apart']:.1e}" if has_both else "-",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def _pairs(side: dict[str, Any]) -> str:

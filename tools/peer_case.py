@@ -183,12 +183,20 @@ class Trial:
 
 
 class Trials:
-    """Runs the ways of one side, and has what it knows on disk after each of them."""
+    """Runs the ways of one side, and has what it knows on disk after each of them.
+
+    Goes on from what another process has left at `path`.
+    """
 
     def __init__(self, case: Case, path: Path) -> None:
         self.case = case
         self.path = path
         self.trials: list[Trial] = []
+        if path.exists():
+            self.trials = [
+                Trial(**{name: value for name, value in trial.items() if name != "median_s"})
+                for trial in json.loads(path.read_text(encoding="utf-8"))["trials"]
+            ]
 
     @property
     def best(self) -> Trial | None:

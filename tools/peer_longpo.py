@@ -1,9 +1,9 @@
 """Our side of tools/bench_peers.py: the steps of `longpo train` with `objective.name dpo`.
 
-    python -m tools.peer_longpo case.json result.json
+    python -m tools.peer_longpo case.json result.json none
 
-Tried: nothing recomputed, and layers without their attention. Kernels and layers are those that
-`auto` chooses on the machine.
+One value of `train.recompute` a process: Megatron's wrapper, whose hooks hold on to it, keeps a
+model in memory for as long as a process lives. Kernels and layers are those that `auto` chooses.
 """
 
 from __future__ import annotations
@@ -39,27 +39,21 @@ from tools.peer_case import (
     free_memory,
 )
 
-RECOMPUTE = ("none", "all_but_attention")
-
 
 def main() -> None:
-    case, result = Case.read(Path(sys.argv[1])), Path(sys.argv[2])
+    case, result, recompute = Case.read(Path(sys.argv[1])), Path(sys.argv[2]), sys.argv[3]
     case.write_inputs()
     if case.reference == "cached":
         score_reference(case)
-    trials = Trials(case, result)
-    for recompute in RECOMPUTE:
-
-        def train(clock: StepClock, recompute: str = recompute) -> list[Numbers]:
-            return train_steps(settings(case, recompute), clock)
-
-        trials.run({"recompute": recompute}, train)
+    Trials(case, result).run(
+        {"recompute": recompute}, lambda clock: train_steps(settings(case, recompute), clock)
+    )
     groups.shutdown()
 
 
 def score_reference(case: Case) -> None:
     """What `longpo reference` does, for the mode cached."""
-    reference_pass.compute(resolve_reference(settings(case, RECOMPUTE[0])))
+    reference_pass.compute(resolve_reference(settings(case, "none")))
     free_memory()
 
 

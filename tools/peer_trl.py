@@ -130,7 +130,7 @@ def main() -> None:
 def candidates(trials: Trials) -> Iterator[Settings]:
     """What is worth trying, by what has been found so far. Liger comes last: it cannot be undone
     within a process."""
-    first = Settings(attention="sdpa", liger=False, checkpointing=True)
+    first = Settings(attention="sdpa", liger=False, checkpointing=True)  # TRL's defaults
     for attention in attentions():
         yield replace(first, attention=attention)
     fastest = trials.best.settings["attention"] if trials.best else "sdpa"

@@ -84,14 +84,13 @@ def test_a_run_prints_and_saves_both_sides(
     (row,) = json.loads(numbers.read_text())["cases"]
     assert row["loss_apart"] < 1e-4 and row["logps_apart"] < 1e-4
     trials = {side: found["trials"] for side, found in row["sides"].items()}
-    assert [trial["settings"]["recompute"] for trial in trials["longpo"]] == [
-        *peer_longpo.RECOMPUTE
-    ]
+    assert [trial["settings"] for trial in trials["longpo"]] == [{"recompute": "none"}]
     assert [trial["settings"]["checkpointing"] for trial in trials["trl"]] == [True, False]
     for side in row["sides"].values():
         assert side["stopped"] is None and side["pairs_per_second"] > 0
         assert all(trial["failure"] is None and trial["median_s"] > 0 for trial in side["trials"])
-    assert f"| {row['ours_over_theirs']:.2f} |" in capsys.readouterr().out
+    untuned = trials["trl"][0]["median_s"] * row["sides"]["longpo"]["pairs_per_second"]
+    assert f"| {row['ours_over_theirs']:.2f} | {untuned:.2f} |" in capsys.readouterr().out
 
 
 def test_a_trial_that_fails_leaves_the_others(tmp_path: Path) -> None:
@@ -110,7 +109,9 @@ def test_a_trial_that_fails_leaves_the_others(tmp_path: Path) -> None:
     def broken(clock: StepClock) -> list[Numbers]:
         raise ValueError("no such kernel\nat all")
 
-    for name, train in (("a", out_of_memory), ("b", steps), ("c", broken)):
+    trials.run({"name": "a"}, out_of_memory)
+    trials = Trials(case, tmp_path / "result.json")  # of the next process
+    for name, train in (("b", steps), ("c", broken)):
         trials.run({"name": name}, train)
     saved = json.loads((tmp_path / "result.json").read_text())["trials"]
     failures = [trial["failure"] for trial in saved]
@@ -123,6 +124,23 @@ def test_a_slow_trial_ends_early(tmp_path: Path) -> None:
     clock = StepClock(case, best=1e-12)
     clock.start()
     assert [clock.step_done() for _ in range(3)] == [False, False, True]
+
+
+def test_where_the_first_does_not_fit_the_next_is_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def run(command: list[str], **_: Any) -> None:
+        tried.append(command[-1])
+        fits = command[-1] == "all_but_attention"
+        trials = [{"median_s": 0.5 if fits else None}]
+        Path(command[-2]).write_text(json.dumps({"trials": trials}))
+
+    monkeypatch.setattr(bench_peers, "run", run)
+    found = bench_peers.run_side(make_case(tmp_path), "longpo", logs=tmp_path, timeout_s=1)
+    assert tried == ["none", "all_but_attention"]
+    assert found == {"trials": [{"median_s": 0.5}], "stopped": None}
 
 
 def test_what_has_no_result_says_why(tmp_path: Path) -> None:
@@ -139,4 +157,6 @@ def test_what_has_no_result_says_why(tmp_path: Path) -> None:
     ]
     lines = bench_peers.table(rows).splitlines()[2:]
     for line, reason in zip(lines, ("timed out after 0.01 s", "out of memory"), strict=True):
-        assert f"| online | {reason} | 2.000 | - | - | 30.0 GiB | - | recompute none | - |" in line
+        assert (
+            f"| online | {reason} | 2.000 | - | - | - | 30.0 GiB | - | recompute none | - |" in line
+        )
