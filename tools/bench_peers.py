@@ -15,6 +15,7 @@ or of time the table says so.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import subprocess
 import sys
@@ -75,7 +76,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--timeout", type=float, default=150, help="seconds for a side of a case")
     parser.add_argument("--json", type=Path, help="file to write the numbers to, after each case")
     parser.add_argument("--logs", type=Path, default=Path("outputs/peers"), help="what sides print")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if importlib.util.find_spec("trl") is None:
+        parser.error("trl is not installed. Run: pip install trl")
+    return arguments
 
 
 def cases(arguments: argparse.Namespace, folder: str) -> list[Case]:

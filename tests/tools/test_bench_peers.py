@@ -93,6 +93,15 @@ def test_a_run_prints_and_saves_both_sides(
     assert f"| {row['ours_over_theirs']:.2f} | {untuned:.2f} |" in capsys.readouterr().out
 
 
+def test_without_trl_it_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench_peers.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="2"):
+        bench_peers.parse_arguments([])
+    assert "Run: pip install trl" in capsys.readouterr().err
+
+
 def test_a_trial_that_fails_leaves_the_others(tmp_path: Path) -> None:
     case = make_case(tmp_path)
     trials = Trials(case, tmp_path / "result.json")
