@@ -139,15 +139,17 @@ class StepClock:
         return self.seconds[self.case.warmup :]
 
     def start(self) -> None:
-        self._settle()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
         self._started = time.perf_counter()
 
     def step_done(self) -> bool:
         """Takes the time; true where no further step is worth its time."""
-        self._settle()
-        self.seconds.append(time.perf_counter() - self._started)
         if torch.cuda.is_available():
+            torch.cuda.synchronize()
             self.peaks_gib.append(torch.cuda.max_memory_allocated() / 2**30)
+        self.seconds.append(time.perf_counter() - self._started)
         self.start()
         return self._is_slow or len(self.seconds) >= self.case.num_steps
 
@@ -156,11 +158,6 @@ class StepClock:
         if self.best is None or len(self.counted) < 2:
             return False
         return min(self.counted) > SLOWER * self.best
-
-    def _settle(self) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
 
 
 @dataclass(kw_only=True, slots=True)
