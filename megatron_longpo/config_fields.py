@@ -95,7 +95,12 @@ def without_none(annotation: Any) -> Any:
 @functools.cache  # it parses the source of the class, and a resolved config needs it again
 def field_meanings(config_class: type) -> Mapping[str, str]:
     """Field name -> its docstring on one line."""
-    described = parse_from_object(config_class).params
+    described = [
+        param
+        for owner in reversed(config_class.__mro__)
+        if dataclasses.is_dataclass(owner)
+        for param in parse_from_object(owner).params
+    ]
     return {param.arg_name: " ".join((param.description or "").split()) for param in described}
 
 

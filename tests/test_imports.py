@@ -23,6 +23,7 @@ LIGHT_FILES = (
     "megatron_flags",
     "data.config",
     "generation.config",
+    "generation.backends.config",
 )
 """Files of megatron_longpo that a wrong setting, or --help, must not wait for torch in."""
 
@@ -30,7 +31,7 @@ HEAVY = ("torch", "transformers", "numpy", "megatron", "datasets", "matplotlib")
 
 ROOMS: dict[str, tuple[str, ...]] = {
     "data": ("errors",),
-    "generation": ("data", "errors"),
+    "generation": ("data", "config_fields", "errors"),
     "objectives": (),
     "parallel": ("data", "errors"),
     "model": ("data", "parallel", "errors", "megatron_compat"),

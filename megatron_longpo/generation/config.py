@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_longpo.generation.backends.config import BackendConfig
+
 
 @dataclass(kw_only=True)
-class GenerateConfig:
+class GenerateConfig(BackendConfig):
     """A model writes its own preference examples: answers from a chunk and from the whole text."""
 
-    model: str
-    """The model's Hugging Face folder or hub id."""
     documents: str
     """A folder or file of text, Markdown or code (UTF-8), or a JSONL file with `text`."""
     output: str
@@ -21,8 +21,6 @@ class GenerateConfig:
     chunk, for models too small to ask well), or a text file with one instruction a line."""
     require_fact: bool = False
     """With `template`: keep a turn only where the chosen answer holds the fact asked for."""
-    chat_template: str | None = None
-    """Path of a Jinja file to use in place of the tokenizer's own chat template."""
     system: str | None = None
     """System prompt; give `longpo tokenize` the same."""
     turns: int = 4
@@ -56,11 +54,5 @@ class GenerateConfig:
     """Most documents read; null = all."""
     seed: int = 42
     """Of every choice and sample; the same inputs give the same file on a CPU."""
-    dtype: Literal["bf16", "fp32"] = "bf16"
-    """Number format of the model."""
-    device: str = "auto"
-    """`cpu`, `cuda`, or `auto` = cuda where there is one."""
-    num_threads: int | None = None
-    """CPU threads of torch; null = torch's own choice."""
     overwrite: bool = False
     """Replace an output that exists, and begin anew rather than resume."""

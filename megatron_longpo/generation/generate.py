@@ -7,6 +7,7 @@ it stopped.
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import hashlib
 import json
@@ -19,7 +20,7 @@ from megatron_longpo.data.examples import ExampleFile, example_columns
 from megatron_longpo.data.jsonl import dump_line, partial_path, refuse_existing
 from megatron_longpo.data.progress import Dropped, format_counts, track
 from megatron_longpo.errors import UserError
-from megatron_longpo.generation.backends import TransformersBackend
+from megatron_longpo.generation.backends.factory import make_backend
 from megatron_longpo.generation.config import GenerateConfig
 from megatron_longpo.generation.documents import DocumentSet
 from megatron_longpo.generation.prompts import read_instructions
@@ -39,18 +40,15 @@ def run_generate(config: GenerateConfig) -> GenerateSummary:
         partial.unlink(missing_ok=True)
     fingerprint = _settings_fingerprint(config)
     done = _resume(partial, fingerprint)
-    backend = TransformersBackend(
-        config.model,
-        dtype=config.dtype,
-        device=config.device,
-        num_threads=config.num_threads,
-        chat_template=config.chat_template,
-    )
+    backend = make_backend(config)
     writer = ExampleWriter(backend, config, instructions, settings=fingerprint)
     summary = writer.summary
     started = time.monotonic()
     partial.parent.mkdir(parents=True, exist_ok=True)
-    with open(partial, "a", encoding="utf-8", newline="\n") as file:
+    with (
+        asyncio.Runner() as runner,
+        open(partial, "a", encoding="utf-8", newline="\n") as file,
+    ):
         for document in track(documents, description="generate", total=len(documents)):
             summary.num_documents += 1
             if document.id in done:
@@ -59,7 +57,7 @@ def run_generate(config: GenerateConfig) -> GenerateSummary:
                 summary.num_turns += done[document.id]
                 continue
             try:
-                example = writer.example(document)
+                example = runner.run(writer.example(document))
             except Dropped as dropped:
                 summary.dropped[str(dropped)] += 1
                 continue
@@ -68,6 +66,7 @@ def run_generate(config: GenerateConfig) -> GenerateSummary:
             file.write(dump_line(example_columns(example)))
             file.flush()
         os.fsync(file.fileno())
+        runner.run(backend.close())
     summary.seconds = time.monotonic() - started
     summary.dropped.update(documents.dropped)
     for reason, source in documents.first_dropped.items():

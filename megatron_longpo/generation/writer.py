@@ -12,7 +12,13 @@ from megatron_longpo.data.examples import Example, Turn
 from megatron_longpo.data.progress import Dropped, format_counts
 from megatron_longpo.data.prompt_layout import opening_messages, shorten_document
 from megatron_longpo.errors import UserError
-from megatron_longpo.generation.backends import Backend, Sampling
+from megatron_longpo.generation.backends.base import (
+    Backend,
+    BackendError,
+    Completion,
+    Request,
+    Sampling,
+)
 from megatron_longpo.generation.chunking import Chunk, chunk_document
 from megatron_longpo.generation.config import GenerateConfig
 from megatron_longpo.generation.documents import Document
@@ -97,11 +103,10 @@ class ExampleWriter:
                 f"({self._prompt_max}), which is the model's context less max_new_tokens by default"
             )
 
-    def example(self, document: Document) -> Example:
+    async def example(self, document: Document) -> Example:
         """The example of a document; raises `Dropped` where it has none."""
         # Every document has its own random numbers, so a resumed run makes the same choices.
         rng = random.Random(f"{self._config.seed} {document.id}")
-        self._backend.forget()
         text = self._within_bound(document.text)
         chunks = chunk_document(
             text,
@@ -111,8 +116,8 @@ class ExampleWriter:
         )
         if not chunks:
             raise Dropped("document without a chunk of the right length")
-        asked = self._ask_about_chunks(chunks, text, rng)
-        turns = self._answer_from_document(asked, text, rng)
+        asked = await self._ask_about_chunks(chunks, text, rng)
+        turns = await self._answer_from_document(asked, text, rng)
         if not turns:
             raise Dropped("document without a good turn")
         return Example(
@@ -130,7 +135,7 @@ class ExampleWriter:
 
     # ------------------------------------------------------------ questions and chosen answers
 
-    def _ask_about_chunks(
+    async def _ask_about_chunks(
         self, chunks: list[Chunk], document: str, rng: random.Random
     ) -> list[Asked]:
         asked: list[Asked] = []
@@ -139,12 +144,12 @@ class ExampleWriter:
             if len(asked) == self._config.turns:
                 break
             try:
-                asked.append(self._ask(chunk, document, rng))
+                asked.append(await self._ask(chunk, document, rng))
             except Dropped as dropped:
                 self.summary.dropped[str(dropped)] += 1
         return asked
 
-    def _ask(self, chunk: Chunk, document: str, rng: random.Random) -> Asked:
+    async def _ask(self, chunk: Chunk, document: str, rng: random.Random) -> Asked:
         kind, fact = self._config.instructions, tuple[str, ...]()
         if self._instructions is not None:
             kind, question = "file", rng.choice(self._instructions)
@@ -154,25 +159,23 @@ class ExampleWriter:
                 raise Dropped("chunk without a fact to ask for")
             kind, question, fact = found.kind, found.question, found.answer
         else:
-            question = self._written_question(chunk, rng)
+            question = await self._written_question(chunk, rng)
         question = phrase(question, rng)
-        prompt = self._prompt(chunk.text, question)
-        if len(prompt) > self._prompt_max:
+        if len(self._prompt(chunk.text, question)) > self._prompt_max:
             raise Dropped("chunk and question over max_prompt_tokens")
-        chosen = self._write(prompt, "chosen", rng)
+        chosen = await self._write(chunk.text, question, "chosen", rng)
         if self._config.require_fact and not holds_fact(chosen, fact):
             raise Dropped("chosen answer without the fact")
         return Asked(chunk=chunk, question=question, chosen=chosen, kind=kind, fact=fact)
 
-    def _written_question(self, chunk: Chunk, rng: random.Random) -> str:
+    async def _written_question(self, chunk: Chunk, rng: random.Random) -> str:
         """One of the questions that the model writes about a chunk."""
         sampling = Sampling(
             temperature=self._config.question_temperature,
             top_p=self._config.question_top_p,
             max_new_tokens=min(MAX_QUESTION_TOKENS, self._config.max_new_tokens),
         )
-        prompt = self._prompt(chunk.text, question_request())
-        completion = self._backend.complete(prompt, sampling, seed=rng.getrandbits(32))
+        completion = await self._complete(chunk.text, question_request(), sampling, rng)
         questions = parse_questions(completion.text)
         if questions is None:
             raise Dropped("chunk whose questions did not parse")
@@ -180,7 +183,7 @@ class ExampleWriter:
 
     # ------------------------------------------------------------ rejected answers
 
-    def _answer_from_document(
+    async def _answer_from_document(
         self, asked: list[Asked], document: str, rng: random.Random
     ) -> list[tuple[Asked, Turn]]:
         if not asked:
@@ -198,13 +201,13 @@ class ExampleWriter:
         turns: list[tuple[Asked, Turn]] = []
         for one in asked:
             try:
-                turns.append((one, self._turn(one, read, rng)))
+                turns.append((one, await self._turn(one, read, rng)))
             except Dropped as dropped:
                 self.summary.dropped[str(dropped)] += 1
         return turns
 
-    def _turn(self, asked: Asked, document: str, rng: random.Random) -> Turn:
-        rejected = self._write(self._prompt(document, asked.question), "rejected", rng)
+    async def _turn(self, asked: Asked, document: str, rng: random.Random) -> Turn:
+        rejected = await self._write(document, asked.question, "rejected", rng)
         if same_answer(asked.chosen, rejected):
             raise Dropped("rejected answer the same as the chosen one")
         return Turn(
@@ -217,19 +220,29 @@ class ExampleWriter:
 
     # ------------------------------------------------------------ both
 
-    def _write(self, prompt: list[int], branch: str, rng: random.Random) -> str:
+    async def _write(self, context: str, question: str, branch: str, rng: random.Random) -> str:
         """An answer; raises `Dropped` where it is not good enough."""
         sampling = Sampling(
             temperature=getattr(self._config, f"{branch}_temperature"),
             top_p=getattr(self._config, f"{branch}_top_p"),
             max_new_tokens=self._config.max_new_tokens,
         )
-        completion = self._backend.complete(prompt, sampling, seed=rng.getrandbits(32))
+        completion = await self._complete(context, question, sampling, rng)
         if not completion.finished and self._config.unfinished == "drop":
             raise Dropped(f"{branch} answer unfinished")
         if (reason := fault(completion.text, branch)) is not None:
             raise Dropped(reason)
         return completion.text
+
+    async def _complete(
+        self, context: str, question: str, sampling: Sampling, rng: random.Random
+    ) -> Completion:
+        messages = opening_messages(self._config.system, context, question)
+        request = Request(messages=tuple(messages), sampling=sampling, seed=rng.getrandbits(32))
+        (completion,) = await self._backend.complete([request])
+        if isinstance(completion, BackendError):
+            raise Dropped(f"answer that failed: {completion}")
+        return completion
 
     def _prompt(self, context: str, question: str) -> list[int]:
         messages = opening_messages(self._config.system, context, question)

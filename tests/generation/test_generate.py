@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,11 @@ import pytest
 from megatron_longpo.data.chat import prompt_ids
 from megatron_longpo.data.config import TokenizeConfig
 from megatron_longpo.data.examples import ExampleFile
-from megatron_longpo.data.prompt_layout import opening_messages
 from megatron_longpo.data.tokenize import run_tokenize
 from megatron_longpo.data.tokenizers import ChatTokenizer, HuggingFaceTokenizer
 from megatron_longpo.errors import UserError
 from megatron_longpo.generation import generate
-from megatron_longpo.generation.backends import Completion, Sampling, TransformersBackend
+from megatron_longpo.generation.backends.base import BackendError, Completion, Request, Sampling
 from megatron_longpo.generation.config import GenerateConfig
 from tests import small_tokenizers as small
 
@@ -83,6 +82,7 @@ class Scripted:
     """A backend whose answers are looked up; it records what it was asked."""
 
     context_length = 2048
+    documents_at_once = 1
 
     def __init__(self, answer: Callable[[str], str], *, finished: bool = True) -> None:
         self.tokenizer: ChatTokenizer = HuggingFaceTokenizer(
@@ -95,14 +95,17 @@ class Scripted:
         self.samplings: list[Sampling] = []
         self.seeds: list[int] = []
 
-    def complete(self, prompt: list[int], sampling: Sampling, *, seed: int) -> Completion:
-        text = self.tokenizer.decode(prompt)
+    async def complete(self, requests: Sequence[Request]) -> list[Completion | BackendError]:
+        return [self._complete(request) for request in requests]
+
+    def _complete(self, request: Request) -> Completion:
+        text = self.tokenizer.decode(prompt_ids(self.tokenizer, request.messages))
         self.prompts.append(text)
-        self.samplings.append(sampling)
-        self.seeds.append(seed)
+        self.samplings.append(request.sampling)
+        self.seeds.append(request.seed)
         return Completion(text=self.answer(text), finished=self.finished)
 
-    def forget(self) -> None:
+    async def close(self) -> None:
         pass
 
 
@@ -110,7 +113,7 @@ class Scripted:
 def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Scripted]:
     def install(answer: Callable[[str], str], **more: Any) -> Scripted:
         backend = Scripted(answer, **more)
-        monkeypatch.setattr(generate, "TransformersBackend", lambda *_, **__: backend)
+        monkeypatch.setattr(generate, "make_backend", lambda _: backend)
         return backend
 
     return install
@@ -164,28 +167,6 @@ def test_same_seed_same_file(model: str, documents: str, tmp_path: Path) -> None
         generate.run_generate(config)
         outputs.append([(e.document, e.turns) for e in ExampleFile(config.output)])
     assert outputs[0] == outputs[1] != outputs[2]
-
-
-def test_reused_keys_change_nothing(model: str) -> None:
-    backend = TransformersBackend(model, dtype="fp32", device="cpu", num_threads=1)
-    sampling = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=16)
-    prompts = [
-        prompt_ids(backend.tokenizer, opening_messages(None, context, question))
-        for context, question in (
-            (DOCUMENT, "What is Thing1?"),
-            (DOCUMENT, "What is Thing1?"),
-            (DOCUMENT, "And Thing2, what?"),
-            (PARTS[0], "Other?"),
-            (DOCUMENT, "What is Thing1?"),
-        )
-    ]
-    reusing = [backend.complete(prompt, sampling, seed=0) for prompt in prompts]
-    fresh = []
-    for prompt in prompts:
-        backend.forget()
-        fresh.append(backend.complete(prompt, sampling, seed=0))
-    assert reusing == fresh
-    assert len({completion.text for completion in fresh}) > 1
 
 
 def test_model_that_cannot_be_loaded(documents: str, tmp_path: Path, model: str) -> None:

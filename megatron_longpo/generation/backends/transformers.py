@@ -2,74 +2,40 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
+from megatron_longpo.data.chat import prompt_ids
 from megatron_longpo.data.rows import common_prefix_length
-from megatron_longpo.data.tokenizers import ChatTokenizer, load_tokenizer
+from megatron_longpo.data.tokenizers import load_tokenizer
 from megatron_longpo.errors import UserError
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Completion:
-    """What a model wrote after a prompt, special tokens left out."""
-
-    text: str
-    finished: bool
-    """Whether the model ended by itself rather than at the most tokens allowed."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sampling:
-    """How tokens are chosen; temperature 0 is greedy."""
-
-    temperature: float
-    top_p: float
-    max_new_tokens: int
-
-
-class Backend(Protocol):
-    """A model that continues prompts."""
-
-    tokenizer: ChatTokenizer
-    context_length: int
-    """Positions that the model was trained for."""
-
-    def complete(self, prompt: list[int], sampling: Sampling, *, seed: int) -> Completion:
-        """Continues a prompt; the same arguments give the same text on a CPU."""
-
-    def forget(self) -> None:
-        """Drops whatever is kept between prompts."""
+from megatron_longpo.generation.backends.base import BackendError, Completion, Request, Sampling
+from megatron_longpo.generation.backends.config import BackendConfig
 
 
 class TransformersBackend:
     """`AutoModelForCausalLM`; a prompt that begins like the last one reuses its keys and values."""
 
-    def __init__(
-        self,
-        path: str,
-        *,
-        dtype: str = "bf16",
-        device: str = "auto",
-        num_threads: int | None = None,
-        chat_template: str | None = None,
-    ) -> None:
+    documents_at_once = 1
+
+    def __init__(self, config: BackendConfig) -> None:
         import torch
         from transformers import AutoModelForCausalLM, GenerationConfig
 
-        self.tokenizer = load_tokenizer(path, chat_template=chat_template)
-        if num_threads is not None:
-            torch.set_num_threads(num_threads)
+        path, device = config.model, config.device
+        self.tokenizer = load_tokenizer(path, chat_template=config.chat_template)
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         local = Path(path).expanduser()
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(
                 str(local) if local.is_dir() else path,
-                dtype=torch.bfloat16 if dtype == "bf16" else torch.float32,
+                dtype=torch.bfloat16 if config.dtype == "bf16" else torch.float32,
             )
             self._model = model.to(device).eval()
         except Exception as error:  # transformers raises many kinds for a folder it cannot read
@@ -80,14 +46,24 @@ class TransformersBackend:
         self._eos_ids = sorted({*ends, *self.tokenizer.eos_ids})
         # A folder's own defaults (repetition penalty, top-k) would change answers unasked.
         self._model.generation_config = GenerationConfig()
-        self.context_length = int(self._model.config.max_position_embeddings)
-        self.forget()
+        self.context_length = config.context_length or int(
+            self._model.config.max_position_embeddings
+        )
 
-    def forget(self) -> None:
+    async def complete(self, requests: Sequence[Request]) -> list[Completion | BackendError]:
         self._cache: Any = None
         self._cached_ids: list[int] = []
+        return [
+            self._complete(
+                prompt_ids(self.tokenizer, request.messages), request.sampling, seed=request.seed
+            )
+            for request in requests
+        ]
 
-    def complete(self, prompt: list[int], sampling: Sampling, *, seed: int) -> Completion:
+    async def close(self) -> None:
+        self._cache = None
+
+    def _complete(self, prompt: list[int], sampling: Sampling, *, seed: int) -> Completion:
         import torch
         from transformers import DynamicCache, GenerationConfig
 

@@ -1,0 +1,1 @@
+"""What writes questions and answers: a model in `transformers`, or an OpenAI-compatible server."""
