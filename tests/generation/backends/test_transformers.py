@@ -1,0 +1,285 @@
+"""The transformers backend beside transformers' own `generate`, one prompt at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_longpo.data.chat import prompt_ids
+from megatron_longpo.errors import UserError
+from megatron_longpo.generation.backends import transformers as backend_module
+from megatron_longpo.generation.backends.base import BackendError, Completion, Request, Sampling
+from megatron_longpo.generation.backends.config import BackendConfig
+from megatron_longpo.generation.backends.factory import make_backend
+from megatron_longpo.generation.backends.sampling import next_tokens, nucleus
+from megatron_longpo.generation.backends.transformers import TransformersBackend
+
+WORDS = [
+    "harbour",
+    "ledger",
+    "barrel",
+    "tide",
+    "measure",
+    "depth",
+    "width",
+    "salt",
+    "farmer",
+    "mayor",
+]
+GREEDY = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=24)
+SAMPLED = Sampling(temperature=1.3, top_p=0.9, max_new_tokens=24)
+
+
+def text(num_words: int, seed: int) -> str:
+    return " ".join(random.Random(seed).choices(WORDS, k=num_words))
+
+
+def request(content: str, sampling: Sampling = GREEDY, seed: int = 0) -> Request:
+    return Request(messages=({"role": "user", "content": content},), sampling=sampling, seed=seed)
+
+
+def complete(
+    backend: TransformersBackend, requests: list[Request]
+) -> list[Completion | BackendError]:
+    return asyncio.run(backend.complete(requests))
+
+
+@pytest.fixture
+def backend(model: str, monkeypatch: pytest.MonkeyPatch) -> TransformersBackend:
+    monkeypatch.setattr(backend_module, "BLOCK", 32)
+    return TransformersBackend(config(model))
+
+
+def config(model: str, **changes: Any) -> BackendConfig:
+    return BackendConfig(model=model, dtype="fp32", device="cpu", num_threads=1, **changes)
+
+
+def stock_answer(model: str, backend: TransformersBackend, one: Request) -> Completion:
+    """What `generate` of transformers writes, without anything of ours."""
+    from transformers import AutoModelForCausalLM
+
+    stock = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    prompt = prompt_ids(backend.tokenizer, one.messages)
+    ids = torch.tensor([prompt])
+    eos = backend.tokenizer.eos_ids[0]
+    output = stock.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=one.sampling.max_new_tokens,
+        do_sample=False,
+        pad_token_id=eos,
+        eos_token_id=eos,
+    )
+    written = output[0, len(prompt) :].tolist()
+    answer = backend.tokenizer.decode(written, skip_special=True).strip()
+    return Completion(text=answer, finished=written[-1] == eos)
+
+
+DOCUMENT = text(350, 0)
+SHARED = [request(f"{DOCUMENT}\n\n{text(n, n)}?") for n in (2, 9, 1, 30)]
+"""Long documents with questions of several lengths."""
+UNLIKE = [request(text(n, n)) for n in (60, 3, 25, 90)]
+"""Nothing but the template in common."""
+
+
+@pytest.mark.parametrize("requests", [SHARED, UNLIKE, SHARED[:1]], ids=["shared", "unlike", "one"])
+def test_a_batch_writes_what_generate_writes_one_by_one(
+    model: str, backend: TransformersBackend, requests: list[Request]
+) -> None:
+    expected = [stock_answer(model, backend, one) for one in requests]
+    assert complete(backend, requests) == expected
+    assert len({str(answer) for answer in expected}) == len(requests)
+
+
+def test_a_shared_prefix_is_read_once(
+    backend: TransformersBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    forward = backend._forward
+
+    def counted(ids: list[int], *rest: Any, **more: Any) -> torch.Tensor:
+        read.append(len(ids))
+        return forward(ids, *rest, **more)
+
+    monkeypatch.setattr(backend, "_forward", counted)
+    sampling = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=1)
+    requests = [request(one.messages[0]["content"], sampling) for one in SHARED]
+    lengths = [len(prompt_ids(backend.tokenizer, one.messages)) for one in requests]
+    first = complete(backend, requests)
+    once = sum(read)
+    assert once < max(lengths) + 4 * 150 < sum(lengths) / 2
+    read.clear()
+    assert complete(backend, requests) == first
+    assert sum(read) < 4 * 150  # whole blocks of the prefix are there from the call before
+
+
+def test_kept_keys_change_no_bit(model: str, backend: TransformersBackend) -> None:
+    def logits(after: list[list[Request]]) -> torch.Tensor:
+        fresh = TransformersBackend(config(model))
+        for requests in after:
+            complete(fresh, requests)
+        seen = []
+        forward = fresh._forward
+        fresh._forward = lambda *a, **k: seen.append(forward(*a, **k)) or seen[-1]
+        complete(fresh, SHARED)
+        return torch.cat(seen[-4:])
+
+    alone = logits([])
+    assert torch.equal(alone, logits([SHARED[:2]]))
+    assert torch.equal(alone, logits([UNLIKE, [request(DOCUMENT[:300])]]))
+
+
+def test_samples_do_not_depend_on_neighbours_or_batches(
+    model: str, backend: TransformersBackend
+) -> None:
+    requests = [
+        request(one.messages[0]["content"], SAMPLED, seed) for seed, one in enumerate(SHARED)
+    ]
+    requests[2] = SHARED[2]  # a greedy one among them
+    together = complete(backend, requests)
+    assert together == [complete(backend, [one])[0] for one in requests]
+    assert together == complete(backend, requests[::-1])[::-1]
+    two = backend_module._capacity([backend._row(one) for one in requests[:2]])
+    for bounds, sizes in (
+        ({"batch_size": 3}, [3, 1]),
+        ({"batch_tokens": 10}, [1, 1, 1, 1]),
+        ({"batch_tokens": two}, [2, 1, 1]),
+    ):
+        small = TransformersBackend(config(model, **bounds))
+        batches = small._batches([small._row(one) for one in requests])
+        assert [len(batch) for batch in batches] == sizes
+        assert together == complete(small, requests)
+    again = [request(requests[0].messages[0]["content"], SAMPLED, seed) for seed in range(6)]
+    assert len({str(answer) for answer in complete(backend, again)}) > 3
+
+
+def test_answers_end_by_themselves_or_at_the_most_tokens(
+    backend: TransformersBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths = (1, 5, 24)
+    requests = [
+        request(
+            SHARED[0].messages[0]["content"], Sampling(temperature=0, top_p=1, max_new_tokens=n)
+        )
+        for n in lengths
+    ]
+    (rows,) = backend._batches([backend._row(one) for one in requests])
+    asyncio.run(backend._write(rows))
+    assert [len(row.written) for row in rows] == list(lengths)
+    assert not any(row.finished for row in rows)
+    monkeypatch.setattr(backend, "_eos_ids", frozenset({rows[2].written[3]}))
+    answers = complete(backend, requests)
+    assert [answer.finished for answer in answers] == [False, True, True]
+
+
+def test_rope_theta_changes_answers(model: str) -> None:
+    own = complete(TransformersBackend(config(model)), SHARED)
+    other = TransformersBackend(config(model, rope_theta=1e7, context_length=99))
+    assert complete(other, SHARED) != own
+    assert other.context_length == 99
+
+
+def test_short_memory_halves_a_batch_once(
+    backend: TransformersBackend,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    whole = complete(backend, SHARED)
+    write = backend._write
+    most = 2
+
+    async def short(rows: list[Any]) -> None:
+        await write(rows)  # memory ends late: what was written is to be forgotten
+        if len(rows) > most:
+            raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(backend, "_write", short)
+    assert complete(backend, SHARED) == whole
+    assert "4 requests of" in capsys.readouterr().err
+    most = 1
+    answers = complete(backend, SHARED[:3])
+    assert answers[0] == whole[0]
+    assert all(isinstance(answer, BackendError) for answer in answers[1:])
+    assert str(answers[1]) == "prompt that does not fit in GPU memory"
+
+
+# ---------------------------------------------------------------- sampling
+
+
+def test_nucleus() -> None:
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+
+    def kept(temperature: float, top_p: float) -> list[float]:
+        sampling = Sampling(temperature=temperature, top_p=top_p, max_new_tokens=1)
+        return [round(p, 6) for p in nucleus(logits, sampling).tolist()]
+
+    assert kept(1.0, 1.0) == [0.5, 0.3, 0.15, 0.05]
+    assert kept(1.0, 0.79) == [0.5, 0.3, 0, 0]
+    assert kept(1.0, 0.01) == [0.5, 0, 0, 0]
+    sharper = kept(0.5, 1.0)
+    assert sharper[0] == pytest.approx(0.25 / (0.25 + 0.09 + 0.0225 + 0.0025), abs=1e-6)
+
+
+def test_samples_follow_the_probabilities() -> None:
+    logits = torch.tensor([[0.5, 0.3, 0.2, 0.0]]).log()
+    sampling = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=1)
+    generator = torch.Generator().manual_seed(0)
+    drawn = [next_tokens(logits, [sampling], [generator])[0] for _ in range(2000)]
+    shares = [drawn.count(token) / 2000 for token in range(4)]
+    assert shares == pytest.approx([0.5, 0.3, 0.2, 0.0], abs=0.04)
+    assert next_tokens(logits, [GREEDY], [generator]) == [0]
+
+
+# ---------------------------------------------------------------- models that cannot be used
+
+
+def copy_of(model: str, tmp_path: Path, **changes: dict[str, Any]) -> str:
+    """A copy of the folder with keys of its JSON files changed; None removes one."""
+    folder = tmp_path / "copy"
+    shutil.copytree(model, folder)
+    for name, values in changes.items():
+        path = folder / f"{name}.json"
+        content = {**json.loads(path.read_text()), **values}
+        path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+    return str(folder)
+
+
+def test_a_model_without_an_end_token_is_refused(model: str, tmp_path: Path) -> None:
+    nothing: dict[str, Any] = {"eos_token_id": None}
+    folder = copy_of(
+        model,
+        tmp_path,
+        config=nothing,
+        generation_config=nothing,
+        tokenizer_config={"eos_token": None},
+    )
+    with pytest.raises(UserError, match=r"model \(.*\): neither its tokenizer nor .* end-of-text"):
+        make_backend(config(folder))
+
+
+def test_a_model_without_a_chat_template_is_refused(model: str, tmp_path: Path) -> None:
+    folder = copy_of(model, tmp_path)
+    (Path(folder) / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match="this tokenizer has no chat template; give chat_template"):
+        make_backend(config(folder))
+
+
+def test_other_attention_is_refused(model: str, tmp_path: Path) -> None:
+    folder = copy_of(
+        model,
+        tmp_path,
+        config={
+            "model_type": "mistral",
+            "architectures": ["MistralForCausalLM"],
+            "sliding_window": 64,
+        },
+    )
+    with pytest.raises(UserError, match=r"MistralForCausalLM has layers .* set backend: server"):
+        make_backend(config(folder))
