@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-gpu parity lint types check bench clean
+.PHONY: help setup quickstart test test-gpu test-server parity lint types check bench clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -64,6 +64,11 @@ test: setup ## run the tests that need neither a GPU nor Slurm
 
 test-gpu: setup ## run the tests that need a GPU; those of several are skipped on one
 	$(BIN)/python -m pytest -m gpu
+
+# A server that is a wheel, so that nothing compiles. The backend knows no server by name.
+test-server: $(QUICKSTART_DONE) ## run the tests of the server backend against llama.cpp with SmolLM2
+	$(BIN)/python -m pip install --quiet xllamacpp==2026.10.11549
+	$(BIN)/python -m pytest -m server
 
 parity: setup ## train every pair of features beside plain transformers; writes docs/parity.md
 	$(BIN)/python -W ignore -m tests.parity.table

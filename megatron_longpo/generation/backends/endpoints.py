@@ -1,0 +1,86 @@
+"""Several servers that give the same model: which one is asked next, and when all are lost."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_longpo.errors import UserError
+
+FIRST_WAIT = 1.0
+"""Seconds before a request is sent again for the first time; each further wait is twice as long."""
+
+LONGEST_WAIT = 60.0
+
+
+def backoff(num_failures: int) -> float:
+    """Seconds to wait after so many failures in a row, scattered by a half each way."""
+    wait = min(FIRST_WAIT * 2 ** (num_failures - 1), LONGEST_WAIT)
+    return wait * random.uniform(0.5, 1.5)
+
+
+@dataclass(kw_only=True)
+class Endpoint:
+    """One URL of a server."""
+
+    url: str
+    client: Any
+    """`openai.AsyncOpenAI`."""
+    num_waiting: int = 0
+    """Requests under way there."""
+    num_unreachable: int = 0
+    """How often in a row it could not be reached."""
+    ready_at: float = 0.0
+    """`time.monotonic()` from which on it may be asked."""
+
+    def answered(self) -> None:
+        self.num_unreachable = 0
+
+    def unreachable(self) -> None:
+        self.num_unreachable += 1
+        self.pause(backoff(self.num_unreachable))
+
+    def pause(self, seconds: float) -> None:
+        self.ready_at = max(self.ready_at, time.monotonic() + seconds)
+
+
+class EndpointPool:
+    """Gives the endpoint that has least to do; stops the run where none is there for too long."""
+
+    def __init__(self, endpoints: Sequence[Endpoint], *, outage_seconds: float) -> None:
+        self.endpoints = list(endpoints)
+        self._outage_seconds = outage_seconds
+        self._held_up_since: float | None = None
+
+    async def next(self) -> Endpoint:
+        """The idlest endpoint that may be asked now; waits until there is one."""
+        while True:
+            now = time.monotonic()
+            ready = [endpoint for endpoint in self.endpoints if endpoint.ready_at <= now]
+            if ready:
+                return min(ready, key=lambda endpoint: endpoint.num_waiting)
+            await asyncio.sleep(min(endpoint.ready_at for endpoint in self.endpoints) - now)
+
+    def got_answer(self) -> None:
+        self._held_up_since = None
+
+    def held_up(self, reason: str) -> None:
+        """Notes that a request could not be served now, through no fault of its own.
+
+        Raises:
+            UserError: nothing was answered for longer than the outage allowed.
+        """
+        now = time.monotonic()
+        if self._held_up_since is None:
+            self._held_up_since = now
+        waited = now - self._held_up_since
+        if waited >= self._outage_seconds:
+            urls = ", ".join(endpoint.url for endpoint in self.endpoints)
+            raise UserError(
+                f"server ({urls}): no answer for {waited / 60:.1f} minutes ({reason}); finished "
+                "samples are kept, and the same command resumes once the server is back"
+            )
