@@ -28,7 +28,7 @@ REQUIRED = [
     "rich>=13.0",
     "tensorboard>=2.16",
     "matplotlib>=3.8",
-    "py3langid>=0.3",  # the filter of answers in another language; offline, needs numpy alone
+    "py3langid>=0.4,<0.5",  # the filter of answers in another language; offline, needs numpy alone
 ]
 
 EXTRAS = {

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+from megatron_longpo.config_fields import limits
 from megatron_longpo.generation.backends.config import BackendConfig
+from megatron_longpo.generation.filters import DEFAULT_FILTERS, FilterName
 
 
 @dataclass(kw_only=True)
@@ -17,10 +19,18 @@ class GenerateConfig(BackendConfig):
     output: str
     """The examples file; until it is complete, they are in output.partial, which is resumed."""
     instructions: str = "model"
-    """Who asks: `model` (the model writes questions), `template` (questions about facts found in a
-    chunk, for models too small to ask well), or a text file with one instruction a line."""
+    """Who asks: `model` (the model writes questions); `template` (questions about facts found in a
+    chunk) or `planted` (facts made up and put into a chunk) for models too small to ask well; or a
+    file of questions: text with one a line, or JSONL with `question` and `document_id` or none."""
+    least_questions: int | None = field(default=None, metadata=limits(at_least=1))
+    """With `model`: take a chunk where at least so many questions parse; null = exactly the four
+    that were asked for, as in the paper."""
+    fact_kinds: list[str] | None = None
+    """With `template` or `planted`: kinds of facts to ask for (docs/generate.md); null = all."""
+    fact_split: Literal["train", "test"] = "train"
+    """With `planted`: `test` has other kinds, wordings and names, for evaluation."""
     require_fact: bool = False
-    """With `template`: keep a turn only where the chosen answer holds the fact asked for."""
+    """With `template` or `planted`: keep a turn only where the chosen answer holds the fact."""
     system: str | None = None
     """System prompt; give `longpo tokenize` the same."""
     turns: int = 4
@@ -36,8 +46,9 @@ class GenerateConfig(BackendConfig):
     A longer document is cut for that prompt (not in the example), never in a chunk asked about."""
     max_new_tokens: int = 1024
     """Most tokens of an answer."""
-    unfinished: Literal["keep", "drop"] = "keep"
-    """What happens to a turn whose answer reached max_new_tokens before its end."""
+    filters: list[FilterName] = field(default_factory=lambda: list(DEFAULT_FILTERS))
+    """Answers to drop, by name (docs/generate.md); `unfinished`, which is not among the default,
+    drops those that reached max_new_tokens before their end."""
     chosen_temperature: float = 0.0
     """Sampling temperature of chosen answers; 0 = greedy."""
     chosen_top_p: float = 1.0

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 Found = tuple[str, str, tuple[str, ...]]
@@ -28,6 +29,30 @@ def find_facts(chunk: str, document: str) -> list[Fact]:
             if document.count(name) == 1:
                 facts.append(Fact(kind=kind, question=question, answer=answer))
     return facts
+
+
+def choose_fact(
+    chunk: str,
+    document: str,
+    rng: random.Random,
+    *,
+    checkable: bool = False,
+    kinds: Collection[str] | None = None,
+) -> Fact | None:
+    """One fact of the chunk: a kind at random first, so that frequent kinds do not crowd out.
+
+    `checkable` leaves out facts whose answer cannot be told by its words; `kinds` are names in
+    `FINDERS`, None = all.
+    """
+    facts = [
+        fact
+        for fact in find_facts(chunk, document)
+        if (fact.answer or not checkable) and (kinds is None or fact.kind in kinds)
+    ]
+    if not facts:
+        return None
+    kind = rng.choice(sorted({fact.kind for fact in facts}))
+    return rng.choice([fact for fact in facts if fact.kind == kind])
 
 
 def holds_fact(text: str, answer: tuple[str, ...]) -> bool:

@@ -1,8 +1,26 @@
-"""Which answers are not worth training on."""
+"""Filters: which answers are not worth training on, each under a name that drops are counted by."""
 
 from __future__ import annotations
 
+import functools
 import re
+from collections.abc import Callable, Collection
+from typing import Any, Literal, get_args
+
+FilterName = Literal[
+    "empty",
+    "wordless",
+    "refusal",
+    "repetition",
+    "thinking",
+    "language",
+    "same",
+    "unfinished",
+]
+
+DEFAULT_FILTERS: tuple[FilterName, ...] = tuple(
+    name for name in get_args(FilterName) if name != "unfinished"
+)
 
 REFUSALS = (
     "i cannot answer",
@@ -53,29 +71,99 @@ MOST_REPEATED = {"chosen": 0.90, "rejected": 0.95}
 
 LEAST_WORDS = 2
 
+LEAST_LETTERS = 20
+"""In a shorter text no language is looked for."""
+
+LANGUAGE_CONFIDENCE = 0.8
+"""Least probability at which a text's language counts as known."""
+
 _WORD = re.compile(r"\w*[^\W\d_]\w*")
+_CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`", re.DOTALL)
+_THINKING = re.compile(r"</?(?:think|thinking|thought|reasoning)>|\[/?THINK\]")
 
 
-def fault(answer: str, branch: str) -> str | None:
-    """Why an answer of `chosen` or `rejected` is dropped, or None where it is good."""
-    words = _WORD.findall(answer.lower())
-    if not answer.strip():
-        return f"empty {branch} answer"
-    if len(words) < LEAST_WORDS:
-        return f"{branch} answer without words"
+class Filters:
+    """The filters that are on."""
+
+    def __init__(self, names: Collection[FilterName] = DEFAULT_FILTERS) -> None:
+        self.names = frozenset(names)
+
+    def fault(
+        self, answer: str, branch: str, *, finished: bool, question: str, context: str
+    ) -> str | None:
+        """Why an answer is dropped, as `chosen answer: refusal`, or None where it is good.
+
+        Args:
+            answer: what the model wrote.
+            branch: `chosen` or `rejected`.
+            finished: whether the model ended it by itself.
+            question: what was asked, without the words that tie it to a text.
+            context: the chunk asked about, whose language the answer may have as well.
+        """
+        checks: dict[FilterName, Callable[[], bool]] = {
+            "empty": lambda: not answer.strip(),
+            "wordless": lambda: len(_words(answer)) < LEAST_WORDS,
+            "refusal": lambda: is_refusal(answer),
+            "repetition": lambda: repeated_ratio(_words(answer)) > MOST_REPEATED[branch],
+            "thinking": lambda: _THINKING.search(answer) is not None,
+            "language": lambda: other_language(answer, question, context),
+            "unfinished": lambda: not finished,
+        }
+        for name, fails in checks.items():
+            if name in self.names and fails():
+                return f"{branch} answer: {name}"
+        return None
+
+    def pair_fault(self, chosen: str, rejected: str) -> str | None:
+        """Why two answers are no pair, or None."""
+        if "same" in self.names and same_answer(chosen, rejected):
+            return "rejected answer: same"
+        return None
+
+
+def is_refusal(answer: str) -> bool:
     opening = answer[:REFUSAL_CHARS].lower().replace("\u2019", "'")
-    if any(refusal in opening for refusal in REFUSALS):
-        return f"{branch} answer a refusal"
-    if repeated_ratio(words) > MOST_REPEATED[branch]:
-        return f"{branch} answer repeats itself"
-    return None
+    return any(refusal in opening for refusal in REFUSALS)
 
 
 def repeated_ratio(words: list[str]) -> float:
     """The share of words that occurred before: 0 for all different, near 1 for one word over."""
-    return 1 - len(set(words)) / len(words)
+    return 1 - len(set(words)) / len(words) if words else 0.0
 
 
 def same_answer(chosen: str, rejected: str) -> bool:
     """Whether two answers differ in nothing but spacing and letter case: no preference in them."""
     return chosen.lower().split() == rejected.lower().split()
+
+
+def other_language(answer: str, question: str, context: str) -> bool:
+    """Whether an answer is in another language than its question and than the text it is about.
+
+    False where any of the languages cannot be told, as in code and in short texts.
+    """
+    spoken = language(answer)
+    if spoken is None:
+        return False
+    asked = language(question)
+    # A template may ask in English about a German text, and a quotation answers it in German.
+    return asked is not None and spoken not in (asked, language(context[:2000]))
+
+
+def language(text: str) -> str | None:
+    """ISO 639-1 code of a text's language, code in it left out; None where it cannot be told."""
+    prose = _CODE.sub(" ", text)
+    if sum(character.isalpha() for character in prose) < LEAST_LETTERS:
+        return None
+    name, confidence = _identifier().classify(prose)
+    return name if confidence >= LANGUAGE_CONFIDENCE else None
+
+
+@functools.cache
+def _identifier() -> Any:
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+
+
+def _words(text: str) -> list[str]:
+    return _WORD.findall(text.lower())

@@ -23,7 +23,7 @@ from megatron_longpo.errors import UserError
 from megatron_longpo.generation.backends.factory import make_backend
 from megatron_longpo.generation.config import GenerateConfig
 from megatron_longpo.generation.documents import DocumentSet
-from megatron_longpo.generation.prompts import read_instructions
+from megatron_longpo.generation.instructions import Instructions
 from megatron_longpo.generation.writer import ExampleWriter, GenerateSummary
 
 
@@ -32,9 +32,7 @@ def run_generate(config: GenerateConfig) -> GenerateSummary:
     _check(config)
     refuse_existing(config.output, overwrite=config.overwrite, key="output")
     documents = DocumentSet(config.documents, limit=config.limit)
-    instructions = None
-    if config.instructions not in ("model", "template"):
-        instructions = read_instructions(config.instructions)
+    instructions = Instructions(config)
     partial = partial_path(config.output)
     if config.overwrite:
         partial.unlink(missing_ok=True)
@@ -108,8 +106,10 @@ def _check(config: GenerateConfig) -> None:
             raise UserError(f"{branch}_temperature ({temperature}): must be 0 (greedy) or more")
         if not 0 < top_p <= 1:
             raise UserError(f"{branch}_top_p ({top_p}): must be above 0 and at most 1")
-    if config.require_fact and config.instructions != "template":
-        raise UserError("require_fact (true): only questions of instructions: template have facts")
+    if config.require_fact and config.instructions not in ("template", "planted"):
+        raise UserError(
+            "require_fact (true): only questions of instructions: template and planted have facts"
+        )
 
 
 def _settings_fingerprint(config: GenerateConfig) -> str:

@@ -1,13 +1,10 @@
-"""Instructions: where the questions of an example come from, and how they are put."""
+"""All texts that a model is given besides documents, and the questions read from what it writes."""
 
 from __future__ import annotations
 
+import json
 import random
 import re
-from pathlib import Path
-
-from megatron_longpo.errors import UserError
-from megatron_longpo.generation.facts import Fact, find_facts
 
 PHRASINGS = (
     "{question} Answer as the text above describes it.",
@@ -42,50 +39,149 @@ QUESTION_REQUEST = (
 )
 """What the model is asked for after a chunk where it writes the questions itself."""
 
-_NUMBERED = re.compile(r"^\s*(?:\*\*)?(\d+)[.):](?:\*\*)?\s+(\S.*?)\s*$", re.MULTILINE)
+SUPPORT_REQUEST = (
+    "A question about the text above and an answer to it follow.\n\n"
+    "Question: {question}\n\nAnswer: {answer}\n\n"
+    "How well does the text above support the answer? Reply with one number: 1 = the text "
+    "contradicts it or says nothing of it, 2 = little of it is there, 3 = about half, 4 = most, "
+    "5 = the text says all of it and it answers the question. Reply with the number only."
+)
+"""What a judge is asked after a chunk; see judge.py."""
+
+BETTER_REQUEST = (
+    "A question about the text above and two answers to it follow.\n\n"
+    "Question: {question}\n\nAnswer A: {first}\n\nAnswer B: {second}\n\n"
+    "Which answer is right, complete and supported by the text above? Reply with one letter: A, B, "
+    "or C where neither is better. Reply with the letter only."
+)
+"""The same for a pair of answers, asked in both orders."""
+
+LEAST_QUESTION_WORDS = 3
+
+MOST_QUESTION_CHARS = 1000
+
+_THINKING = re.compile(
+    r"<(think|thinking|thought|reasoning)>.*?(?:</\1>|\Z)|\A.*?</think>", re.DOTALL
+)
+_FENCE = re.compile(r"^[ \t]*```[^\n]*$", re.MULTILINE)
+_ITEM = re.compile(
+    r"""^[ \t>]*(?:\#{1,6}[ \t]*)?(?:\*\*|__)?[ \t]*          # quotation, heading, emphasis
+    (?:(?:question|q)[ \t]*(?:no\.?|number|\#)?[ \t]*         # Question 1:  Q1.  Q#1 -
+          (?P<named>\d{1,2})(?:[ \t]*[.:)\]\u2013\u2014-]+|(?=\*\*|__|[ \t]*\n))
+      |[(\[]?(?P<number>\d{1,2})[ \t]*[.:)\]]+(?!\d)          # 1.  1)  (1)  [1]  1:
+      |(?P<bullet>[-*+\u2022\u2013](?=[ \t])))                # - * + and the like
+    (?:\*\*|__)?[ \t]*""",
+    re.MULTILINE | re.IGNORECASE | re.VERBOSE,
+)
+"""The mark that opens an item: `1.`, `2)`, `(3)`, `**4.**`, `Q1:`, `Question 2 -`, `- `."""
+_LABEL = re.compile(
+    r"^(?:\*\*|__)?(?:question|q)[ \t]*\d*[ \t]*[:.\-][ \t]*(?:\*\*|__)?[ \t]*", re.IGNORECASE
+)
+_ANSWER = re.compile(
+    r"^[ \t>*_\-]*(?:answer|a|explanation|reason|note)[ \t]*\d*[ \t]*[*_]*:", re.IGNORECASE
+)
+_QUOTES = {'"': '"', "\u201c": "\u201d", "'": "'", "\u00ab": "\u00bb", "*": "*", "_": "_"}
 
 
 def phrase(question: str, rng: random.Random) -> str:
     """The question tied to the text above it in one of `PHRASINGS`."""
-    return rng.choice(PHRASINGS).format(question=question)
+    return rng.choice(PHRASINGS).replace("{question}", question)
 
 
-def question_request() -> str:
-    return QUESTION_REQUEST.format(number=NUM_QUESTIONS)
+def question_request(number: int = NUM_QUESTIONS) -> str:
+    return QUESTION_REQUEST.format(number=number)
 
 
-def parse_questions(text: str) -> list[str] | None:
-    """The questions of a numbered list, or None unless they are exactly 1 to `NUM_QUESTIONS`."""
-    found = _NUMBERED.findall(text)
-    if [int(number) for number, _ in found] != list(range(1, NUM_QUESTIONS + 1)):
-        return None
-    questions = [question.strip("* ") for _, question in found]
-    return questions if all(len(question.split()) >= 3 for question in questions) else None
+def parse_questions(
+    text: str, *, expected: int = NUM_QUESTIONS, least: int | None = None
+) -> list[str] | None:
+    """The questions in what a model wrote, or None where they are not as many as asked for.
 
+    Read are JSON lists, lists with numbers, `Q1:` or bullets, and bare lines that end with a
+    question mark; thinking, introductions, headings and answers to one's own questions are passed
+    over, and a question may go over several lines.
 
-def choose_fact(
-    chunk: str, document: str, rng: random.Random, *, checkable: bool = False
-) -> Fact | None:
-    """One fact of the chunk: a kind at random first, so that frequent kinds do not crowd out.
-
-    `checkable` leaves out facts whose answer cannot be told by its words.
+    Args:
+        text: what the model wrote.
+        expected: how many were asked for. The paper drops any other number.
+        least: take fewer as well, down to so many; of more than `expected`, take the first.
     """
-    facts = [fact for fact in find_facts(chunk, document) if fact.answer or not checkable]
-    if not facts:
-        return None
-    kind = rng.choice(sorted({fact.kind for fact in facts}))
-    return rng.choice([fact for fact in facts if fact.kind == kind])
+    text = _FENCE.sub("", _THINKING.sub("", text)).strip()
+    questions = _json_questions(text) or _listed_questions(text) or _line_questions(text)
+    good = list(dict.fromkeys(q for q in questions if is_question(q)))
+    if least is not None:
+        return good[:expected] if len(good) >= least else None
+    # One that is none, or two that are the same, make another number of questions.
+    return good if len(good) == len(questions) == expected else None
 
 
-def read_instructions(path: str) -> list[str]:
-    """The instructions of a text file, one a line."""
+def is_question(text: str) -> bool:
+    """Whether a text is long enough for a question and too short for anything else."""
+    return len(text.split()) >= LEAST_QUESTION_WORDS and len(text) <= MOST_QUESTION_CHARS
+
+
+def _json_questions(text: str) -> list[str]:
+    """Of a JSON list of texts or objects, or of an object that holds one."""
+    start = min((i for i in (text.find("["), text.find("{")) if i >= 0), default=-1)
+    if start < 0 or text[:start].count("\n") > 3:
+        return []
     try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"instructions ({path}): neither model nor template, and not a readable file ({error})"
-        ) from error
-    instructions = [line.strip() for line in lines if line.strip()]
-    if not instructions:
-        raise UserError(f"instructions ({path}): holds no instruction; write one a line")
-    return instructions
+        value, _ = json.JSONDecoder().raw_decode(text[start:])
+    except ValueError:
+        return []
+    if isinstance(value, dict):
+        lists = [item for item in value.values() if isinstance(item, list)]
+        value = lists[0] if lists else list(value.values())
+    if not isinstance(value, list):
+        return []
+    found = []
+    for item in value:
+        if isinstance(item, dict):
+            item = item.get("question", item.get("text"))
+        if isinstance(item, str):
+            found.append(_tidy(item))
+    return found
+
+
+def _listed_questions(text: str) -> list[str]:
+    """Of items with numbers, else with bullets; numbers count only where they run 1, 2, 3 ..."""
+    marks = list(_ITEM.finditer(text))
+    numbered = [mark for mark in marks if mark["bullet"] is None]
+    run = _run_of_numbers(numbered)
+    marks = run if run else [mark for mark in marks if mark["bullet"] is not None]
+    ends = [*(mark.start() for mark in marks), len(text)][1:]
+    bodies = [_body(text[mark.end() : end]) for mark, end in zip(marks, ends, strict=True)]
+    return [body for body in bodies if body]
+
+
+def _run_of_numbers(marks: list[re.Match[str]]) -> list[re.Match[str]]:
+    """The first items numbered 1, 2, 3 ...; another number among them is part of a question."""
+    run: list[re.Match[str]] = []
+    for mark in marks:
+        if int(mark["number"] or mark["named"]) == len(run) + 1:
+            run.append(mark)
+    return run
+
+
+def _body(text: str) -> str:
+    """An item's question: its lines up to a blank one, an answer or the end of the question."""
+    lines: list[str] = []
+    for line in text.strip("\n").split("\n"):
+        if _ANSWER.match(line) or (lines and (not line.strip() or lines[-1].endswith("?"))):
+            break
+        if line.strip():
+            lines.append(line.strip())
+    return _tidy(" ".join(lines))
+
+
+def _line_questions(text: str) -> list[str]:
+    """Of lines that end with a question mark, without any mark before them."""
+    return [_tidy(line) for line in text.splitlines() if re.search(r"\?[\"'*_\u201d)]*\s*$", line)]
+
+
+def _tidy(text: str) -> str:
+    """Without labels, emphasis and quotation marks around the whole."""
+    text = _LABEL.sub("", " ".join(text.split()))
+    while len(text) > 1 and _QUOTES.get(text[0]) == text[-1] and text[0] not in text[1:-1]:
+        text = text[1:-1].strip()
+    return text.replace("**", "").strip()

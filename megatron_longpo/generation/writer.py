@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections import Counter
 from dataclasses import dataclass, field
@@ -23,13 +24,9 @@ from megatron_longpo.generation.chunking import Chunk, chunk_document
 from megatron_longpo.generation.config import GenerateConfig
 from megatron_longpo.generation.documents import Document
 from megatron_longpo.generation.facts import holds_fact
-from megatron_longpo.generation.filters import fault, same_answer
-from megatron_longpo.generation.prompts import (
-    choose_fact,
-    parse_questions,
-    phrase,
-    question_request,
-)
+from megatron_longpo.generation.filters import Filters
+from megatron_longpo.generation.instructions import Instruction, Instructions, Prepared
+from megatron_longpo.generation.prompts import phrase, question_request
 
 ATTEMPTS_PER_TURN = 3
 """Chunks asked about, at most, for each turn wanted: answers that are dropped cost time too."""
@@ -68,8 +65,7 @@ class Asked:
     chunk: Chunk
     question: str
     chosen: str
-    kind: str
-    fact: tuple[str, ...]
+    instruction: Instruction
 
 
 class ExampleWriter:
@@ -79,7 +75,7 @@ class ExampleWriter:
         self,
         backend: Backend,
         config: GenerateConfig,
-        instructions: list[str] | None,
+        instructions: Instructions,
         *,
         settings: str,
     ) -> None:
@@ -87,6 +83,7 @@ class ExampleWriter:
         self._config = config
         self._instructions = instructions
         self._settings = settings
+        self._filters = Filters(config.filters)
         context = backend.context_length
         self._chunk_min = config.chunk_min_tokens or context // 2
         self._chunk_max = config.chunk_max_tokens or context * 30000 // 32768
@@ -116,7 +113,12 @@ class ExampleWriter:
         )
         if not chunks:
             raise Dropped("document without a chunk of the right length")
-        asked = await self._ask_about_chunks(chunks, text, rng)
+        candidates = rng.sample(chunks, len(chunks))[: ATTEMPTS_PER_TURN * self._config.turns]
+        prepared = self._instructions.prepare(
+            text, [(chunk.start, chunk.end) for chunk in candidates], rng
+        )
+        text = prepared.document
+        asked = await self._ask_about_chunks(prepared, document, rng)
         turns = await self._answer_from_document(asked, text, rng)
         if not turns:
             raise Dropped("document without a good turn")
@@ -128,47 +130,48 @@ class ExampleWriter:
                 "source": document.source,
                 "model": Path(self._config.model).name,
                 "settings": self._settings,
-                "kinds": [one.kind for one, _ in turns],
-                "facts": [list(one.fact) for one, _ in turns],
+                "kinds": [one.instruction.kind for one, _ in turns],
+                "facts": [list(one.instruction.answer) for one, _ in turns],
             },
         )
 
     # ------------------------------------------------------------ questions and chosen answers
 
     async def _ask_about_chunks(
-        self, chunks: list[Chunk], document: str, rng: random.Random
+        self, prepared: Prepared, document: Document, rng: random.Random
     ) -> list[Asked]:
         asked: list[Asked] = []
-        candidates = rng.sample(chunks, len(chunks))[: ATTEMPTS_PER_TURN * self._config.turns]
-        for chunk in candidates:
+        for index in range(len(prepared.spans)):
             if len(asked) == self._config.turns:
                 break
             try:
-                asked.append(await self._ask(chunk, document, rng))
+                asked.append(await self._ask(prepared, index, document, rng))
             except Dropped as dropped:
                 self.summary.dropped[str(dropped)] += 1
         return asked
 
-    async def _ask(self, chunk: Chunk, document: str, rng: random.Random) -> Asked:
-        kind, fact = self._config.instructions, tuple[str, ...]()
-        if self._instructions is not None:
-            kind, question = "file", rng.choice(self._instructions)
-        elif kind == "template":
-            found = choose_fact(chunk.text, document, rng, checkable=self._config.require_fact)
-            if found is None:
-                raise Dropped("chunk without a fact to ask for")
-            kind, question, fact = found.kind, found.question, found.answer
+    async def _ask(
+        self, prepared: Prepared, index: int, document: Document, rng: random.Random
+    ) -> Asked:
+        start, end = prepared.spans[index]
+        chunk = Chunk(text=prepared.document[start:end], start=start, end=end)
+        if self._instructions.asks_model:
+            instruction = await self._written_question(chunk, rng)
         else:
-            question = await self._written_question(chunk, rng)
-        question = phrase(question, rng)
+            found = self._instructions.choose(prepared, index, document, rng)
+            if found is None:
+                raise Dropped("chunk without a question about it")
+            instruction = found
+        question = phrase(instruction.question, rng)
         if len(self._prompt(chunk.text, question)) > self._prompt_max:
             raise Dropped("chunk and question over max_prompt_tokens")
-        chosen = await self._write(chunk.text, question, "chosen", rng)
-        if self._config.require_fact and not holds_fact(chosen, fact):
-            raise Dropped("chosen answer without the fact")
-        return Asked(chunk=chunk, question=question, chosen=chosen, kind=kind, fact=fact)
+        asked = Asked(chunk=chunk, question=question, instruction=instruction, chosen="")
+        chosen = await self._write(chunk.text, asked, "chosen", rng)
+        if self._config.require_fact and not holds_fact(chosen, instruction.answer):
+            raise Dropped("chosen answer: without the fact")
+        return dataclasses.replace(asked, chosen=chosen)
 
-    async def _written_question(self, chunk: Chunk, rng: random.Random) -> str:
+    async def _written_question(self, chunk: Chunk, rng: random.Random) -> Instruction:
         """One of the questions that the model writes about a chunk."""
         sampling = Sampling(
             temperature=self._config.question_temperature,
@@ -176,10 +179,10 @@ class ExampleWriter:
             max_new_tokens=min(MAX_QUESTION_TOKENS, self._config.max_new_tokens),
         )
         completion = await self._complete(chunk.text, question_request(), sampling, rng)
-        questions = parse_questions(completion.text)
-        if questions is None:
+        instruction = self._instructions.written(completion.text, rng)
+        if instruction is None:
             raise Dropped("chunk whose questions did not parse")
-        return rng.choice(questions)
+        return instruction
 
     # ------------------------------------------------------------ rejected answers
 
@@ -207,9 +210,9 @@ class ExampleWriter:
         return turns
 
     async def _turn(self, asked: Asked, document: str, rng: random.Random) -> Turn:
-        rejected = await self._write(document, asked.question, "rejected", rng)
-        if same_answer(asked.chosen, rejected):
-            raise Dropped("rejected answer the same as the chosen one")
+        rejected = await self._write(document, asked, "rejected", rng)
+        if (reason := self._filters.pair_fault(asked.chosen, rejected)) is not None:
+            raise Dropped(reason)
         return Turn(
             chunk=asked.chunk.text,
             chunk_span=(asked.chunk.start, asked.chunk.end),
@@ -220,17 +223,22 @@ class ExampleWriter:
 
     # ------------------------------------------------------------ both
 
-    async def _write(self, context: str, question: str, branch: str, rng: random.Random) -> str:
+    async def _write(self, context: str, asked: Asked, branch: str, rng: random.Random) -> str:
         """An answer; raises `Dropped` where it is not good enough."""
         sampling = Sampling(
             temperature=getattr(self._config, f"{branch}_temperature"),
             top_p=getattr(self._config, f"{branch}_top_p"),
             max_new_tokens=self._config.max_new_tokens,
         )
-        completion = await self._complete(context, question, sampling, rng)
-        if not completion.finished and self._config.unfinished == "drop":
-            raise Dropped(f"{branch} answer unfinished")
-        if (reason := fault(completion.text, branch)) is not None:
+        completion = await self._complete(context, asked.question, sampling, rng)
+        reason = self._filters.fault(
+            completion.text,
+            branch,
+            finished=completion.finished,
+            question=asked.instruction.question,
+            context=asked.chunk.text,
+        )
+        if reason is not None:
             raise Dropped(reason)
         return completion.text
 

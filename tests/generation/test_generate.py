@@ -18,6 +18,7 @@ from megatron_longpo.errors import UserError
 from megatron_longpo.generation import generate
 from megatron_longpo.generation.backends.base import BackendError, Completion, Request, Sampling
 from megatron_longpo.generation.config import GenerateConfig
+from megatron_longpo.generation.planted_facts import PLANTED_KINDS
 from tests import small_tokenizers as small
 
 PARTS = [
@@ -219,15 +220,15 @@ def test_drops_are_counted(
         return "a right ANSWER." if "Thinga" in prompt else "I'm sorry, no."
 
     scripted(answer)
-    with pytest.raises(UserError, match=r"gave no example \(dropped: .*4 rejected answer a refus"):
+    with pytest.raises(UserError, match=r"gave no example \(dropped: .*4 rejected answer: refusal"):
         generate.run_generate(settings("m", documents, tmp_path))
     assert not (tmp_path / "examples.jsonl.partial").exists()
 
     scripted(by_length, finished=False)
-    with pytest.raises(UserError, match=r"\d+ chosen answer unfinished"):
-        generate.run_generate(settings("m", documents, tmp_path, unfinished="drop"))
+    with pytest.raises(UserError, match=r"\d+ chosen answer: unfinished"):
+        generate.run_generate(settings("m", documents, tmp_path, filters=["unfinished"]))
     scripted(by_length)
-    with pytest.raises(UserError, match=r"\d+ chosen answer without the fact"):
+    with pytest.raises(UserError, match=r"\d+ chosen answer: without the fact"):
         generate.run_generate(settings("m", documents, tmp_path, require_fact=True))
 
 
@@ -267,6 +268,22 @@ def test_instructions_from_a_file(
     config = settings("m", documents, tmp_path, instructions=str(tmp_path / "q.txt"))
     generate.run_generate(config)
     assert all("Sum it up." in t.question for e in ExampleFile(config.output) for t in e.turns)
+
+
+def test_planted_facts_are_in_the_example(
+    documents: str, tmp_path: Path, scripted: Callable[..., Scripted]
+) -> None:
+    backend = scripted(lambda p: "None of it." if is_long(p) else p[-4000:])
+    config = settings("m", documents, tmp_path, instructions="planted", require_fact=True)
+    assert generate.run_generate(config).num_turns == 6
+    for example in ExampleFile(config.output):
+        for turn, kind, fact in zip(
+            example.turns, example.meta["kinds"], example.meta["facts"], strict=True
+        ):
+            assert kind in PLANTED_KINDS
+            assert all(word in turn.chunk and word in example.document for word in fact)
+            assert not any(word in DOCUMENT for word in fact if len(word) > 3)
+    assert len(backend.prompts) == 12
 
 
 def test_interrupted_run_goes_on_and_gives_the_same_file(

@@ -23,7 +23,9 @@ def make_backend(config: BackendConfig) -> Backend:
             "starts, and context_length here"
         )
     if importlib.util.find_spec("openai") is None:
-        raise UserError("backend (server): needs the package openai; pip install 'megatron_longpo[server]'")
+        raise UserError(
+            "backend (server): needs the package openai; pip install 'megatron_longpo[server]'"
+        )
     from megatron_longpo.generation.backends.server import ServerBackend
 
     return ServerBackend(config)
