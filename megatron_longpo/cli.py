@@ -61,6 +61,20 @@ COMMANDS = (
         examples=("longpo generate --config generate.yaml", "longpo generate --print_config"),
     ),
     Command(
+        name="judge",
+        summary="Let a model score the answers of preference examples, and drop what scores low.",
+        config="megatron_longpo.generation.judge_config:JudgeConfig",
+        run="megatron_longpo.generation.judge:run_judge",
+        examples=(
+            "longpo judge examples.jsonl --output judged.jsonl --model models/hf",
+            "longpo judge examples.jsonl --output good.jsonl --model models/hf --least_support 4 "
+            "--least_better 0.75",
+            "longpo judge examples.jsonl --output judged.jsonl --model models/large "
+            "--backend server --server.endpoints [http://localhost:8000/v1]",
+        ),
+        positionals=("examples",),
+    ),
+    Command(
         name="tokenize",
         summary="Turn preference examples into token rows for one model.",
         config="megatron_longpo.data.config:TokenizeConfig",

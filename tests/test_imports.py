@@ -24,6 +24,7 @@ LIGHT_FILES = (
     "data.config",
     "generation.config",
     "generation.backends.config",
+    "generation.judge_config",
 )
 """Files of megatron_longpo that a wrong setting, or --help, must not wait for torch in."""
 
