@@ -146,7 +146,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "expected"),
     [
         (["tran"], "tran: no such command. The nearest is train"),
-        (["zzz"], "zzz: no such command. There are generate, tokenize"),
+        (["zzz"], "zzz: no such command. There are generate, judge, tokenize"),
         (["convert"], "convert needs a second word. Use convert export or convert import"),
         (["convert", "check"], "convert needs a second word"),
         (["convert", "verify"], "source is missing"),
