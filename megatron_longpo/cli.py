@@ -49,7 +49,9 @@ class Command:
     resolve: str | None = None
     """`module:function` from parsed to resolved settings, where a command has one."""
     launches: bool = False
-    """Whether it runs in many processes, which `--nproc` starts, and saves when told to stop."""
+    """Whether it runs in many processes, which `--nproc` starts."""
+    stops: bool = False
+    """Whether it saves and ends when a signal tells it to stop."""
 
 
 COMMANDS = (
@@ -58,7 +60,12 @@ COMMANDS = (
         summary="Write preference examples about long documents, with the model's own answers.",
         config="megatron_longpo.generation.config:GenerateConfig",
         run="megatron_longpo.generation.generate:run_generate",
-        examples=("longpo generate --config generate.yaml", "longpo generate --print_config"),
+        examples=(
+            "longpo generate --model models/hf --documents books --output examples.jsonl",
+            "longpo generate --config generate.yaml --shard 0/8",
+            "longpo generate --config generate.yaml --merge",
+        ),
+        stops=True,
     ),
     Command(
         name="judge",
@@ -109,6 +116,7 @@ COMMANDS = (
             "torchrun --nnodes 2 --nproc-per-node 8 -m megatron_longpo train --config train.yaml",
         ),
         launches=True,
+        stops=True,
     ),
     Command(
         name="reference",
@@ -124,6 +132,7 @@ COMMANDS = (
             "torchrun --nproc-per-node 8 -m megatron_longpo reference --config train.yaml",
         ),
         launches=True,
+        stops=True,
     ),
     Command(
         name="convert import",
@@ -274,9 +283,10 @@ def run_command(command: Command, arguments: list[str]) -> int:
     if command.resolve is not None:
         config = _load(command.resolve)(config)
     if launch is None:
-        if command.launches:
+        if command.stops:
             # Before the imports, which take seconds in which a signal would end the process.
             stop.listen()
+        if command.launches:
             allow_expandable_segments()
         _load(command.run)(config)
         return EXIT_DONE

@@ -29,7 +29,7 @@ class CheckFailed(Exception):
 
 
 class StopRequested(Exception):
-    """Training saved a checkpoint and stopped because a signal asked for it (exit code 75)."""
+    """A command saved and stopped because a signal asked for it (exit code 75)."""
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str | None:

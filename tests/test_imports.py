@@ -32,7 +32,7 @@ HEAVY = ("torch", "transformers", "numpy", "megatron", "datasets", "matplotlib")
 
 ROOMS: dict[str, tuple[str, ...]] = {
     "data": ("errors",),
-    "generation": ("data", "config_fields", "errors"),
+    "generation": ("data", "config_fields", "errors", "stop"),
     "objectives": (),
     "parallel": ("data", "errors"),
     "model": ("data", "parallel", "errors", "megatron_compat"),

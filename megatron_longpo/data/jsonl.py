@@ -7,8 +7,9 @@ import json
 import os
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from megatron_longpo.errors import UserError
 
@@ -78,23 +79,71 @@ def dump_line(value: Mapping[str, Any]) -> str:
 def write_jsonl(path: str | Path, values: Iterable[Mapping[str, Any]]) -> int:
     """Writes all objects to a file beside `path`, then renames it. Returns their number.
 
-    Where `values` raises, neither file is left changed.
+    Where `values` raises or the disk is full, neither file is left changed.
     """
-    partial = partial_path(path)
-    partial.parent.mkdir(parents=True, exist_ok=True)
     count = 0
+    with replacing(path) as file:
+        for value in values:
+            line = dump_line(value).encode("utf-8")
+            with disk_errors(path):
+                file.write(line)
+            count += 1
+    return count
+
+
+@contextmanager
+def replacing(path: str | Path, *, partial: Path | None = None) -> Iterator[BinaryIO]:
+    """A file that becomes `path` when the block ends; where it raises, nothing is changed.
+
+    Args:
+        path: what is replaced.
+        partial: where the file stands until then, on the same file system; `partial_path` else.
+    """
+    partial = partial or partial_path(path)
     try:
-        with open(partial, "w", encoding="utf-8", newline="\n") as file:
-            for value in values:
-                file.write(dump_line(value))
-                count += 1
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        with ExitStack() as stack:
+            with disk_errors(path):
+                partial.parent.mkdir(parents=True, exist_ok=True)
+                file = stack.enter_context(_opened(partial))
+            yield file
+            with disk_errors(path):
+                file.flush()
+                os.fsync(file.fileno())
+        with disk_errors(path):
+            os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    return count
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    file = open(path, "wb")  # noqa: SIM115
+    try:
+        yield file
+    finally:
+        # What a full disk refused has been said, and would be refused once more.
+        with suppress(OSError):
+            file.close()
+
+
+def write_whole(path: str | Path, content: str) -> None:
+    """Writes a text file beside `path`, then renames it."""
+    with replacing(path) as file, disk_errors(path):
+        file.write(content.encode("utf-8"))
+
+
+@contextmanager
+def disk_errors(
+    path: str | Path, *, advice: str = "free some space or choose another place"
+) -> Iterator[None]:
+    """Turns what a disk refuses in the block (full, over quota, read-only) into a `UserError`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror or error}); {advice}"
+        ) from error
 
 
 def partial_path(path: str | Path) -> Path:

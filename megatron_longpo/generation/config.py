@@ -17,7 +17,15 @@ class GenerateConfig(BackendConfig):
     documents: str
     """A folder or file of text, Markdown or code (UTF-8), or a JSONL file with `text`."""
     output: str
-    """The examples file; until it is complete, they are in output.partial, which is resumed."""
+    """The examples file; until it is complete, they are in the folder output.partial, from which
+    the same command goes on."""
+    shard: str | None = None
+    """`i/n`: write every n-th document from the i-th on, i from 0, as other processes write the
+    others; whoever ends last writes output. null = all documents."""
+    merge: bool = False
+    """Write nothing new: put what is finished in output, without what is not."""
+    report: bool = True
+    """Write output's .report.html beside it: histograms, and three examples to read."""
     instructions: str = "model"
     """Who asks: `model` (the model writes questions); `template` (questions about facts found in a
     chunk) or `planted` (facts made up and put into a chunk) for models too small to ask well; or a
@@ -57,6 +65,11 @@ class GenerateConfig(BackendConfig):
     """Sampling temperature of rejected answers; 0 = greedy, as in the paper."""
     rejected_top_p: float = 1.0
     """Nucleus of rejected answers."""
+    rejected_candidates: int = 1
+    """Answers from the whole document for each turn; the first is written at rejected_temperature.
+    The first good one is the rejected answer, other good ones are kept in meta."""
+    candidate_temperature: float = 1.0
+    """Sampling temperature of the candidates after the first, with rejected_top_p."""
     question_temperature: float = 0.7
     """Sampling temperature of questions that the model writes."""
     question_top_p: float = 0.9

@@ -1,92 +1,240 @@
 """`longpo generate`: documents to preference examples, written by the model that learns from them.
 
 Chosen answers are written from a chunk and a question, rejected ones from the whole document and
-the same question. Every example is appended when it is done, so an interrupted run goes on where
-it stopped.
+the same question. A document that is finished is appended to a shard file in `output.partial`, so
+an interrupted run goes on where it stopped; when all shards have ended they become `output`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
-import hashlib
-import json
-import os
+import shutil
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
-from megatron_longpo.data.examples import ExampleFile, example_columns
-from megatron_longpo.data.jsonl import dump_line, partial_path, refuse_existing
-from megatron_longpo.data.progress import Dropped, format_counts, track
-from megatron_longpo.errors import UserError
+from megatron_longpo import stop
+from megatron_longpo.data.jsonl import partial_path, refuse_existing
+from megatron_longpo.data.progress import format_counts
+from megatron_longpo.errors import StopRequested, UserError
+from megatron_longpo.generation.backends.base import BackendError
 from megatron_longpo.generation.backends.factory import make_backend
 from megatron_longpo.generation.config import GenerateConfig
-from megatron_longpo.generation.documents import DocumentSet
+from megatron_longpo.generation.documents import Document, DocumentSet
 from megatron_longpo.generation.instructions import Instructions
-from megatron_longpo.generation.writer import ExampleWriter, GenerateSummary
+from megatron_longpo.generation.locks import hold
+from megatron_longpo.generation.manifest import (
+    MANIFEST_FILE,
+    Manifest,
+    compare,
+    create,
+    manifest_of,
+    read_manifest,
+)
+from megatron_longpo.generation.merge import merge
+from megatron_longpo.generation.progress import GenerateProgress
+from megatron_longpo.generation.shards import End, Record, Shard, ShardWriter, parse_shard
+from megatron_longpo.generation.summary import GenerateSummary, summarise
+from megatron_longpo.generation.writer import ExampleWriter, Written
+
+POLL_SECONDS = 1.0
+"""How soon a stop signal is seen while documents are being written."""
+
+FAILURES_IN_A_ROW = 20
+"""Documents put aside one after the other, at least, before the run is given up."""
 
 
 def run_generate(config: GenerateConfig) -> GenerateSummary:
-    """Writes the examples file and prints what became of the documents."""
+    """Writes the shard's examples, and the examples file when it is the last; prints what became
+    of the documents.
+
+    Raises:
+        StopRequested: a signal asked for it; what is finished is saved.
+    """
     _check(config)
-    refuse_existing(config.output, overwrite=config.overwrite, key="output")
+    output, shard = Path(config.output), parse_shard(config.shard)
+    folder = partial_path(output)
+    if config.merge:
+        return _merge_only(config, output)
+    _prepare(config, output, shard)
     documents = DocumentSet(config.documents, limit=config.limit)
     instructions = Instructions(config)
-    partial = partial_path(config.output)
-    if config.overwrite:
-        partial.unlink(missing_ok=True)
-    fingerprint = _settings_fingerprint(config)
-    done = _resume(partial, fingerprint)
-    backend = make_backend(config)
-    writer = ExampleWriter(backend, config, instructions, settings=fingerprint)
-    summary = writer.summary
-    started = time.monotonic()
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        asyncio.Runner() as runner,
-        open(partial, "a", encoding="utf-8", newline="\n") as file,
-    ):
-        for document in track(documents, description="generate", total=len(documents)):
-            summary.num_documents += 1
-            if document.id in done:
-                summary.num_examples += 1
-                summary.num_resumed += 1
-                summary.num_turns += done[document.id]
-                continue
-            try:
-                example = runner.run(writer.example(document))
-            except Dropped as dropped:
-                summary.dropped[str(dropped)] += 1
-                continue
-            summary.num_examples += 1
-            summary.num_turns += len(example.turns)
-            file.write(dump_line(example_columns(example)))
-            file.flush()
-        os.fsync(file.fileno())
-        runner.run(backend.close())
-    summary.seconds = time.monotonic() - started
-    summary.dropped.update(documents.dropped)
+    manifest = manifest_of(config, num_shards=shard.count)
+    with hold(shard.lock(folder), what=_name(output, shard)):
+        try:
+            compare(folder, manifest)
+            summary = _write_shard(config, shard, documents, instructions, manifest)
+        except KeyboardInterrupt:
+            raise StopRequested(f"{_name(output, shard)}: interrupted; {GO_ON}") from None
+        finally:
+            _remove_if_empty(folder, shard)
     for reason, source in documents.first_dropped.items():
         number = documents.dropped[reason]
         print(f"warning: {number} x {reason}, for one {source}", file=sys.stderr)
-    if summary.num_examples == 0:
-        partial.unlink()
+    if summary.put_aside:
         raise UserError(
-            f"documents ({config.documents}): gave no example (dropped: "
-            f"{format_counts(summary.dropped)}); see chunk_min_tokens and chunk_max_tokens"
+            f"{_name(output, shard)}: {sum(summary.put_aside.values())} documents were put aside "
+            f"({format_counts(summary.put_aside)}); the same command tries them again, and --merge "
+            f"writes {output} without them"
         )
-    os.replace(partial, config.output)
-    print(f"{config.output}: {summary}")
-    return summary
+    merged = merge(output, num_shards=shard.count, report=config.report)
+    if merged is None:
+        print(f"shard {shard} is done: {summary}. {output} is written when all have ended")
+        return summary
+    merged.num_resumed = summary.num_resumed
+    print(f"{output}: {merged}")
+    return merged
 
 
-# ---------------------------------------------------------------- settings and resuming
+GO_ON = "what is finished is kept, and the same command goes on"
+
+
+def _name(output: Path, shard: Shard) -> str:
+    return str(output) if shard.count == 1 else f"shard {shard} of {output}"
+
+
+# ---------------------------------------------------------------- one shard
+
+
+def _write_shard(
+    config: GenerateConfig,
+    shard: Shard,
+    documents: DocumentSet,
+    instructions: Instructions,
+    manifest: Manifest,
+) -> GenerateSummary:
+    output = Path(config.output)
+    folder = partial_path(output)
+    with ShardWriter(shard.file(folder)) as file:
+        backend = make_backend(config)
+        writer = ExampleWriter(backend, config, instructions, settings=manifest.fingerprint)
+        create(folder, manifest)
+        run = _ShardRun(config, shard, documents, writer, file)
+        asyncio.run(run.run())
+        seconds = file.seconds_before + time.monotonic() - run.started
+        if run.was_stopped:
+            raise StopRequested(f"{_name(output, shard)}: stopped on request; {GO_ON}")
+        end = End(
+            num_documents=run.num_documents,
+            dropped=dict(documents.dropped),
+            put_aside=dict(run.put_aside),
+            seconds=round(seconds, 1),
+        )
+        file.end(end)
+        summary = summarise(file.done.values(), [end])
+        summary.num_resumed = run.num_resumed
+        return summary
+
+
+class _ShardRun:
+    """Goes through a shard's documents, several at the same time where the backend can."""
+
+    def __init__(
+        self,
+        config: GenerateConfig,
+        shard: Shard,
+        documents: DocumentSet,
+        writer: ExampleWriter,
+        file: ShardWriter,
+    ) -> None:
+        self._config = config
+        self._shard = shard
+        self._documents = documents
+        self._writer = writer
+        self._file = file
+        self._under_way: dict[asyncio.Task[Written], tuple[int, Document]] = {}
+        self._failures = 0
+        self.started = time.monotonic()
+        self.num_documents = 0
+        self.num_resumed = 0
+        self.put_aside: Counter[str] = Counter()
+        self.was_stopped = False
+
+    async def run(self) -> None:
+        total = -(-(len(self._documents) - self._shard.index) // self._shard.count)
+        description = "generate" if self._shard.count == 1 else f"generate {self._shard}"
+        with GenerateProgress(description=description, total=total) as self._progress:
+            try:
+                for number, document in enumerate(self._documents):
+                    self.num_documents += 1
+                    if self._shard.owns(number) and not self._is_done(number, document):
+                        await self._begin(number, document)
+                    if stop.was_requested():
+                        self.was_stopped = True
+                        break
+                # After a stop signal too: a document under way has cost much already.
+                while self._under_way:
+                    await self._some_finish()
+            finally:
+                for task in self._under_way:
+                    task.cancel()
+                await self._writer.backend.close()
+
+    def _is_done(self, number: int, document: Document) -> bool:
+        record = self._file.done.get(number)
+        if record is None:
+            return False
+        if record.id != document.id:
+            raise UserError(
+                f"documents ({self._config.documents}): {document.source} is document {number} "
+                f"now, and was another when {self._file.path} was begun; give the documents it "
+                "was begun with, or --overwrite to begin anew"
+            )
+        self.num_resumed += 1
+        self._progress.resumed()
+        return True
+
+    async def _begin(self, number: int, document: Document) -> None:
+        while len(self._under_way) >= self._writer.backend.documents_at_once:
+            await self._some_finish()
+        if not stop.was_requested():
+            task = asyncio.create_task(self._writer.write(document))
+            self._under_way[task] = (number, document)
+
+    async def _some_finish(self) -> None:
+        finished, _ = await asyncio.wait(
+            self._under_way, timeout=POLL_SECONDS, return_when=asyncio.FIRST_COMPLETED
+        )
+        # What is good is saved before what went wrong is raised.
+        for task in sorted(finished, key=lambda one: one.exception() is not None):
+            number, document = self._under_way.pop(task)
+            try:
+                self._save(number, document, task.result())
+            except BackendError as error:
+                self._put_aside(document, str(error))
+
+    def _save(self, number: int, document: Document, written: Written) -> None:
+        record = Record(
+            number=number,
+            id=document.id,
+            dropped=dict(written.dropped),
+            lengths=written.lengths,
+        )
+        self._file.append(record, written.example)
+        if written.num_tokens:  # it was asked about
+            self._failures = 0
+        num_turns = 0 if written.lengths is None else written.lengths.num_turns
+        self._progress.finished(num_turns=num_turns, num_tokens=written.num_tokens)
+
+    def _put_aside(self, document: Document, reason: str) -> None:
+        self.put_aside[reason] += 1
+        self._failures += 1
+        if self._failures >= max(FAILURES_IN_A_ROW, 2 * self._writer.backend.documents_at_once):
+            raise UserError(
+                f"{self._failures} documents in a row failed, the last ({document.source}) with: "
+                f"{reason}; {GO_ON}"
+            )
+        self._progress.finished(num_turns=0, num_tokens=0)
+
+
+# ---------------------------------------------------------------- settings and files
 
 
 def _check(config: GenerateConfig) -> None:
     for key in (
         "turns",
+        "rejected_candidates",
         "max_new_tokens",
         "chunk_min_tokens",
         "chunk_max_tokens",
@@ -106,36 +254,62 @@ def _check(config: GenerateConfig) -> None:
             raise UserError(f"{branch}_temperature ({temperature}): must be 0 (greedy) or more")
         if not 0 < top_p <= 1:
             raise UserError(f"{branch}_top_p ({top_p}): must be above 0 and at most 1")
+    if not config.candidate_temperature > 0:
+        raise UserError(
+            f"candidate_temperature ({config.candidate_temperature}): must be above 0; greedy "
+            "candidates would all be the same"
+        )
     if config.require_fact and config.instructions not in ("template", "planted"):
         raise UserError(
             "require_fact (true): only questions of instructions: template and planted have facts"
         )
+    if config.rope_theta is not None and None in (
+        config.context_length,
+        config.chunk_min_tokens,
+        config.chunk_max_tokens,
+    ):
+        raise UserError(
+            f"rope_theta ({config.rope_theta:g}): needs context_length, the tokens that the model "
+            "is to read with it, and chunk_min_tokens and chunk_max_tokens, the chunks that it "
+            "reads without trouble"
+        )
 
 
-def _settings_fingerprint(config: GenerateConfig) -> str:
-    """A hash of all settings that change an example."""
-    settings = dataclasses.asdict(config)
-    for key in ("documents", "output", "limit", "overwrite", "num_threads"):
-        del settings[key]
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+def _prepare(config: GenerateConfig, output: Path, shard: Shard) -> None:
+    """Refuses a target that is taken; with `overwrite`, removes what an earlier run left."""
+    folder = partial_path(output)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output ({output}): {folder} is in the way; remove it")
+    if config.overwrite and shard.count > 1:
+        raise UserError(
+            f"overwrite (true): would remove what other shards write; remove {output} and "
+            f"{folder} before the first shard begins"
+        )
+    if config.overwrite and folder.exists():
+        for lock in sorted(folder.glob("*.lock")):
+            with hold(lock, what=str(output)):
+                pass
+        shutil.rmtree(folder)
+    # With a folder beside it, the file is what --merge has made of it so far.
+    if not (folder / MANIFEST_FILE).exists():
+        refuse_existing(output, overwrite=config.overwrite, key="output")
 
 
-def _resume(partial: Path, fingerprint: str) -> dict[str, int]:
-    """Document ids with their turns in an unfinished file; a last line cut short is taken off."""
-    if not partial.exists():
-        return {}
-    data = partial.read_bytes()
-    complete = data.rfind(b"\n") + 1
-    if complete < len(data):
-        os.truncate(partial, complete)
-    if complete == 0:
-        return {}
-    done = {}
-    for example in ExampleFile(partial):
-        if example.meta.get("settings") != fingerprint:
-            raise UserError(
-                f"{example.source}: was made with other settings; give --overwrite to begin anew "
-                "or choose another output"
-            )
-        done[example.id] = len(example.turns)
-    return done
+def _merge_only(config: GenerateConfig, output: Path) -> GenerateSummary:
+    folder = partial_path(output)
+    if not folder.is_dir():
+        raise UserError(f"merge (true): there is no {folder}, so nothing that could be merged")
+    num_shards = read_manifest(folder).num_shards
+    merged = merge(output, num_shards=num_shards, report=config.report, unfinished=True)
+    if merged is None:
+        raise UserError(f"merge (true): another process has merged {output} just now")
+    print(f"{output}: {merged}")
+    return merged
+
+
+def _remove_if_empty(folder: Path, shard: Shard) -> None:
+    """Where nothing was finished and no other shard has begun, other settings may be tried."""
+    locks = set(folder.glob("shard-*.lock"))
+    files = folder.glob("shard-*.jsonl")
+    if locks == {shard.lock(folder)} and not any(file.stat().st_size for file in files):
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,16 +1,20 @@
-"""Writing one document's example: which chunks are asked about, and what the model answers."""
+"""Writing one document's example: which chunks are asked about, and what the model answers.
+
+Everything about a document is asked in few calls of the backend: all its questions, all chosen
+answers, all rejected ones, so that answers are written together and the document is read once.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import random
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_longpo.data.chat import prompt_ids
 from megatron_longpo.data.examples import Example, Turn
-from megatron_longpo.data.progress import Dropped, format_counts
+from megatron_longpo.data.progress import Dropped
 from megatron_longpo.data.prompt_layout import opening_messages, shorten_document
 from megatron_longpo.errors import UserError
 from megatron_longpo.generation.backends.base import (
@@ -20,12 +24,14 @@ from megatron_longpo.generation.backends.base import (
     Request,
     Sampling,
 )
-from megatron_longpo.generation.chunking import Chunk, chunk_document
+from megatron_longpo.generation.chunking import chunk_document
 from megatron_longpo.generation.config import GenerateConfig
 from megatron_longpo.generation.documents import Document
+from megatron_longpo.generation.example_lengths import ExampleLengths
 from megatron_longpo.generation.facts import holds_fact
-from megatron_longpo.generation.filters import Filters
+from megatron_longpo.generation.filters import Filters, same_answer
 from megatron_longpo.generation.instructions import Instruction, Instructions, Prepared
+from megatron_longpo.generation.planting import Span
 from megatron_longpo.generation.prompts import phrase, question_request
 
 ATTEMPTS_PER_TURN = 3
@@ -34,42 +40,50 @@ ATTEMPTS_PER_TURN = 3
 MAX_QUESTION_TOKENS = 1024
 
 
-@dataclass(kw_only=True)
-class GenerateSummary:
-    """What became of the documents."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Question:
+    """What is asked about a chunk, as it is put to the model."""
 
-    num_documents: int = 0
-    num_resumed: int = 0
-    num_examples: int = 0
-    num_turns: int = 0
-    seconds: float = 0.0
-    dropped: Counter[str] = field(default_factory=Counter)
-    """Documents, chunks and turns by the reason why they gave nothing."""
-
-    def __str__(self) -> str:
-        text = (
-            f"{self.num_examples} examples with {self.num_turns} turns from "
-            f"{self.num_documents} documents in {self.seconds:.0f} s"
-        )
-        if self.num_resumed:
-            text += f" ({self.num_resumed} examples were there already)"
-        if self.dropped:
-            text += f"; dropped: {format_counts(self.dropped)}"
-        return text
+    chunk: str
+    span: Span
+    """Of the chunk, in characters of the document."""
+    text: str
+    instruction: Instruction
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Asked:
-    """A chunk, its question as put to the model, and the chosen answer."""
+    """A question with its chosen answer."""
 
-    chunk: Chunk
-    question: str
+    question: Question
     chosen: str
-    instruction: Instruction
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answered:
+    """A question with both answers."""
+
+    asked: Asked
+    rejected: str
+    candidates: tuple[str, ...]
+    """The other answers from the whole document, the good ones."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Written:
+    """What became of a document."""
+
+    example: Example | None = None
+    lengths: ExampleLengths | None = None
+    """None where there is no example."""
+    dropped: Counter[str] = field(default_factory=Counter)
+    """Chunks and turns, or the document itself, by the reason why they gave nothing."""
+    num_tokens: int = 0
+    """Tokens that the model wrote, dropped ones too."""
 
 
 class ExampleWriter:
-    """Asks a model about the chunks of documents, one document at a time."""
+    """Asks a model about the chunks of documents; may work on several documents at once."""
 
     def __init__(
         self,
@@ -79,194 +93,289 @@ class ExampleWriter:
         *,
         settings: str,
     ) -> None:
-        self._backend = backend
-        self._config = config
-        self._instructions = instructions
-        self._settings = settings
-        self._filters = Filters(config.filters)
+        self.backend = backend
+        self.config = config
+        self.instructions = instructions
+        self.settings = settings
+        self.filters = Filters(config.filters)
         context = backend.context_length
-        self._chunk_min = config.chunk_min_tokens or context // 2
-        self._chunk_max = config.chunk_max_tokens or context * 30000 // 32768
-        self._prompt_max = config.max_prompt_tokens or context - config.max_new_tokens
-        self.summary = GenerateSummary()
-        if self._chunk_min > self._chunk_max:
+        self.chunk_min = config.chunk_min_tokens or context // 2
+        self.chunk_max = config.chunk_max_tokens or context * 30000 // 32768
+        self.prompt_max = config.max_prompt_tokens or context - config.max_new_tokens
+        if self.chunk_min > self.chunk_max:
             raise UserError(
-                f"chunk_min_tokens ({self._chunk_min}): must not exceed chunk_max_tokens "
-                f"({self._chunk_max})"
+                f"chunk_min_tokens ({self.chunk_min}): must not exceed chunk_max_tokens "
+                f"({self.chunk_max})"
             )
-        if self._chunk_max >= self._prompt_max:
+        if self.chunk_max >= self.prompt_max:
             raise UserError(
-                f"chunk_max_tokens ({self._chunk_max}): must be below max_prompt_tokens "
-                f"({self._prompt_max}), which is the model's context less max_new_tokens by default"
+                f"chunk_max_tokens ({self.chunk_max}): must be below max_prompt_tokens "
+                f"({self.prompt_max}), which is the model's context less max_new_tokens by default"
             )
 
-    async def example(self, document: Document) -> Example:
-        """The example of a document; raises `Dropped` where it has none."""
-        # Every document has its own random numbers, so a resumed run makes the same choices.
-        rng = random.Random(f"{self._config.seed} {document.id}")
-        text = self._within_bound(document.text)
+    async def write(self, document: Document) -> Written:
+        """The example of a document, or why it has none.
+
+        Raises:
+            BackendError: the backend failed on one of its requests; nothing is known of it then.
+        """
+        work = _DocumentWork(self, document)
+        try:
+            await work.write()
+        except Dropped as dropped:
+            work.written.dropped[str(dropped)] += 1
+        return work.written
+
+    def prompt_length(self, context: str, question: str) -> int:
+        """Tokens of the prompt that asks a question about a chunk or a document."""
+        messages = opening_messages(self.config.system, context, question)
+        return len(prompt_ids(self.backend.tokenizer, messages))
+
+    def count_tokens(self, text: str) -> int:
+        return len(self.backend.tokenizer.encode(text))
+
+
+class _DocumentWork:
+    """One document on its way; its random numbers are its own, so a resumed run chooses alike."""
+
+    def __init__(self, writer: ExampleWriter, document: Document) -> None:
+        self._writer = writer
+        self._config = writer.config
+        self._document = document
+        self._rng = random.Random(f"{writer.config.seed} {document.id}")
+        self.written = Written()
+
+    async def write(self) -> None:
+        text = self._within_bound(self._document.text)
         chunks = chunk_document(
             text,
-            count_tokens=self._count_tokens,
-            min_tokens=self._chunk_min,
-            max_tokens=self._chunk_max,
+            count_tokens=self._writer.count_tokens,
+            min_tokens=self._writer.chunk_min,
+            max_tokens=self._writer.chunk_max,
         )
         if not chunks:
             raise Dropped("document without a chunk of the right length")
-        candidates = rng.sample(chunks, len(chunks))[: ATTEMPTS_PER_TURN * self._config.turns]
-        prepared = self._instructions.prepare(
-            text, [(chunk.start, chunk.end) for chunk in candidates], rng
+        most = ATTEMPTS_PER_TURN * self._config.turns
+        candidates = self._rng.sample(chunks, len(chunks))[:most]
+        prepared = self._writer.instructions.prepare(
+            text, [(chunk.start, chunk.end) for chunk in candidates], self._rng
         )
-        text = prepared.document
-        asked = await self._ask_about_chunks(prepared, document, rng)
-        turns = await self._answer_from_document(asked, text, rng)
-        if not turns:
+        asked = await self._ask_about_chunks(prepared)
+        answered = await self._answer_from_document(asked, prepared.document) if asked else []
+        if not answered:
             raise Dropped("document without a good turn")
-        return Example(
-            id=document.id,
-            document=text,
-            turns=tuple(turn for _, turn in turns),
-            meta={
-                "source": document.source,
-                "model": Path(self._config.model).name,
-                "settings": self._settings,
-                "kinds": [one.instruction.kind for one, _ in turns],
-                "facts": [list(one.instruction.answer) for one, _ in turns],
-            },
-        )
+        self.written.example = self._example(prepared.document, answered)
+        self.written.lengths = self._lengths(prepared.document, answered)
 
     # ------------------------------------------------------------ questions and chosen answers
 
-    async def _ask_about_chunks(
-        self, prepared: Prepared, document: Document, rng: random.Random
-    ) -> list[Asked]:
+    async def _ask_about_chunks(self, prepared: Prepared) -> list[Asked]:
+        """Asks about as many chunks as there are turns, and about others in place of those that
+        gave nothing."""
+        left = list(range(len(prepared.spans)))
         asked: list[Asked] = []
-        for index in range(len(prepared.spans)):
-            if len(asked) == self._config.turns:
-                break
-            try:
-                asked.append(await self._ask(prepared, index, document, rng))
-            except Dropped as dropped:
-                self.summary.dropped[str(dropped)] += 1
+        while left and len(asked) < self._config.turns:
+            missing = self._config.turns - len(asked)
+            now, left = left[:missing], left[missing:]
+            asked += await self._chosen_answers(await self._questions(prepared, now))
         return asked
 
-    async def _ask(
-        self, prepared: Prepared, index: int, document: Document, rng: random.Random
-    ) -> Asked:
-        start, end = prepared.spans[index]
-        chunk = Chunk(text=prepared.document[start:end], start=start, end=end)
-        if self._instructions.asks_model:
-            instruction = await self._written_question(chunk, rng)
+    async def _questions(self, prepared: Prepared, indices: list[int]) -> list[Question]:
+        """Questions about some of the chunks, without those about which there is none."""
+        chunks = [prepared.document[slice(*prepared.spans[index])] for index in indices]
+        if self._writer.instructions.asks_model:
+            instructions = await self._written_instructions(chunks)
         else:
-            found = self._instructions.choose(prepared, index, document, rng)
-            if found is None:
-                raise Dropped("chunk without a question about it")
-            instruction = found
-        question = phrase(instruction.question, rng)
-        if len(self._prompt(chunk.text, question)) > self._prompt_max:
-            raise Dropped("chunk and question over max_prompt_tokens")
-        asked = Asked(chunk=chunk, question=question, instruction=instruction, chosen="")
-        chosen = await self._write(chunk.text, asked, "chosen", rng)
-        if self._config.require_fact and not holds_fact(chosen, instruction.answer):
-            raise Dropped("chosen answer: without the fact")
-        return dataclasses.replace(asked, chosen=chosen)
+            instructions = [
+                self._writer.instructions.choose(prepared, index, self._document, self._rng)
+                for index in indices
+            ]
+        questions = []
+        for index, chunk, instruction in zip(indices, chunks, instructions, strict=True):
+            if instruction is None:
+                self._drop(
+                    "chunk whose questions did not parse"
+                    if self._writer.instructions.asks_model
+                    else "chunk without a question about it"
+                )
+                continue
+            text = phrase(instruction.question, self._rng)
+            if self._writer.prompt_length(chunk, text) > self._writer.prompt_max:
+                self._drop("chunk and question over max_prompt_tokens")
+                continue
+            span = prepared.spans[index]
+            questions.append(Question(chunk=chunk, span=span, text=text, instruction=instruction))
+        return questions
 
-    async def _written_question(self, chunk: Chunk, rng: random.Random) -> Instruction:
-        """One of the questions that the model writes about a chunk."""
+    async def _written_instructions(self, chunks: list[str]) -> list[Instruction | None]:
+        """One of the questions that the model writes about each chunk."""
         sampling = Sampling(
             temperature=self._config.question_temperature,
             top_p=self._config.question_top_p,
             max_new_tokens=min(MAX_QUESTION_TOKENS, self._config.max_new_tokens),
         )
-        completion = await self._complete(chunk.text, question_request(), sampling, rng)
-        instruction = self._instructions.written(completion.text, rng)
-        if instruction is None:
-            raise Dropped("chunk whose questions did not parse")
-        return instruction
+        completions = await self._complete(
+            [self._request(chunk, question_request(), sampling) for chunk in chunks]
+        )
+        return [
+            self._writer.instructions.written(completion.text, self._rng)
+            for completion in completions
+        ]
+
+    async def _chosen_answers(self, questions: list[Question]) -> list[Asked]:
+        sampling = self._sampling("chosen")
+        completions = await self._complete(
+            [self._request(one.chunk, one.text, sampling) for one in questions]
+        )
+        asked = []
+        for question, completion in zip(questions, completions, strict=True):
+            reason = self._fault(completion, "chosen", question)
+            if reason is None and self._config.require_fact:
+                missing = not holds_fact(completion.text, question.instruction.answer)
+                reason = "chosen answer: without the fact" if missing else None
+            if reason is None:
+                asked.append(Asked(question=question, chosen=completion.text))
+            else:
+                self._drop(reason)
+        return asked
 
     # ------------------------------------------------------------ rejected answers
 
-    async def _answer_from_document(
-        self, asked: list[Asked], document: str, rng: random.Random
-    ) -> list[tuple[Asked, Turn]]:
-        if not asked:
-            return []
-        longest = max((one.question for one in asked), key=self._count_tokens)
+    async def _answer_from_document(self, asked: list[Asked], document: str) -> list[Answered]:
+        longest = max((one.question.text for one in asked), key=self._writer.count_tokens)
         # One cut for all turns, so that they share their prompt up to the question.
         read = shorten_document(
             document,
-            count_tokens=lambda text: len(self._prompt(text, longest)),
-            max_tokens=self._prompt_max,
-            keep=[(one.chunk.start, one.chunk.end) for one in asked],
+            count_tokens=lambda text: self._writer.prompt_length(text, longest),
+            max_tokens=self._writer.prompt_max,
+            keep=[one.question.span for one in asked],
         )
         if read is None:
             raise Dropped("document whose chunks are over max_prompt_tokens together")
-        turns: list[tuple[Asked, Turn]] = []
-        for one in asked:
-            try:
-                turns.append((one, await self._turn(one, read, rng)))
-            except Dropped as dropped:
-                self.summary.dropped[str(dropped)] += 1
-        return turns
-
-    async def _turn(self, asked: Asked, document: str, rng: random.Random) -> Turn:
-        rejected = await self._write(document, asked, "rejected", rng)
-        if (reason := self._filters.pair_fault(asked.chosen, rejected)) is not None:
-            raise Dropped(reason)
-        return Turn(
-            chunk=asked.chunk.text,
-            chunk_span=(asked.chunk.start, asked.chunk.end),
-            question=asked.question,
-            chosen=asked.chosen,
-            rejected=rejected,
+        samplings = [self._sampling("rejected")]
+        samplings += [self._candidate_sampling()] * (self._config.rejected_candidates - 1)
+        completions = await self._complete(
+            [
+                self._request(read, one.question.text, sampling)
+                for one in asked
+                for sampling in samplings
+            ]
         )
+        answered = []
+        for index, one in enumerate(asked):
+            first = index * len(samplings)
+            turn = self._choose_rejected(one, completions[first : first + len(samplings)])
+            if turn is not None:
+                answered.append(turn)
+        return answered
 
-    # ------------------------------------------------------------ both
+    def _choose_rejected(self, asked: Asked, completions: list[Completion]) -> Answered | None:
+        """The first good answer that is not the chosen one; others are kept beside it."""
+        good: list[str] = []
+        reasons = []
+        for completion in completions:
+            reason = self._fault(completion, "rejected", asked.question)
+            reason = reason or self._writer.filters.pair_fault(asked.chosen, completion.text)
+            if reason is not None:
+                reasons.append(reason)
+            elif not any(same_answer(other, completion.text) for other in good):
+                good.append(completion.text)
+        if not good:
+            self._drop(reasons[0])
+            return None
+        return Answered(asked=asked, rejected=good[0], candidates=tuple(good[1:]))
 
-    async def _write(self, context: str, asked: Asked, branch: str, rng: random.Random) -> str:
-        """An answer; raises `Dropped` where it is not good enough."""
-        sampling = Sampling(
+    # ------------------------------------------------------------ what both need
+
+    def _sampling(self, branch: str) -> Sampling:
+        return Sampling(
             temperature=getattr(self._config, f"{branch}_temperature"),
             top_p=getattr(self._config, f"{branch}_top_p"),
             max_new_tokens=self._config.max_new_tokens,
         )
-        completion = await self._complete(context, asked.question, sampling, rng)
-        reason = self._filters.fault(
+
+    def _candidate_sampling(self) -> Sampling:
+        return Sampling(
+            temperature=self._config.candidate_temperature,
+            top_p=self._config.rejected_top_p,
+            max_new_tokens=self._config.max_new_tokens,
+        )
+
+    def _request(self, context: str, question: str, sampling: Sampling) -> Request:
+        messages = opening_messages(self._config.system, context, question)
+        return Request(messages=tuple(messages), sampling=sampling, seed=self._rng.getrandbits(32))
+
+    async def _complete(self, requests: Sequence[Request]) -> list[Completion]:
+        if not requests:
+            return []
+        completions = []
+        for completion in await self._writer.backend.complete(requests):
+            if isinstance(completion, BackendError):
+                raise completion
+            completions.append(completion)
+            self.written.num_tokens += self._writer.count_tokens(completion.text)
+        return completions
+
+    def _fault(self, completion: Completion, branch: str, question: Question) -> str | None:
+        """Why an answer is not good enough, or None."""
+        return self._writer.filters.fault(
             completion.text,
             branch,
             finished=completion.finished,
-            question=asked.instruction.question,
-            context=asked.chunk.text,
+            question=question.instruction.question,
+            context=question.chunk,
         )
-        if reason is not None:
-            raise Dropped(reason)
-        return completion.text
 
-    async def _complete(
-        self, context: str, question: str, sampling: Sampling, rng: random.Random
-    ) -> Completion:
-        messages = opening_messages(self._config.system, context, question)
-        request = Request(messages=tuple(messages), sampling=sampling, seed=rng.getrandbits(32))
-        (completion,) = await self._backend.complete([request])
-        if isinstance(completion, BackendError):
-            raise Dropped(f"answer that failed: {completion}")
-        return completion
-
-    def _prompt(self, context: str, question: str) -> list[int]:
-        messages = opening_messages(self._config.system, context, question)
-        return prompt_ids(self._backend.tokenizer, messages)
-
-    def _count_tokens(self, text: str) -> int:
-        return len(self._backend.tokenizer.encode(text))
+    def _drop(self, reason: str) -> None:
+        self.written.dropped[reason] += 1
 
     def _within_bound(self, document: str) -> str:
         if self._config.max_document_tokens is None:
             return document
         shorter = shorten_document(
             document,
-            count_tokens=self._count_tokens,
+            count_tokens=self._writer.count_tokens,
             max_tokens=self._config.max_document_tokens,
             cut_from="tail",
         )
         assert shorter is not None  # nothing is kept, so anything can be cut
         return shorter
+
+    # ------------------------------------------------------------ the example
+
+    def _example(self, text: str, answered: list[Answered]) -> Example:
+        questions = [one.asked.question for one in answered]
+        meta = {
+            "source": self._document.source,
+            "model": Path(self._config.model).name,
+            "settings": self._writer.settings,
+            "kinds": [question.instruction.kind for question in questions],
+            "facts": [list(question.instruction.answer) for question in questions],
+        }
+        if self._config.rejected_candidates > 1:
+            meta["rejected_candidates"] = [list(one.candidates) for one in answered]
+        turns = tuple(
+            Turn(
+                chunk=one.asked.question.chunk,
+                chunk_span=one.asked.question.span,
+                question=one.asked.question.text,
+                chosen=one.asked.chosen,
+                rejected=one.rejected,
+            )
+            for one in answered
+        )
+        return Example(id=self._document.id, document=text, turns=turns, meta=meta)
+
+    def _lengths(self, text: str, answered: list[Answered]) -> ExampleLengths:
+        count = self._writer.count_tokens
+        questions = [one.asked.question for one in answered]
+        middles = [sum(one.span) / 2 for one in questions]
+        return ExampleLengths(
+            document=count(text),
+            chunk=[count(one.chunk) for one in questions],
+            question=[count(one.text) for one in questions],
+            chosen=[count(one.asked.chosen) for one in answered],
+            rejected=[count(one.rejected) for one in answered],
+            position=[round(middle / len(text), 4) for middle in middles],
+            kind=[one.instruction.kind for one in questions],
+        )

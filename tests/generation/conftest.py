@@ -1,8 +1,15 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 
+from megatron_longpo.generation import generate
+from megatron_longpo.generation.backends.base import BackendError
 from tests import small_tokenizers as small
+from tests.generation.scripted import DOCUMENT, Scripted
 
 
 @pytest.fixture(scope="session")
@@ -29,3 +36,23 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture
+def documents(tmp_path: Path) -> str:
+    folder = tmp_path / "documents"
+    folder.mkdir()
+    for name in ("a", "b", "c"):
+        (folder / f"{name}.txt").write_text(DOCUMENT.replace("Thing", f"Thing{name}"))
+    (folder / "short.txt").write_text("Too short.")
+    return str(folder)
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Scripted]:
+    def install(answer: Callable[[str], str | BackendError], **more: Any) -> Scripted:
+        backend = Scripted(answer, **more)
+        monkeypatch.setattr(generate, "make_backend", lambda _: backend)
+        return backend
+
+    return install

@@ -3,104 +3,19 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron_longpo.data.chat import prompt_ids
 from megatron_longpo.data.config import TokenizeConfig
 from megatron_longpo.data.examples import ExampleFile
 from megatron_longpo.data.tokenize import run_tokenize
-from megatron_longpo.data.tokenizers import ChatTokenizer, HuggingFaceTokenizer
 from megatron_longpo.errors import UserError
 from megatron_longpo.generation import generate
-from megatron_longpo.generation.backends.base import BackendError, Completion, Request, Sampling
-from megatron_longpo.generation.config import GenerateConfig
 from megatron_longpo.generation.planted_facts import PLANTED_KINDS
-from tests import small_tokenizers as small
-
-PARTS = [
-    f"class Thing{number}(Base{number}):\n    '''Part {number} of the document.'''\n"
-    for number in range(12)
-]
-DOCUMENT = "\n\n".join(PARTS)
-
-
-@pytest.fixture
-def documents(tmp_path: Path) -> str:
-    folder = tmp_path / "documents"
-    folder.mkdir()
-    for name in ("a", "b", "c"):
-        (folder / f"{name}.txt").write_text(DOCUMENT.replace("Thing", f"Thing{name}"))
-    (folder / "short.txt").write_text("Too short.")
-    return str(folder)
-
-
-def settings(model: str, documents: str, tmp_path: Path, **changes: Any) -> GenerateConfig:
-    values: dict[str, Any] = {
-        "instructions": "template",
-        "chunk_min_tokens": 60,
-        "chunk_max_tokens": 150,
-        "turns": 2,
-        "max_new_tokens": 12,
-        "dtype": "fp32",
-        "num_threads": 1,
-        "output": str(tmp_path / "examples.jsonl"),
-        **changes,
-    }
-    return GenerateConfig(model=model, documents=documents, **values)
-
-
-class Scripted:
-    """A backend whose answers are looked up; it records what it was asked."""
-
-    context_length = 2048
-    documents_at_once = 1
-
-    def __init__(self, answer: Callable[[str], str], *, finished: bool = True) -> None:
-        self.tokenizer: ChatTokenizer = HuggingFaceTokenizer(
-            small.byte_level(tuple(small.CHATML_SPECIAL), "<|im_end|>"),
-            name="scripted",
-            chat_template=small.CHATML,
-        )
-        self.answer, self.finished = answer, finished
-        self.prompts: list[str] = []
-        self.samplings: list[Sampling] = []
-        self.seeds: list[int] = []
-
-    async def complete(self, requests: Sequence[Request]) -> list[Completion | BackendError]:
-        return [self._complete(request) for request in requests]
-
-    def _complete(self, request: Request) -> Completion:
-        text = self.tokenizer.decode(prompt_ids(self.tokenizer, request.messages))
-        self.prompts.append(text)
-        self.samplings.append(request.sampling)
-        self.seeds.append(request.seed)
-        return Completion(text=self.answer(text), finished=self.finished)
-
-    async def close(self) -> None:
-        pass
-
-
-@pytest.fixture
-def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Scripted]:
-    def install(answer: Callable[[str], str], **more: Any) -> Scripted:
-        backend = Scripted(answer, **more)
-        monkeypatch.setattr(generate, "make_backend", lambda _: backend)
-        return backend
-
-    return install
-
-
-def is_long(prompt: str) -> bool:
-    return all(f"Base{number}" in prompt for number in (0, 11))
-
-
-def by_length(prompt: str) -> str:
-    return "A long and wrong answer." if is_long(prompt) else "A short and right answer."
-
+from tests.generation.scripted import DOCUMENT, Scripted, by_length, is_long, settings
 
 # ---------------------------------------------------------------- with a real model
 
@@ -284,52 +199,6 @@ def test_planted_facts_are_in_the_example(
             assert all(word in turn.chunk and word in example.document for word in fact)
             assert not any(word in DOCUMENT for word in fact if len(word) > 3)
     assert len(backend.prompts) == 12
-
-
-def test_interrupted_run_goes_on_and_gives_the_same_file(
-    documents: str, tmp_path: Path, scripted: Callable[..., Scripted]
-) -> None:
-    config = settings("m", documents, tmp_path)
-    scripted(by_length)
-    generate.run_generate(config)
-    whole = (tmp_path / "examples.jsonl").read_bytes()
-
-    calls = 0
-
-    def interrupted(prompt: str) -> str:
-        nonlocal calls
-        calls += 1
-        if calls == 7:
-            raise KeyboardInterrupt
-        return by_length(prompt)
-
-    config.output = str(tmp_path / "again.jsonl")
-    scripted(interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        generate.run_generate(config)
-    partial = tmp_path / "again.jsonl.partial"
-    assert len(partial.read_text().splitlines()) == 1
-    with open(partial, "ab") as file:
-        file.write(b'{"id": "cut sho')
-    backend = scripted(by_length)
-    summary = generate.run_generate(config)
-    assert (summary.num_examples, summary.num_resumed) == (3, 1)
-    assert len(backend.prompts) == 8
-    assert (tmp_path / "again.jsonl").read_bytes() == whole
-
-
-def test_resuming_with_other_settings_is_refused(
-    documents: str, tmp_path: Path, scripted: Callable[..., Scripted]
-) -> None:
-    config = settings("m", documents, tmp_path)
-    scripted(by_length)
-    generate.run_generate(config)
-    (tmp_path / "examples.jsonl").rename(tmp_path / "examples.jsonl.partial")
-    config.seed = 43
-    with pytest.raises(UserError, match=r"partial:1: was made with other settings; give --overw"):
-        generate.run_generate(config)
-    config.overwrite = True
-    assert generate.run_generate(config).num_resumed == 0
 
 
 def test_existing_output_is_refused(documents: str, tmp_path: Path) -> None:
