@@ -178,7 +178,7 @@ class SentencePieceTokenizer(ChatTokenizer):
         return ids
 
     def spans(self, text: str) -> np.ndarray:
-        # The pieces joined are the text, but for the space that the model puts before it.
+        # The pieces joined are the text, but for spaces that the model puts before a text.
         data = text.encode()
         edges: list[tuple[int, int]] = []
         position = 0
@@ -189,7 +189,11 @@ class SentencePieceTokenizer(ChatTokenizer):
             else:
                 surface = piece.replace("\u2581", " ").encode()
             if not data.startswith(surface, position):
-                surface = surface.removeprefix(b" ")
+                if data.startswith(b" " + surface, position):
+                    position += 1  # the space after a control symbol, which `encode` leaves out
+                surface = (
+                    surface if data.startswith(surface, position) else surface.removeprefix(b" ")
+                )
             if not data.startswith(surface, position):  # the model rewrites what it reads
                 return spans_by_words(text, lambda word: len(self.encode(word)))
             edges.append((position, position + len(surface)))
