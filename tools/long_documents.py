@@ -43,7 +43,6 @@ PACKAGES = {
     "anarchism": (r"anarchism", "usr/share/doc/anarchism/markdown/*"),
     "debian-policy": (r"debian-policy", "usr/share/doc/debian-policy/**/_sources/*"),
     "developers-reference": (r"developers-reference", "usr/share/developers-reference/_sources/*"),
-    "exim4-doc": (r"exim4-doc-info", "usr/share/info/*"),
     "git-doc": (r"git-doc", "usr/share/doc/git-doc/**/*.txt"),
     "postgresql-doc": (r"postgresql-doc-[0-9]+", "usr/share/doc/postgresql-doc-*/html/*.html"),
     "python-doc": (r"python3\.[0-9]+-doc", "usr/share/doc/python3*/html/_sources/**/*.txt"),
