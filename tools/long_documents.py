@@ -45,7 +45,7 @@ PACKAGES = {
     "developers-reference": (r"developers-reference", "usr/share/developers-reference/_sources/*"),
     "git-doc": (r"git-doc", "usr/share/doc/git-doc/**/*.txt"),
     "postgresql-doc": (r"postgresql-doc-[0-9]+", "usr/share/doc/postgresql-doc-*/html/*.html"),
-    "python-doc": (r"python3\.[0-9]+-doc", "usr/share/doc/python3*/html/_sources/**/*.txt"),
+    "python-doc": (r"python3\.[0-9]+-doc", "usr/share/doc/python3.*[0-9]/html/_sources/**/*.txt"),
     "r-doc": (r"r-doc-html", "usr/share/R/doc/manual/*.html"),
     "vim-doc": (r"vim-doc", "usr/share/doc/vim/html/*.html"),
 }
@@ -86,7 +86,10 @@ def unpack_package(source: str, folder: Path, min_bytes: int) -> str | None:
                 shutil.copy(path, folder / "-".join(path.relative_to(root).parts[3:]))
         copyright_file = root / "usr/share/doc" / names[-1] / "copyright"
         text = copyright_file.read_text("utf-8", "replace") if copyright_file.exists() else ""
-    named = dict.fromkeys(re.findall(r"^License:[ \t]*(\S.*?)[ \t]*$", text, re.M))
+    # Debian's machine-readable form; other files speak in sentences.
+    named = dict.fromkeys(
+        re.findall(r"^License: *([\w.+-]+(?: (?:and|or) [\w.+-]+)*)$", text, re.M)
+    )
     return ", ".join(named) or f"see the copyright file of {names[-1]}"
 
 

@@ -7,7 +7,7 @@ import re
 from megatron_longpo.data.progress import Dropped
 from megatron_longpo.errors import UserError
 
-_NO_TEXT = re.compile(r"<(script|style|nav|head)\b.*?</\1\s*>", re.S | re.I)
+_NO_TEXT = re.compile(r"<\?xml.*?>|<(script|style|nav|head)\b.*?</\1\s*>", re.S | re.I)
 
 
 def require_markdownify() -> None:

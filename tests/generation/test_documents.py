@@ -21,7 +21,7 @@ from megatron_longpo.generation.documents import Document, DocumentSet, open_doc
 from megatron_longpo.generation.structure import find_kind
 
 PAGE = (
-    "<!DOCTYPE html><html><head><title>t</title></head><body><h2>Tides</h2>"
+    "<?xml version='1.0'?>\n<!DOCTYPE html><html><head><title>t</title></head><body><h2>Tides</h2>"
     "<p>High <a href='x'>water</a>.</p><pre>a  b\n</pre><script>no()</script></body></html>"
 )
 
