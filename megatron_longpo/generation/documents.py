@@ -35,7 +35,7 @@ class DocumentSet:
     """The documents under a path, read one at a time; what cannot be used is counted in `dropped`.
 
     Every shard reads all of them, since which of two like documents comes first must not depend on
-    the shard. That takes about 10 ms each, and neither a tokenizer nor a model.
+    the shard. That takes some 10 ms each, and neither a tokenizer nor a model.
     """
 
     def __init__(

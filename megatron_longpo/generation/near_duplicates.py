@@ -1,6 +1,6 @@
 """Near-duplicates: MinHash sketches of word 5-grams, compared through locality-sensitive hashing.
 
-The sketches and the index are rensa's. A document of 200,000 characters takes about 10 ms, and one
+The sketches and the index are rensa's. A document of 200,000 characters takes about 15 ms, and one
 that is kept about 1 KB of memory.
 """
 
