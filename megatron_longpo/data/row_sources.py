@@ -12,6 +12,9 @@ from typing import Any, Protocol
 from megatron_longpo.data.jsonl import JsonlFile
 from megatron_longpo.errors import UserError
 
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+"""`owner/name` of a data set."""
+
 
 class RowSource(Protocol):
     """Unchecked rows by index."""
@@ -143,9 +146,7 @@ def open_source(
         if local.suffix == ".parquet":
             return _open_parquet([local], local, keep)
         return JsonArraySource(local) if _holds_list(local) else JsonlSource(local)
-    if local.suffix not in (".jsonl", ".json", ".parquet") and re.fullmatch(
-        r"[\w-][\w.-]*/[\w-][\w.-]*", path
-    ):
+    if local.suffix not in (".jsonl", ".json", ".parquet") and HUB_ID.fullmatch(path):
         return _open_hub(path, keep, split)
     raise UserError(f"{path}: no such file or folder, and not a hub id (owner/name)")
 
@@ -215,13 +216,13 @@ def _open_hub(hub_id: str, keep: Collection[str] | None, split: str | None) -> R
 def _arrow_source(
     loaded: Any, name: str, keep: Collection[str] | None, split: str | None
 ) -> RowSource:
-    dataset = _one_split(loaded, name, split)
+    dataset = one_split(loaded, name, split)
     # Before columns are left out, which `datasets` counts as another content.
     fingerprint = f"{dataset._fingerprint}-{len(dataset)}"
     return ArrowSource(dataset, name=name, fingerprint=fingerprint, keep=keep)
 
 
-def _one_split(loaded: Any, name: str, split: str | None) -> Any:
+def one_split(loaded: Any, name: str, split: str | None) -> Any:
     """The split that is asked for, else the only one, or the one called `train`."""
     import datasets
 

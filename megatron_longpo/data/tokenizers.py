@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,10 @@ class ChatTokenizer(ABC):
         """Ids of `text`, with nothing put before or after it."""
 
     @abstractmethod
+    def spans(self, text: str) -> np.ndarray:
+        """Characters [start, end) that each token of `encode(text)` stands for, [num_tokens, 2]."""
+
+    @abstractmethod
     def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special: bool = False) -> str:
         """The text of `ids`, spaces as they are."""
 
@@ -100,6 +105,14 @@ class HuggingFaceTokenizer(ChatTokenizer):
         if len(text) >= _LONG_TEXT:
             self._last_long = (text, list(ids))
         return ids
+
+    def spans(self, text: str) -> np.ndarray:
+        if not self._tokenizer.is_fast:
+            return spans_by_words(text, lambda word: len(self.encode(word)))
+        encoding = self._tokenizer(
+            text, add_special_tokens=False, verbose=False, return_offsets_mapping=True
+        )
+        return np.array(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2)
 
     def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special: bool = False) -> str:
         text = self._tokenizer.decode(
@@ -164,6 +177,34 @@ class SentencePieceTokenizer(ChatTokenizer):
                 ids.extend(self._model.encode(part))
         return ids
 
+    def spans(self, text: str) -> np.ndarray:
+        # The pieces joined are the text, but for spaces that the model puts before a text.
+        data = text.encode()
+        edges: list[tuple[int, int]] = []
+        position = 0
+        for token in self.encode(text):
+            piece = self._model.id_to_piece(token)
+            if self._model.is_byte(token):
+                surface = bytes([int(piece[3:5], 16)])
+            else:
+                surface = piece.replace("\u2581", " ").encode()
+            if not data.startswith(surface, position):
+                if data.startswith(b" " + surface, position):
+                    position += 1  # the space after a control symbol, which `encode` leaves out
+                surface = (
+                    surface if data.startswith(surface, position) else surface.removeprefix(b" ")
+                )
+            if not data.startswith(surface, position):  # the model rewrites what it reads
+                return spans_by_words(text, lambda word: len(self.encode(word)))
+            edges.append((position, position + len(surface)))
+            position += len(surface)
+        is_first_byte = (np.frombuffer(data, dtype=np.uint8) & 0xC0) != 0x80
+        num_chars = np.concatenate([[0], np.cumsum(is_first_byte)])
+        starts, ends = np.array(edges, dtype=np.int64).reshape(-1, 2).T
+        # A byte within a character begins where the character does.
+        begun = np.append(is_first_byte, True)[starts]
+        return np.stack([num_chars[starts] - ~begun, num_chars[ends]], axis=1)
+
     def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special: bool = False) -> str:
         parts: list[str] = []
         plain: list[int] = []
@@ -192,6 +233,25 @@ class SentencePieceTokenizer(ChatTokenizer):
             )
         except (TemplateError, TypeError, ValueError) as error:
             raise _template_error(self.name, error) from error
+
+
+_WORD = re.compile(r"\s?\S{1,40}|\s+?")
+
+
+def spans_by_words(text: str, count_tokens: Callable[[str], int]) -> np.ndarray:
+    """Spans for a tokenizer that does not tell them: of words, shared out among their tokens.
+
+    [num_tokens, 2]. A word by itself may have a token more than within a text.
+    """
+    spans: list[tuple[int, int]] = []
+    counts: dict[str, int] = {}
+    for found in _WORD.finditer(text):
+        word, start = found[0], found.start()
+        if word not in counts:
+            counts[word] = count_tokens(word)
+        edges = np.linspace(start, found.end(), counts[word] + 1).round().astype(int).tolist()
+        spans += itertools.pairwise(edges)
+    return np.array(spans, dtype=np.int64).reshape(-1, 2)
 
 
 def load_tokenizer(path: str, *, chat_template: str | None = None) -> ChatTokenizer:

@@ -15,7 +15,29 @@ class GenerateConfig(BackendConfig):
     """A model writes its own preference examples: answers from a chunk and from the whole text."""
 
     documents: str
-    """A folder or file of text, Markdown or code (UTF-8), or a JSONL file with `text`."""
+    """A file, a folder or a pattern (`docs/**/*.md`) of text, Markdown, reStructuredText, LaTeX,
+    code, JSONL and Parquet; a `save_to_disk` folder; or a hub id, which is streamed."""
+    text_column: str = "text"
+    """The column of JSONL, Parquet and data sets that holds the text."""
+    split: str | None = None
+    """Split of a data set; null = the only one, or `train`."""
+    encoding: str | None = None
+    """Encoding of text files; null = UTF-8, or what a byte-order mark says, or a guess."""
+    html: Literal["drop", "extract", "keep"] = "drop"
+    """What happens to HTML pages; `extract` makes Markdown of them (needs the extra `html`)."""
+    document_kind: Literal["auto", "text", "markdown", "rst", "latex", "code"] = "auto"
+    """What the structure of documents is read as; auto = by the file's ending, else by its text."""
+    near_duplicates: float | None = 0.8
+    """Documents whose sets of word 5-grams are this alike (Jaccard similarity) to an earlier one's
+    are dropped; null = only documents with the same text are."""
+    min_document_tokens: int | None = None
+    """Shorter documents are dropped; null = no bound."""
+    max_document_tokens: int | None = None
+    """Longer documents are cut at their end, in the example too, or dropped; null = no bound."""
+    long_documents: Literal["cut", "drop"] = "cut"
+    """What happens to documents over max_document_tokens."""
+    max_document_bytes: int = 16_000_000
+    """Larger documents are dropped and not tokenised."""
     output: str
     """The examples file; until it is complete, they are in the folder output.partial, from which
     the same command goes on."""
@@ -47,8 +69,6 @@ class GenerateConfig(BackendConfig):
     """Shorter chunks are dropped; null = half of the model's context."""
     chunk_max_tokens: int | None = None
     """Most tokens of a chunk; null = 30,000 for each 32,768 of the model's context."""
-    max_document_tokens: int | None = None
-    """Longer documents are cut at their end, in the example too; null = no bound."""
     max_prompt_tokens: int | None = None
     """Most tokens the model reads for a rejected answer; null = its context less max_new_tokens.
     A longer document is cut for that prompt (not in the example), never in a chunk asked about."""

@@ -12,6 +12,7 @@ import shutil
 import sys
 import time
 from collections import Counter
+from operator import length_hint
 from pathlib import Path
 
 from megatron_longpo import stop
@@ -21,7 +22,7 @@ from megatron_longpo.errors import StopRequested, UserError
 from megatron_longpo.generation.backends.base import BackendError
 from megatron_longpo.generation.backends.factory import make_backend
 from megatron_longpo.generation.config import GenerateConfig
-from megatron_longpo.generation.documents import Document, DocumentSet
+from megatron_longpo.generation.documents import Document, DocumentSet, open_documents
 from megatron_longpo.generation.instructions import Instructions
 from megatron_longpo.generation.locks import hold
 from megatron_longpo.generation.manifest import (
@@ -58,7 +59,7 @@ def run_generate(config: GenerateConfig) -> GenerateSummary:
     if config.merge:
         return _merge_only(config, output)
     _prepare(config, output, shard)
-    documents = DocumentSet(config.documents, limit=config.limit)
+    documents = open_documents(config, shard=(shard.index, shard.count))
     instructions = Instructions(config)
     manifest = manifest_of(config, num_shards=shard.count)
     with hold(shard.lock(folder), what=_name(output, shard)):
@@ -116,7 +117,7 @@ def _write_shard(
         if run.was_stopped:
             raise StopRequested(f"{_name(output, shard)}: stopped on request; {GO_ON}")
         end = End(
-            num_documents=run.num_documents,
+            num_places=documents.num_places,
             dropped=dict(documents.dropped),
             put_aside=dict(run.put_aside),
             seconds=round(seconds, 1),
@@ -143,23 +144,21 @@ class _ShardRun:
         self._documents = documents
         self._writer = writer
         self._file = file
-        self._under_way: dict[asyncio.Task[Written], tuple[int, Document]] = {}
+        self._under_way: dict[asyncio.Task[Written], Document] = {}
         self._failures = 0
         self.started = time.monotonic()
-        self.num_documents = 0
         self.num_resumed = 0
         self.put_aside: Counter[str] = Counter()
         self.was_stopped = False
 
     async def run(self) -> None:
-        total = -(-(len(self._documents) - self._shard.index) // self._shard.count)
+        total = length_hint(self._documents) or None
         description = "generate" if self._shard.count == 1 else f"generate {self._shard}"
         with GenerateProgress(description=description, total=total) as self._progress:
             try:
-                for number, document in enumerate(self._documents):
-                    self.num_documents += 1
-                    if self._shard.owns(number) and not self._is_done(number, document):
-                        await self._begin(number, document)
+                for document in self._documents:
+                    if not self._is_done(document):
+                        await self._begin(document)
                     if stop.was_requested():
                         self.was_stopped = True
                         break
@@ -171,26 +170,26 @@ class _ShardRun:
                     task.cancel()
                 await self._writer.backend.close()
 
-    def _is_done(self, number: int, document: Document) -> bool:
-        record = self._file.done.get(number)
+    def _is_done(self, document: Document) -> bool:
+        record = self._file.done.get(document.place)
         if record is None:
             return False
         if record.id != document.id:
             raise UserError(
-                f"documents ({self._config.documents}): {document.source} is document {number} "
-                f"now, and was another when {self._file.path} was begun; give the documents it "
-                "was begun with, or --overwrite to begin anew"
+                f"documents ({self._config.documents}): {document.source} is number "
+                f"{document.place} now, and was another when {self._file.path} was begun; give the "
+                "documents it was begun with, or --overwrite to begin anew"
             )
         self.num_resumed += 1
         self._progress.resumed()
         return True
 
-    async def _begin(self, number: int, document: Document) -> None:
+    async def _begin(self, document: Document) -> None:
         while len(self._under_way) >= self._writer.backend.documents_at_once:
             await self._some_finish()
         if not stop.was_requested():
             task = asyncio.create_task(self._writer.write(document))
-            self._under_way[task] = (number, document)
+            self._under_way[task] = document
 
     async def _some_finish(self) -> None:
         finished, _ = await asyncio.wait(
@@ -198,15 +197,15 @@ class _ShardRun:
         )
         # What is good is saved before what went wrong is raised.
         for task in sorted(finished, key=lambda one: one.exception() is not None):
-            number, document = self._under_way.pop(task)
+            document = self._under_way.pop(task)
             try:
-                self._save(number, document, task.result())
+                self._save(document, task.result())
             except BackendError as error:
                 self._put_aside(document, str(error))
 
-    def _save(self, number: int, document: Document, written: Written) -> None:
+    def _save(self, document: Document, written: Written) -> None:
         record = Record(
-            number=number,
+            number=document.place,
             id=document.id,
             dropped=dict(written.dropped),
             lengths=written.lengths,
@@ -238,7 +237,9 @@ def _check(config: GenerateConfig) -> None:
         "max_new_tokens",
         "chunk_min_tokens",
         "chunk_max_tokens",
+        "min_document_tokens",
         "max_document_tokens",
+        "max_document_bytes",
         "max_prompt_tokens",
         "limit",
         "num_threads",

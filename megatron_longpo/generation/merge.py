@@ -84,8 +84,8 @@ def collect(folder: Path, *, num_shards: int) -> Collected:
                 record=line.content, file=file, start=line.start, end=line.end
             )
     # A shard that ended before documents were added has some left.
-    most = max((end.num_documents for end in ends.values()), default=0)
-    ends = {index: end for index, end in ends.items() if end.num_documents == most}
+    most = max((end.num_places for end in ends.values()), default=0)
+    ends = {index: end for index, end in ends.items() if end.num_places == most}
     return Collected(
         finished=[finished[number] for number in sorted(finished)],
         ends=list(ends.values()),

@@ -40,9 +40,6 @@ class Shard:
     index: int
     count: int
 
-    def owns(self, number: int) -> bool:
-        return number % self.count == self.index
-
     def __str__(self) -> str:
         return f"{self.index}/{self.count}"
 
@@ -75,7 +72,7 @@ class Record:
     """What became of one document."""
 
     number: int
-    """Its place among the documents, which the final file keeps."""
+    """`Document.place`; the final file is in this order."""
     id: str
     dropped: dict[str, int] = field(default_factory=dict)
     """Why chunks and turns, or the whole document, gave nothing."""
@@ -87,10 +84,10 @@ class Record:
 class End:
     """A shard's last line: it has seen every document."""
 
-    num_documents: int
-    """Documents of all shards together."""
+    num_places: int
+    """Files, lines and rows that were read, those of all shards together."""
     dropped: dict[str, int]
-    """Documents that are none, by reason; the same in every shard."""
+    """What of this shard's could not be used, by reason."""
     put_aside: dict[str, int]
     """Documents of this shard that a backend failed on, by reason; they are not finished."""
     seconds: float

@@ -66,12 +66,10 @@ def summarise(records: Iterable[Record], ends: Iterable[End]) -> GenerateSummary
             summary.num_turns += record.lengths.num_turns
             summary.kinds.update(record.lengths.kind)
     summary.num_examples = len(lengths)
-    for index, end in enumerate(ends):
-        if index == 0:  # every shard has read all documents
-            summary.dropped.update(end.dropped)
-            summary.num_documents += sum(end.dropped.values())
+    for end in ends:
+        summary.dropped.update(end.dropped)
         summary.put_aside.update(end.put_aside)
-        summary.num_documents += sum(end.put_aside.values())
+        summary.num_documents += sum(end.dropped.values()) + sum(end.put_aside.values())
         summary.seconds += end.seconds
     summary.seconds = round(summary.seconds, 1)
     if lengths:

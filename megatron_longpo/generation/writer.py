@@ -31,8 +31,11 @@ from megatron_longpo.generation.example_lengths import ExampleLengths
 from megatron_longpo.generation.facts import holds_fact
 from megatron_longpo.generation.filters import Filters, same_answer
 from megatron_longpo.generation.instructions import Instruction, Instructions, Prepared
+from megatron_longpo.generation.lengths import LengthBounds, fit_document
 from megatron_longpo.generation.planting import Span
 from megatron_longpo.generation.prompts import phrase, question_request
+from megatron_longpo.generation.structure import find_kind
+from megatron_longpo.generation.token_spans import TokenSpans, find_token_spans
 
 ATTEMPTS_PER_TURN = 3
 """Chunks asked about, at most, for each turn wanted: answers that are dropped cost time too."""
@@ -101,6 +104,11 @@ class ExampleWriter:
         context = backend.context_length
         self.chunk_min = config.chunk_min_tokens or context // 2
         self.chunk_max = config.chunk_max_tokens or context * 30000 // 32768
+        self.bounds = LengthBounds(
+            min_tokens=config.min_document_tokens,
+            max_tokens=config.max_document_tokens,
+            too_long=config.long_documents,
+        )
         self.prompt_max = config.max_prompt_tokens or context - config.max_new_tokens
         if self.chunk_min > self.chunk_max:
             raise UserError(
@@ -146,10 +154,13 @@ class _DocumentWork:
         self.written = Written()
 
     async def write(self) -> None:
-        text = self._within_bound(self._document.text)
+        spans_of = self._writer.backend.tokenizer.spans
+        text, tokens = fit_document(self._document.text, spans_of, self._writer.bounds)
+        kind = self._config.document_kind
         chunks = chunk_document(
             text,
-            count_tokens=self._writer.count_tokens,
+            tokens=tokens,
+            kind=find_kind(text, self._document.name) if kind == "auto" else kind,
             min_tokens=self._writer.chunk_min,
             max_tokens=self._writer.chunk_max,
         )
@@ -164,8 +175,10 @@ class _DocumentWork:
         answered = await self._answer_from_document(asked, prepared.document) if asked else []
         if not answered:
             raise Dropped("document without a good turn")
-        self.written.example = self._example(prepared.document, answered)
-        self.written.lengths = self._lengths(prepared.document, answered)
+        if prepared.document is not text:  # facts were planted in it
+            tokens = find_token_spans(prepared.document, spans_of)
+        self.written.example = self._example(prepared.document, tokens, answered)
+        self.written.lengths = self._lengths(prepared.document, tokens, answered)
 
     # ------------------------------------------------------------ questions and chosen answers
 
@@ -329,21 +342,9 @@ class _DocumentWork:
     def _drop(self, reason: str) -> None:
         self.written.dropped[reason] += 1
 
-    def _within_bound(self, document: str) -> str:
-        if self._config.max_document_tokens is None:
-            return document
-        shorter = shorten_document(
-            document,
-            count_tokens=self._writer.count_tokens,
-            max_tokens=self._config.max_document_tokens,
-            cut_from="tail",
-        )
-        assert shorter is not None  # nothing is kept, so anything can be cut
-        return shorter
-
     # ------------------------------------------------------------ the example
 
-    def _example(self, text: str, answered: list[Answered]) -> Example:
+    def _example(self, text: str, tokens: TokenSpans, answered: list[Answered]) -> Example:
         questions = [one.asked.question for one in answered]
         meta = {
             "source": self._document.source,
@@ -351,6 +352,8 @@ class _DocumentWork:
             "settings": self._writer.settings,
             "kinds": [question.instruction.kind for question in questions],
             "facts": [list(question.instruction.answer) for question in questions],
+            "document_tokens": len(tokens),
+            "chunk_token_spans": [list(tokens.tokens_of(*one.span)) for one in questions],
         }
         if self._config.rejected_candidates > 1:
             meta["rejected_candidates"] = [list(one.candidates) for one in answered]
@@ -366,13 +369,13 @@ class _DocumentWork:
         )
         return Example(id=self._document.id, document=text, turns=turns, meta=meta)
 
-    def _lengths(self, text: str, answered: list[Answered]) -> ExampleLengths:
+    def _lengths(self, text: str, tokens: TokenSpans, answered: list[Answered]) -> ExampleLengths:
         count = self._writer.count_tokens
         questions = [one.asked.question for one in answered]
         middles = [sum(one.span) / 2 for one in questions]
         return ExampleLengths(
-            document=count(text),
-            chunk=[count(one.chunk) for one in questions],
+            document=len(tokens),
+            chunk=[tokens.count(*one.span) for one in questions],
             question=[count(one.text) for one in questions],
             chosen=[count(one.asked.chosen) for one in answered],
             rejected=[count(one.rejected) for one in answered],

@@ -122,8 +122,37 @@ def test_long_documents_are_bounded(
     config = settings("m", documents, tmp_path, max_document_tokens=400)
     generate.run_generate(config)
     for example in ExampleFile(config.output):
-        assert 350 < len(backend.tokenizer.encode(example.document)) <= 400
+        assert len(backend.tokenizer.encode(example.document)) == 400
+        assert example.meta["document_tokens"] == 400
         assert example.document.startswith("class Thing")
+    config = settings(
+        "m",
+        documents,
+        tmp_path,
+        max_document_tokens=400,
+        min_document_tokens=20,
+        long_documents="drop",
+        overwrite=True,
+    )
+    with pytest.raises(
+        UserError, match=r"3 document over max_document_tokens, 1 document under mi"
+    ):
+        generate.run_generate(config)
+
+
+def test_chunks_say_which_tokens_of_the_document_they_are(
+    documents: str, tmp_path: Path, scripted: Callable[..., Scripted]
+) -> None:
+    tokenizer = scripted(by_length).tokenizer
+    config = settings("m", documents, tmp_path)
+    generate.run_generate(config)
+    for example in ExampleFile(config.output):
+        ids = tokenizer.encode(example.document)
+        assert example.meta["document_tokens"] == len(ids)
+        spans = example.meta["chunk_token_spans"]
+        for (first, last), turn in zip(spans, example.turns, strict=True):
+            assert tokenizer.decode(ids[first:last]).strip() == turn.chunk.strip()
+            assert 60 <= last - first <= 150
 
 
 def test_drops_are_counted(

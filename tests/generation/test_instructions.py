@@ -12,7 +12,7 @@ from megatron_longpo.generation.documents import Document
 from megatron_longpo.generation.instructions import Instructions, read_instructions
 
 TEXT = "The harbour is old.\n\nIt was founded in 1843 by twelve men who sold salt.\n\nThe end.\n"
-DOCUMENT = Document(id="abc", text=TEXT, source="corpus/harbour.txt")
+DOCUMENT = Document(id="abc", text=TEXT, source="corpus/harbour.txt", place=0)
 
 
 def instructions(**changes: Any) -> Instructions:
@@ -45,7 +45,7 @@ def test_questions_of_single_documents(tmp_path: Path, name: str) -> None:
     asked = source.choose(prepared, 0, DOCUMENT, random.Random(0))
     assert asked is not None
     assert (asked.question, asked.kind, asked.answer) == ("Who sold salt?", "file", ())
-    stranger = Document(id="x", text=TEXT, source="x")
+    stranger = Document(id="x", text=TEXT, source="x", place=0)
     asked = source.choose(prepared, 0, stranger, random.Random(0))
     assert asked is not None and asked.question == "Sum up."
     path.write_text('{"question": "Other?", "document_id": "other"}\n')

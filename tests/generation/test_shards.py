@@ -161,7 +161,11 @@ def test_a_stop_signal_finishes_what_is_under_way(
 
 @pytest.mark.parametrize(
     "number",
-    [signal.SIGTERM, signal.SIGINT, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)],
+    [
+        signal.SIGTERM,
+        pytest.param(signal.SIGUSR1, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_ends_the_command_with_75(
     model: str, many_documents: str, tmp_path: Path, number: signal.Signals
@@ -414,7 +418,7 @@ def test_resuming_with_something_else_is_refused(
     first = Path(many_documents, "0.txt")
     text = first.read_text()
     first.write_text(text + "More.")
-    with pytest.raises(UserError, match=r"0.txt is document 0 now, and was another when"):
+    with pytest.raises(UserError, match=r"0.txt is number 0 now, and was another when"):
         generate.run_generate(config)
     first.write_text(text)
     weights = bytearray((copy / "model.safetensors").read_bytes())
