@@ -63,6 +63,10 @@ class Manifest:
 def manifest_of(config: GenerateConfig, *, num_shards: int) -> Manifest:
     settings = _flat(dataclasses.asdict(config))
     kept = {key: settings[key] for key in sorted(settings.keys() - WITHOUT_EFFECT)}
+    for key in ("instructions", "chat_template"):
+        file = Path(str(kept[key])).expanduser()
+        if file.is_file():
+            kept[key] = f"{kept[key]} {hashlib.sha256(file.read_bytes()).hexdigest()[:12]}"
     return Manifest(
         num_shards=num_shards,
         model=model_fingerprint(config.model),

@@ -56,3 +56,15 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Scripted]:
         return backend
 
     return install
+
+
+@pytest.fixture
+def many_documents(tmp_path: Path) -> str:
+    """Nine documents, of which the third and the sixth give no example."""
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for number in range(9):
+        text = DOCUMENT.replace("Thing", f"Thing{number}x")
+        (folder / f"{number}.txt").write_text("Too short." * number if number in (2, 5) else text)
+    (folder / "binary.txt").write_bytes(b"\0")
+    return str(folder)

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_longpo.data.chat import prompt_ids
 from megatron_longpo.data.tokenizers import ChatTokenizer, HuggingFaceTokenizer
+from megatron_longpo.generation import generate
 from megatron_longpo.generation.backends.base import BackendError, Completion, Request, Sampling
 from megatron_longpo.generation.config import GenerateConfig
 from tests import small_tokenizers as small
@@ -85,9 +86,21 @@ class Scripted:
         pass
 
 
+Install = Callable[..., Scripted]
+"""The fixture `scripted`: makes a backend and puts it in place."""
+
+
 def is_long(prompt: str) -> bool:
     return all(f"Base{number}" in prompt for number in (0, 11))
 
 
 def by_length(prompt: str) -> str:
     return "A long and wrong answer." if is_long(prompt) else "A short and right answer."
+
+
+def whole_file(documents: str, tmp_path: Path, scripted: Install) -> bytes:
+    """The examples file of one uninterrupted process."""
+    scripted(by_length)
+    config = settings("m", documents, tmp_path, output=str(tmp_path / "whole.jsonl"))
+    generate.run_generate(config)
+    return (tmp_path / "whole.jsonl").read_bytes()
