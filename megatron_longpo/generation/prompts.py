@@ -106,13 +106,18 @@ def parse_questions(
         expected: how many were asked for. The paper drops any other number.
         least: take fewer as well, down to so many; of more than `expected`, take the first.
     """
-    text = _FENCE.sub("", _THINKING.sub("", text)).strip()
+    text = _FENCE.sub("", without_thinking(text)).strip()
     questions = _json_questions(text) or _listed_questions(text) or _line_questions(text)
     good = list(dict.fromkeys(q for q in questions if is_question(q)))
     if least is not None:
         return good[:expected] if len(good) >= least else None
     # One that is none, or two that are the same, make another number of questions.
     return good if len(good) == len(questions) == expected else None
+
+
+def without_thinking(text: str) -> str:
+    """What a model wrote, without thinking between tags, or up to the tag that ends it."""
+    return _THINKING.sub("", text).strip()
 
 
 def is_question(text: str) -> bool:
