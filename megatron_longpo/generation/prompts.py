@@ -60,6 +60,17 @@ LEAST_QUESTION_WORDS = 3
 
 MOST_QUESTION_CHARS = 1000
 
+_QUESTION_MARKS = "?\uff1f\u061f\u037e"
+_ASKING_VERBS = frozenset(
+    {
+        *("analyse", "analyze", "assess", "compare", "contrast", "define", "describe"),
+        *("determine", "discuss", "evaluate", "examine", "explain", "find", "give"),
+        *("identify", "illustrate", "list", "name", "outline", "provide", "quote"),
+        *("show", "specify", "state", "summarise", "summarize", "tell", "trace"),
+        *("using", "based", "according"),
+    }
+)
+
 _THINKING = re.compile(
     r"<(think|thinking|thought|reasoning)>.*?(?:</\1>|\Z)|\A.*?</think>", re.DOTALL
 )
@@ -106,7 +117,7 @@ def parse_questions(
         expected: how many were asked for. The paper drops any other number.
         least: take fewer as well, down to so many; of more than `expected`, take the first.
     """
-    text = _FENCE.sub("", _THINKING.sub("", text)).strip()
+    text = _FENCE.sub("", without_thinking(text)).strip()
     questions = _json_questions(text) or _listed_questions(text) or _line_questions(text)
     good = list(dict.fromkeys(q for q in questions if is_question(q)))
     if least is not None:
@@ -115,9 +126,20 @@ def parse_questions(
     return good if len(good) == len(questions) == expected else None
 
 
+def without_thinking(text: str) -> str:
+    """What a model wrote, without thinking between tags, or up to the tag that ends it."""
+    return _THINKING.sub("", text).strip()
+
+
 def is_question(text: str) -> bool:
-    """Whether a text is long enough for a question and too short for anything else."""
-    return len(text.split()) >= LEAST_QUESTION_WORDS and len(text) <= MOST_QUESTION_CHARS
+    """Whether a text asks something: by a question mark or a verb that asks, and by its length."""
+    first = re.match(r"\W*(\w+)", text)
+    asks = any(mark in text for mark in _QUESTION_MARKS) or (
+        first is not None and first.group(1).lower() in _ASKING_VERBS
+    )
+    # Scripts without spaces have one word a sentence.
+    long_enough = len(text.split()) >= LEAST_QUESTION_WORDS or not text.isascii()
+    return asks and long_enough and len(text) <= MOST_QUESTION_CHARS
 
 
 def _json_questions(text: str) -> list[str]:
@@ -167,7 +189,9 @@ def _body(text: str) -> str:
     """An item's question: its lines up to a blank one, an answer or the end of the question."""
     lines: list[str] = []
     for line in text.strip("\n").split("\n"):
-        if _ANSWER.match(line) or (lines and (not line.strip() or lines[-1].endswith("?"))):
+        if _ANSWER.match(line) or (
+            lines and (not line.strip() or lines[-1].endswith(tuple(_QUESTION_MARKS)))
+        ):
             break
         if line.strip():
             lines.append(line.strip())
@@ -176,7 +200,11 @@ def _body(text: str) -> str:
 
 def _line_questions(text: str) -> list[str]:
     """Of lines that end with a question mark, without any mark before them."""
-    return [_tidy(line) for line in text.splitlines() if re.search(r"\?[\"'*_\u201d)]*\s*$", line)]
+    return [
+        _tidy(line)
+        for line in text.splitlines()
+        if re.search(r"[?\uff1f\u061f][\"'*_\u201d)]*\s*$", line)
+    ]
 
 
 def _tidy(text: str) -> str:

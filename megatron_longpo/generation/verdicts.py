@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-_THINKING = re.compile(r"<(think|thinking|reasoning)>.*?(?:</\1>|\Z)|\A.*?</think>", re.DOTALL)
+from megatron_longpo.generation.prompts import without_thinking
+
 _SCALE = re.compile(
     r"\b(?:of|from|between)?\s*\(?(?:1|one)\s*(?:-|\u2013|to|and)\s*(?:5|five)\b\)?"
     r"|\s*(?:/|out\s+of|of)\s*(?:5|five)\b",
@@ -33,7 +34,7 @@ _NEITHER = re.compile(r"\b(?:neither|tie|both|equal(?:ly)?|same)\b", re.IGNORECA
 
 def read_score(text: str) -> int | None:
     """The score from 1 to 5 in a judge's reply, or None where it gives none or several."""
-    text = _SCALE.sub(" ", _THINKING.sub("", text))
+    text = _SCALE.sub(" ", without_thinking(text))
     if labelled := _LABELLED_SCORE.search(text):
         return int(labelled.group(1))
     found = {_WORDS.get(word.lower(), digit) for digit, word in _SCORE.findall(text)}
@@ -42,7 +43,7 @@ def read_score(text: str) -> int | None:
 
 def read_preference(text: str) -> float | None:
     """1 for answer A, 0 for B, 0.5 for neither; None where the reply does not say."""
-    text = _THINKING.sub("", text).strip()
+    text = without_thinking(text)
     values = {"A": 1.0, "B": 0.0, "C": 0.5}
     bare = re.sub(r"[\W_]", "", text)
     if bare.upper() in values:

@@ -73,6 +73,9 @@ SHAPES = {
     "own answers": listed("N. ").replace("?\n", "?\n   Answer: None was paid for, see 2. above.\n"),
     "own answers in bold": listed("QN: ").replace("?\n", "?\n**A:** Twelve of them.\n\n"),
     "windows line ends": listed("N. ").replace("\n", "\r\n"),
+    "asked again": listed("N. ") + "\n\n" + listed("Question N:\n"),
+    "code afterwards": listed("N. ")
+    + "\n\nHere is the code:\n```python\ndef f(x):\n    return x\n",
     "json": "[" + ", ".join(f'"{q}"' for q in FOUR) + "]",
     "fenced json": "```json\n[" + ",\n".join(f'"{q}"' for q in FOUR) + "]\n```",
     "json objects": "Here:\n[" + ", ".join(f'{{"id": 1, "question": "{q}"}}' for q in FOUR) + "]",
@@ -95,6 +98,8 @@ SOMETHING_ELSE = {
     "twice the same": listed("N. ").replace(FOUR[3], FOUR[0]),
     "numbers out of order": listed("N. ").replace("3. ", "9. "),
     "prose": "The text is about a harbour. It has a ledger, and barrels.\nIt is long.",
+    "statements": listed("N. ").replace("?", "."),
+    "the request": "Write 4 questions about the text. Each question must have one clear answer.",
     "broken json": '["What does the ledger say about the barrels?", "How do',
     "only thinking": "<think>\n" + listed("N. "),
     "endless": "1. What is " + "the most important thing, " * 60 + "here?",
@@ -125,3 +130,10 @@ def test_numbers_inside_a_question_are_no_items() -> None:
     questions = parse_questions(version)
     assert questions is not None
     assert questions[1] == "What changed between 2.0 and 3.1 of the program?"
+
+
+def test_tasks_and_other_scripts_are_questions_too() -> None:
+    tasks = ["Explain how tides work here.", "Compare salt and barrels.", "Name all the farmers."]
+    last = "这本账簿上写着什么\uff1f"
+    text = "\n".join(f"{n}. {q}" for n, q in enumerate([*tasks, last], start=1))
+    assert parse_questions(text) == [*tasks, last]

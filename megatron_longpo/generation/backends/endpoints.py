@@ -72,13 +72,16 @@ class EndpointPool:
         """Notes that a request could not be served now, through no fault of its own.
 
         Raises:
-            UserError: nothing was answered for longer than the outage allowed.
+            UserError: nothing was answered, and nothing is under way, for longer than the outage
+                allowed.
         """
         now = time.monotonic()
         if self._held_up_since is None:
             self._held_up_since = now
         waited = now - self._held_up_since
-        if waited >= self._outage_seconds:
+        # An endpoint that is at work may take longer over one answer than an outage may last.
+        at_work = any(endpoint.num_waiting for endpoint in self.endpoints)
+        if waited >= self._outage_seconds and not at_work:
             urls = ", ".join(endpoint.url for endpoint in self.endpoints)
             raise UserError(
                 f"server ({urls}): no answer for {waited / 60:.1f} minutes ({reason}); finished "

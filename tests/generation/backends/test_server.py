@@ -209,6 +209,12 @@ def test_a_server_that_stays_away_ends_the_run(model: str) -> None:
     assert "finished samples are kept, and the same command resumes" in str(caught.value)
 
 
+def test_an_endpoint_at_work_is_no_outage(model: str, server: Loopback) -> None:
+    server.seconds = 0.5
+    backend = make(model, free_url(), server.url, retries=0, outage_minutes=0.003, concurrency=2)
+    assert complete(backend, request("One?"), request("Two?")) == [GOOD, GOOD]
+
+
 def test_a_server_that_comes_back_is_used(model: str) -> None:
     with loopback() as first:
         backend = make(model, first.url, retries=0)
