@@ -12,13 +12,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_longpo.data.chat import TemplateChangesText, conversation_row
+from megatron_longpo.data.chat import conversation_row
 from megatron_longpo.data.config import TokenizeConfig
 from megatron_longpo.data.dpo_sets import DpoPair
 from megatron_longpo.data.examples import Example, Turn
 from megatron_longpo.data.jsonl import refuse_existing
 from megatron_longpo.data.progress import Dropped, format_counts, track
 from megatron_longpo.data.prompt_layout import opening_messages, shorten_document
+from megatron_longpo.data.renderings import TemplateChangesText
 from megatron_longpo.data.row_folder import write_rows_dataset
 from megatron_longpo.data.rows import PreferenceRow, TokenRow, write_rows_jsonl
 from megatron_longpo.data.text_sets import TextSet

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AddedToken
 
-from megatron_longpo.data.chat import TemplateChangesText, conversation_row, prompt_ids
+from megatron_longpo.data.chat import conversation_row, prompt_ids
+from megatron_longpo.data.renderings import TemplateChangesText
 from megatron_longpo.data.rows import IGNORED_LABEL, TokenRow
 from megatron_longpo.data.tokenizers import ChatTokenizer, HuggingFaceTokenizer, load_tokenizer
 from megatron_longpo.errors import UserError
