@@ -25,6 +25,7 @@ REQUIRED = [
     "jsonargparse[signatures]>=4.40,<5",
     "docstring-parser>=0.16",  # the docstrings under settings, for --help
     "pyyaml>=6.0",
+    "orjson>=3.10",  # rows as JSON lines, straight from NumPy
     "rich>=13.0",
     "tensorboard>=2.16",
     "matplotlib>=3.8",

@@ -35,6 +35,9 @@ class TokenizeConfig:
     A DPO set does not say what is a document, so truncate_document drops there."""
     cut_from: Literal["middle", "tail"] = "middle"
     """Which part of a document is cut; never a question, an answer or a turn's chunk."""
+    num_workers: int | None = None
+    """Processes that tokenise; null = one for each CPU that this command may use, but no more than
+    one for 16 examples. The output is the same whatever their number."""
     overwrite: bool = False
     """Replace an output that exists."""
 

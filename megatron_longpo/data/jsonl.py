@@ -80,13 +80,18 @@ def write_jsonl(path: str | Path, values: Iterable[Mapping[str, Any]]) -> int:
 
     Where `values` raises, neither file is left changed.
     """
+    return write_lines(path, (dump_line(value).encode() for value in values))
+
+
+def write_lines(path: str | Path, lines: Iterable[bytes]) -> int:
+    """The same with the lines of a file as they are, line ends included."""
     partial = partial_path(path)
     partial.parent.mkdir(parents=True, exist_ok=True)
     count = 0
     try:
-        with open(partial, "w", encoding="utf-8", newline="\n") as file:
-            for value in values:
-                file.write(dump_line(value))
+        with open(partial, "wb") as file:
+            for line in lines:
+                file.write(line)
                 count += 1
             file.flush()
             os.fsync(file.fileno())
