@@ -50,6 +50,7 @@ EXTRAS = {
         "types-psutil",
         "wandb>=0.19",
         "trl>=1.0",  # our DPO is held to its DPOTrainer
+        "playwright>=1.45",  # tests of pages in a browser that is on the machine
         "peft>=0.17",  # the tests' second opinion on adapters
     ],
 }
@@ -62,6 +63,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["megatron_longpo*", "checkpoints_convert*"]),
+    package_data={"megatron_longpo": ["data/*.html"]},
     python_requires=">=3.11,<3.14",
     install_requires=REQUIRED,
     extras_require=EXTRAS,
