@@ -126,7 +126,10 @@ class _Conversation:
         _, end = self._renderings.span(index, upto=index + 1)
         found = self._end_of_turn.match(full, end) if self._end_of_turn else None
         if found is None:
-            raise self._refusal("puts no special token after an answer, so none would end it")
+            without = "" if self._tokenizer.eos_ids else " (the tokenizer has no eos_token)"
+            raise self._refusal(
+                f"puts no special token after an answer, so none would end it{without}"
+            )
         return found.group()
 
     def _lead(self, before: str, prompt: str, index: int) -> str:

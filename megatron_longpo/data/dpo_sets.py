@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_longpo.data.examples import check_unicode
 from megatron_longpo.data.tokenizers import Message
 from megatron_longpo.errors import UserError
 
@@ -77,6 +78,7 @@ def _messages(value: Any, key: str, role: str, source: str) -> list[Message]:
     if isinstance(value, str):
         if key == "prompt" and not value.strip():
             raise UserError(f"{source}: prompt is empty")
+        check_unicode(value, key, source)
         return [{"role": role, "content": value}]
     if not isinstance(value, list) or not value:
         kind = "missing" if value is None else f"a {type(value).__name__}"
@@ -91,6 +93,7 @@ def _messages(value: Any, key: str, role: str, source: str) -> list[Message]:
                 f'{source}: {key}[{number}] must be {{"role": text, "content": text}}; '
                 "tool calls and images have no place in a row"
             )
+        check_unicode(content, f"{key}[{number}]", source)
         messages.append({"role": speaker, "content": content})
     return messages
 

@@ -202,6 +202,10 @@ def example_row(
             raise _too_long(example.source, num_tokens, config)
         if config.too_long == "drop":
             raise Dropped("long row over max_length")
+        if any(
+            turn.chunk is not None and _evidence(example, turn) is None for turn in example.turns
+        ):
+            raise Dropped("long row over max_length, its chunk not found in the document")
         document = shorten_document(
             example.document,
             count_tokens=count_tokens,
@@ -264,13 +268,15 @@ def _too_long(source: str, num_tokens: int, config: TokenizeConfig) -> UserError
 
 def evidence_spans(example: Example) -> list[tuple[int, int]]:
     """Where the chunks stand in the document; a chunk without a span is looked for."""
-    spans: list[tuple[int, int]] = []
-    for turn in example.turns:
-        if turn.chunk_span is not None:
-            spans.append(turn.chunk_span)
-        elif turn.chunk is not None and (start := example.document.find(turn.chunk)) >= 0:
-            spans.append((start, start + len(turn.chunk)))
-    return spans
+    spans = (_evidence(example, turn) for turn in example.turns)
+    return [span for span in spans if span is not None]
+
+
+def _evidence(example: Example, turn: Turn) -> tuple[int, int] | None:
+    if turn.chunk_span is not None or turn.chunk is None:
+        return turn.chunk_span
+    start = example.document.find(turn.chunk)
+    return None if start < 0 else (start, start + len(turn.chunk))
 
 
 def _answer(turn: Turn, branch: str) -> str:
