@@ -49,6 +49,7 @@ def check_dpo_pair(columns: Mapping[str, Any], *, source: str, default_id: str) 
         prompt, chosen, rejected = chosen[:length], chosen[length:], rejected[length:]
     _check_order(prompt, chosen, rejected, source)
     given_id = next((columns[key] for key in ("id", "prompt_id") if columns.get(key)), default_id)
+    check_unicode(str(given_id), "id", source)
     return DpoPair(
         id=str(given_id),
         prompt=tuple(prompt),

@@ -220,6 +220,20 @@ def test_unusable_templates_are_named(template: str, problem: str) -> None:
         conversation_row(tokenizer, conversation("What?", "Seven."))
 
 
+def test_tokenizer_without_an_end_of_text_is_told() -> None:
+    backend = copy.deepcopy(CHATML_TOKENIZER)
+    backend.eos_token = None
+    template = (
+        "{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}"
+    )
+    tokenizer = HuggingFaceTokenizer(backend, name="x", chat_template=template)
+    with pytest.raises(
+        UserError, match=r"x: its chat template .* \(the tokenizer has no eos_token\)"
+    ):
+        conversation_row(tokenizer, conversation("What?", "Seven."))
+
+
 def test_tokenizer_without_template(tmp_path: Any) -> None:
     CHATML_TOKENIZER.save_pretrained(tmp_path / "hf")
     with pytest.raises(UserError, match=r"has no chat template; give chat_template"):
