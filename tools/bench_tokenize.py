@@ -7,7 +7,8 @@ chunks of about 4K tokens. *Bare* is the Rust tokenizer on every text that has t
 each document, chunk, question and answer. *transformers* is the same texts through the tokenizer's
 own call. *rows* reads the examples, makes the rows and writes them, as the command does. All run in
 worker processes that have started, in turns; figures are medians over the rounds, also of the ratio
-to bare in the same round.
+to bare in the same round. The second ratio is of CPU seconds, which other work on the machine
+disturbs less.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import psutil
 from transformers import AutoTokenizer
 
 from megatron_longpo.data.config import TokenizeConfig
@@ -81,6 +83,7 @@ def compare(
         **{name: partial(ExampleTokenizer, texts, config) for name, config in configs.items()},
     }
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
+    cpu: dict[str, list[float]] = {name: [] for name in tasks}
     num_tokens = 0
     with contextlib.ExitStack() as stack:
         pools = {
@@ -92,7 +95,7 @@ def compare(
         for pool in pools.values():
             list(pool.map(range(len(texts))))  # starts the workers
         for _, (name, pool) in itertools.product(range(rounds), pools.items()):
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), cpu_seconds()
             results = pool.map(range(len(texts)))
             if name in configs:
                 with contextlib.redirect_stdout(io.StringIO()):
@@ -100,16 +103,27 @@ def compare(
             else:
                 num_tokens = sum(results)
             seconds[name].append(time.perf_counter() - start)
+            cpu[name].append(cpu_seconds() - cpu_start)
     print(f"{len(texts)} examples, {num_tokens} tokens, {num_workers} workers, {rounds} rounds")
     for name, values in seconds.items():
         median = statistics.median(values)
-        pairs = zip(seconds["bare"], values, strict=True)
-        ratio = statistics.median(bare / own for bare, own in pairs)
+        ratio, cpu_ratio = (
+            statistics.median(bare / own for bare, own in zip(of["bare"], of[name], strict=True))
+            for of in (seconds, cpu)
+        )
         print(
             f"  {name:14} {median:7.2f} s ({min(values):.2f} to {max(values):.2f})  "
-            f"{num_tokens / median / 1e3:7.0f} thousand tokens/s  {ratio:.2f} of bare",
+            f"{num_tokens / median / 1e3:7.0f} thousand tokens/s  {ratio:.2f} of bare, "
+            f"{cpu_ratio:.2f} by CPU",
             flush=True,
         )
+
+
+def cpu_seconds() -> float:
+    """Of this process and its workers, until now."""
+    process = psutil.Process()
+    times = [one.cpu_times() for one in (process, *process.children(recursive=True))]
+    return sum(one.user + one.system for one in times)
 
 
 class BareTokenizer:

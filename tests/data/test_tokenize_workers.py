@@ -75,6 +75,25 @@ def test_files_and_counts_do_not_depend_on_the_workers(
         assert (different, missing) == ([], [])
 
 
+def test_pairs_that_are_handed_out_together_keep_their_order(tmp_path: Path, model: str) -> None:
+    pairs = [
+        {"prompt": f"Which, {n}?", "chosen": f"This {n}.", "rejected": "No." if n % 5 else " "}
+        for n in range(100)
+    ]
+    examples, written = write(tmp_path / "pairs.jsonl", pairs), []
+    for num_workers in (1, 2):
+        output = tmp_path / f"{num_workers}.jsonl"
+        run_tokenize(
+            TokenizeConfig(
+                examples=examples, output=str(output), tokenizer=model, num_workers=num_workers
+            )
+        )
+        written.append(output.read_bytes())
+    assert written[0] == written[1]
+    ids = [json.loads(line)["id"] for line in written[0].splitlines()]
+    assert ids == [str(n) for n in range(100) if n % 5]
+
+
 def test_the_first_error_is_the_same_line(tmp_path: Path, model: str) -> None:
     values = [example(number) for number in range(24)]
     values[7]["document"] = values[19]["document"] = ""
