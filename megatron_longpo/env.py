@@ -22,6 +22,7 @@ REQUIRED = (
     "datasets",
     "safetensors",
     "numpy",
+    "orjson",
     "jsonargparse",
     "psutil",
 )

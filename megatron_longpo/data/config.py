@@ -35,21 +35,32 @@ class TokenizeConfig:
     A DPO set does not say what is a document, so truncate_document drops there."""
     cut_from: Literal["middle", "tail"] = "middle"
     """Which part of a document is cut; never a question, an answer or a turn's chunk."""
+    num_workers: int | None = None
+    """Processes that tokenise; null = one for each CPU that this command may use, but no more than
+    one for 16 examples. The output is the same whatever their number."""
     overwrite: bool = False
     """Replace an output that exists."""
 
 
 @dataclass(kw_only=True)
 class InspectConfig:
-    """Shows rows: what is shared, what is labelled, and how long they are."""
+    """Shows rows or examples: what is shared, what is labelled, and how long they are."""
 
     rows: str
-    """The rows: a JSONL file, a `datasets` or Parquet folder, or a hub id."""
+    """Rows, or the texts that they are made of (LongPO examples, a DPO set): a JSONL or JSON file,
+    a `datasets` or Parquet folder, or a hub id."""
     tokenizer: str | None = None
-    """Hugging Face folder, hub id or sentencepiece model file to show text with; null shows ids."""
+    """Hugging Face folder, hub id or sentencepiece model file to show rows as text with; null shows
+    ids."""
     row: int = 0
-    """Index of the row that is shown."""
+    """Index of the row or example that is shown."""
     max_chars: int = 300
     """Characters shown at each end of a long piece of text."""
     sample: int = 1000
     """Rows read for the statistics, spread evenly; 0 reads all."""
+    html: str | None = None
+    """Path of a page to write for a browser: samples to pick from, and the statistics."""
+    html_samples: int = 12
+    """Samples on that page, the one that is shown and others spread evenly."""
+    overwrite: bool = False
+    """Replace a page that exists."""

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_longpo.data.examples import check_unicode
 from megatron_longpo.data.tokenizers import Message
 from megatron_longpo.errors import UserError
 
@@ -48,6 +49,7 @@ def check_dpo_pair(columns: Mapping[str, Any], *, source: str, default_id: str) 
         prompt, chosen, rejected = chosen[:length], chosen[length:], rejected[length:]
     _check_order(prompt, chosen, rejected, source)
     given_id = next((columns[key] for key in ("id", "prompt_id") if columns.get(key)), default_id)
+    check_unicode(str(given_id), "id", source)
     return DpoPair(
         id=str(given_id),
         prompt=tuple(prompt),
@@ -77,6 +79,7 @@ def _messages(value: Any, key: str, role: str, source: str) -> list[Message]:
     if isinstance(value, str):
         if key == "prompt" and not value.strip():
             raise UserError(f"{source}: prompt is empty")
+        check_unicode(value, key, source)
         return [{"role": role, "content": value}]
     if not isinstance(value, list) or not value:
         kind = "missing" if value is None else f"a {type(value).__name__}"
@@ -91,6 +94,7 @@ def _messages(value: Any, key: str, role: str, source: str) -> list[Message]:
                 f'{source}: {key}[{number}] must be {{"role": text, "content": text}}; '
                 "tool calls and images have no place in a row"
             )
+        check_unicode(content, f"{key}[{number}]", source)
         messages.append({"role": speaker, "content": content})
     return messages
 

@@ -98,7 +98,19 @@ def _text(value: Mapping[str, Any], key: str, source: str, *, may_be_empty: bool
         raise UserError(f"{source}: {key} is {kind}, must be a string")
     if not may_be_empty and not text.strip():
         raise UserError(f"{source}: {key} is empty")
+    check_unicode(text, key, source)
     return text
+
+
+def check_unicode(text: str, key: str, source: str) -> None:
+    """Raises where a text holds half of a surrogate pair, which JSON can write and no one read."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{source}: {key} holds half of a surrogate pair at character {error.start}; mend the "
+            "text's encoding"
+        ) from None
 
 
 def _span(value: Any, *, chunk: str | None, document: str, source: str) -> tuple[int, int] | None:

@@ -1,135 +1,74 @@
-"""`longpo inspect`: what a row holds, and what the rows of a dataset have in common."""
+"""`longpo inspect`: what rows or examples hold, on the console and as a page for a browser."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from megatron_longpo.data.config import InspectConfig
-from megatron_longpo.data.rows import (
-    IGNORED_LABEL,
-    PreferenceRow,
-    RowDataset,
-    TokenRow,
-    common_prefix_length,
-    open_rows,
-)
-from megatron_longpo.data.tokenizers import ChatTokenizer, load_tokenizer
-from megatron_longpo.data.tree import answer_turns
+from megatron_longpo.data.inspect_console import show_sample, show_statistics
+from megatron_longpo.data.inspect_page import write_page
+from megatron_longpo.data.inspect_samples import Sample, sample_of_row, sample_of_text
+from megatron_longpo.data.inspect_statistics import row_statistics, text_statistics
+from megatron_longpo.data.jsonl import refuse_existing
+from megatron_longpo.data.progress import track
+from megatron_longpo.data.row_sources import open_source
+from megatron_longpo.data.rows import LONG_COLUMNS, RowDataset, open_rows
+from megatron_longpo.data.text_sets import TextSet
+from megatron_longpo.data.tokenizers import load_tokenizer
 from megatron_longpo.errors import UserError
-
-ANSWER_STYLE = "black on green"
 
 
 def run_inspect(config: InspectConfig) -> None:
-    """Prints one row, its answers highlighted, and statistics over the dataset."""
-    dataset = open_rows(config.rows)
-    if not 0 <= config.row < len(dataset):
-        raise UserError(f"row ({config.row}): must be below the number of rows, {len(dataset)}")
+    """Prints one row or example and statistics over the set; writes the page if asked to."""
+    for key in ("max_chars", "html_samples"):
+        if getattr(config, key) < 1:
+            raise UserError(f"{key} ({getattr(config, key)}): must be at least 1")
+    if config.sample < 0:
+        raise UserError(f"sample ({config.sample}): must be at least 0, and 0 reads all")
+    if config.html is not None:
+        refuse_existing(config.html, overwrite=config.overwrite, key="html")
+    items = _open(config.rows)
+    if not 0 <= config.row < len(items):
+        raise UserError(f"row ({config.row}): must be below the number of rows, {len(items)}")
     tokenizer = None if config.tokenizer is None else load_tokenizer(config.tokenizer)
-    console = Console(soft_wrap=True, highlight=False)
-    _show_row(console, dataset[config.row], tokenizer, config.max_chars)
-    _show_statistics(console, dataset, config.sample)
-
-
-def _show_row(
-    console: Console, row: PreferenceRow, tokenizer: ChatTokenizer | None, max_chars: int
-) -> None:
-    console.print(Text(f"{row.source}  id {row.id}, {_num_turns(row)} turns", "bold"))
-    shared = common_prefix_length(row.chosen.input_ids, row.rejected.input_ids)
-    segments = [("shared prefix", _part(row.chosen, 0, shared))]
-    segments += [("chosen", _part(row.chosen, shared)), ("rejected", _part(row.rejected, shared))]
-    references = zip(row.reference_chosen, row.reference_rejected, strict=True)
-    for turn, (chosen, rejected) in enumerate(references, start=1):
-        shared = common_prefix_length(chosen.input_ids, rejected.input_ids)
-        segments += [
-            (f"reference, turn {turn}, shared prefix", _part(chosen, 0, shared)),
-            (f"reference, turn {turn}, chosen", _part(chosen, shared)),
-            (f"reference, turn {turn}, rejected", _part(rejected, shared)),
-        ]
-    for name, tokens in segments:
-        num_answer = int((tokens.labels != IGNORED_LABEL).sum())
-        console.print(Text(f"\n{name}: {len(tokens)} tokens, {num_answer} of answers", "bold cyan"))
-        console.print(_highlighted(tokens, tokenizer, max_chars))
-    if not row.reference_chosen:
-        console.print(Text("\nno short reference rows", "bold cyan"))
-
-
-def _num_turns(row: PreferenceRow) -> int:
-    turns = max(int(answer_turns(tokens).max()) + 1 for tokens in (row.chosen, row.rejected))
-    return max(turns, len(row.reference_chosen))
-
-
-def _part(row: TokenRow, start: int, end: int | None = None) -> TokenRow:
-    return TokenRow(input_ids=row.input_ids[start:end], labels=row.labels[start:end])
-
-
-def _highlighted(tokens: TokenRow, tokenizer: ChatTokenizer | None, max_chars: int) -> Text:
-    """The tokens as text (ids without a tokenizer), answers highlighted, long runs shortened."""
-    text = Text()
-    is_answer = tokens.labels != IGNORED_LABEL
-    borders = np.flatnonzero(np.diff(is_answer)) + 1
-    for run in np.split(np.arange(len(tokens)), borders):
-        if run.size == 0:
-            continue
-        ids = tokens.input_ids[run]
-        shown = " ".join(map(str, ids)) if tokenizer is None else tokenizer.decode(ids.tolist())
-        if len(shown) > 2 * max_chars:
-            left_out = len(shown) - 2 * max_chars
-            shown = f"{shown[:max_chars]}\n[... {left_out} characters ...]\n{shown[-max_chars:]}"
-        text.append(shown, ANSWER_STYLE if is_answer[run[0]] else None)
-    return text
-
-
-def _show_statistics(console: Console, dataset: RowDataset, sample: int) -> None:
-    number = len(dataset) if sample == 0 else min(sample, len(dataset))
-    indices = np.linspace(0, len(dataset) - 1, number).astype(int)
-    chosen, rejected, shared, short, answers, turns = [], [], [], [], [], []
-    num_without_short = 0
-    for index in indices.tolist():
-        row = dataset[index]
-        chosen.append(len(row.chosen))
-        rejected.append(len(row.rejected))
-        shared.append(common_prefix_length(row.chosen.input_ids, row.rejected.input_ids))
-        short += [len(tokens) for tokens in (*row.reference_chosen, *row.reference_rejected)]
-        answers += [
-            int((tokens.labels != IGNORED_LABEL).sum()) for tokens in (row.chosen, row.rejected)
-        ]
-        turns.append(_num_turns(row))
-        num_without_short += not row.reference_chosen
-    table = Table(title=f"{number} of {len(dataset)} rows", title_justify="left")
-    for heading in ("tokens of", "least", "median", "most", "mean"):
-        table.add_column(heading, justify="left" if heading == "tokens of" else "right")
-    lengths: list[tuple[str, Sequence[int]]] = [
-        ("chosen row", chosen),
-        ("rejected row", rejected),
-        ("their shared prefix", shared),
-        ("answers of a long row", answers),
-        ("short reference row", short),
-    ]
-    for name, values in lengths:
-        if not values:
-            continue
-        table.add_row(
-            name,
-            str(min(values)),
-            f"{np.median(values):.0f}",
-            str(max(values)),
-            f"{np.mean(values):.1f}",
-        )
-    console.print()
-    console.print(table)
-    saved = sum(shared) / (sum(chosen) + sum(rejected))
-    console.print(
-        f"turns a row: {min(turns)} to {max(turns)}; "
-        f"sharing the prefix saves {saved:.1%} of the policy's tokens"
+    is_rows = isinstance(items, RowDataset)
+    make_sample: Callable[[Any], Sample] = (
+        (lambda row: sample_of_row(row, tokenizer)) if is_rows else sample_of_text
     )
-    if num_without_short:
-        console.print(
-            f"{num_without_short} of {number} rows have no short reference rows (ref_chosen_*, "
-            "ref_rejected_*): for objectives that read none, such as dpo and sft"
+    console = Console(soft_wrap=True, highlight=False)
+    show_sample(console, make_sample(items[config.row]), config.max_chars)
+    indices = _spread(len(items), config.sample or len(items))
+    read: Iterator[Any] = map(
+        items.__getitem__, track(indices, description="read", total=len(indices))
+    )
+    statistics = (row_statistics if is_rows else text_statistics)(read, len(items))
+    show_statistics(console, statistics)
+    if config.html is not None:
+        shown = sorted({config.row, *_spread(len(items), config.html_samples - 1)})
+        samples = [make_sample(items[index]) for index in shown]
+        write_page(
+            Path(config.html),
+            samples,
+            statistics,
+            title=config.rows,
+            first=shown.index(config.row),
+            max_chars=config.max_chars,
         )
+        console.print(f"{config.html}: {len(samples)} samples")
+
+
+def _open(path: str) -> RowDataset | TextSet:
+    """Rows where the first item has their columns, texts else."""
+    source = open_source(path)
+    is_rows = len(source) > 0 and source.columns(0).get(LONG_COLUMNS[0]) is not None
+    return open_rows(path) if is_rows else TextSet(path)
+
+
+def _spread(length: int, number: int) -> list[int]:
+    """Indices spread evenly over all, in order."""
+    return np.linspace(0, length - 1, min(number, length)).astype(int).tolist()

@@ -81,10 +81,14 @@ def write_jsonl(path: str | Path, values: Iterable[Mapping[str, Any]]) -> int:
 
     Where `values` raises or the disk is full, neither file is left changed.
     """
+    return write_lines(path, (dump_line(value).encode() for value in values))
+
+
+def write_lines(path: str | Path, lines: Iterable[bytes]) -> int:
+    """The same with the lines of a file as they are, line ends included."""
     count = 0
     with replacing(path) as file:
-        for value in values:
-            line = dump_line(value).encode("utf-8")
+        for line in lines:
             with disk_errors(path):
                 file.write(line)
             count += 1

@@ -7,34 +7,69 @@ import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-from megatron_longpo.data.jsonl import dump_line, partial_path
-from megatron_longpo.data.rows import PARTS, REFERENCE_COLUMNS, PreferenceRow, row_columns
+import numpy as np
+
+from megatron_longpo.data.jsonl import partial_path
+from megatron_longpo.data.rows import (
+    LONG_COLUMNS,
+    REFERENCE_COLUMNS,
+    PreferenceRow,
+    row_arrays,
+)
 
 
-def write_rows_dataset(folder: Path, rows: Iterable[PreferenceRow]) -> None:
-    """Writes a `save_to_disk` folder: first beside it, then renamed.
+def row_table(row: PreferenceRow) -> Any:
+    """The row as a `pyarrow.Table` of one row; nulls stand where it has no short rows."""
+    import pyarrow as pa
 
-    The columns of short rows hold nulls for a row without them, and are left out where none has
-    any.
+    columns = row_arrays(row)
+    arrays = {"id": pa.array([row.id])}
+    for name in LONG_COLUMNS:
+        arrays[name] = _list_array([columns[name]], _value_type(name))
+    for name in REFERENCE_COLUMNS:
+        if name in columns:
+            turns = _list_array(columns[name], _value_type(name))
+            arrays[name] = pa.ListArray.from_arrays(np.array([0, len(turns)], np.int32), turns)
+        else:
+            arrays[name] = pa.nulls(1, pa.list_(pa.list_(_value_type(name))))
+    return pa.table(arrays)
+
+
+def _value_type(column: str) -> Any:
+    import pyarrow as pa
+
+    return pa.int8() if column.endswith("attention_mask") else pa.int32()
+
+
+def _list_array(values: list[np.ndarray], value_type: Any) -> Any:
+    """A list for each array, without a Python object for each number."""
+    import pyarrow as pa
+
+    ends = np.cumsum([0, *map(len, values)], dtype=np.int32)
+    numbers = np.concatenate(values).astype(value_type.to_pandas_dtype())
+    return pa.ListArray.from_arrays(ends, pa.array(numbers))
+
+
+def _update(digest: Any, table: Any) -> None:
+    digest.update(table.column("id")[0].as_py().encode("utf-8", "surrogatepass") + b"\0")
+    for name in (*LONG_COLUMNS, *REFERENCE_COLUMNS):
+        values = table.column(name).chunk(0)
+        while hasattr(values, "values"):
+            digest.update(values.offsets.to_numpy())
+            values = values.values
+        digest.update(values.to_numpy())
+
+
+def write_rows_dataset(folder: Path, tables: Iterable[Any]) -> None:
+    """Writes a `save_to_disk` folder of `row_table`s: first beside it, then renamed.
+
+    The columns of short rows are left out where no row has any.
     """
     import datasets
     from datasets.arrow_writer import ArrowWriter
 
-    def features(part: str) -> dict[str, datasets.Sequence]:
-        kind = datasets.Value("int8" if part == "attention_mask" else "int32")
-        row = datasets.Sequence(kind)
-        return {
-            **{f"{branch}_{part}": row for branch in ("chosen", "rejected")},
-            **{
-                f"{branch}_{part}": datasets.Sequence(row)
-                for branch in ("ref_chosen", "ref_rejected")
-            },
-        }
-
-    columns: dict[str, object] = {"id": datasets.Value("string")}
-    for part in PARTS:
-        columns |= features(part)
     partial = partial_path(folder)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -42,16 +77,11 @@ def write_rows_dataset(folder: Path, rows: Iterable[PreferenceRow]) -> None:
         digest = hashlib.blake2b(digest_size=8)
         has_reference = False
         # A row may hold a million integers, so few are kept in memory at a time.
-        with ArrowWriter(
-            path=str(partial / "rows.arrow"),
-            features=datasets.Features(columns),
-            writer_batch_size=16,
-        ) as writer:
-            for row in rows:
-                values = row_columns(row)
-                digest.update(dump_line(values).encode())
-                has_reference |= bool(row.reference_chosen)
-                writer.write({**dict.fromkeys(REFERENCE_COLUMNS), **values})
+        with ArrowWriter(path=str(partial / "rows.arrow"), writer_batch_size=16) as writer:
+            for table in tables:
+                _update(digest, table)
+                has_reference |= table.column(REFERENCE_COLUMNS[0]).null_count == 0
+                writer.write_row(table)
             writer.finalize()
         written = datasets.Dataset.from_file(str(partial / "rows.arrow"))
         if not has_reference:

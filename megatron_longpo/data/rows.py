@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 
-from megatron_longpo.data.jsonl import write_jsonl
+from megatron_longpo.data.jsonl import write_lines
 from megatron_longpo.data.row_sources import RowSource, open_source
 from megatron_longpo.errors import UserError
 
@@ -325,24 +326,42 @@ def _first_answer(tokens: TokenRow) -> int:
 
 
 def row_columns(row: PreferenceRow) -> dict[str, Any]:
-    """The row in the public schema, as plain lists; short rows stay ragged, or have no columns."""
+    """The row in the public schema, as plain lists."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, list):
+            return [plain(turn) for turn in value]
+        return value.tolist() if isinstance(value, np.ndarray) else value
+
+    return {name: plain(value) for name, value in row_arrays(row).items()}
+
+
+def row_arrays(row: PreferenceRow) -> dict[str, Any]:
+    """The row in the public schema, as arrays; short rows stay ragged, or have no columns."""
     columns: dict[str, Any] = {"id": row.id}
     for branch, tokens in (("chosen", row.chosen), ("rejected", row.rejected)):
-        columns[f"{branch}_input_ids"] = tokens.input_ids.tolist()
-        columns[f"{branch}_attention_mask"] = [1] * len(tokens)
-        columns[f"{branch}_labels"] = tokens.labels.tolist()
+        columns[f"{branch}_input_ids"] = tokens.input_ids
+        columns[f"{branch}_attention_mask"] = np.ones_like(tokens.input_ids)
+        columns[f"{branch}_labels"] = tokens.labels
     for branch, rows in (
         ("ref_chosen", row.reference_chosen),
         ("ref_rejected", row.reference_rejected),
     ):
         if not rows:
             continue
-        columns[f"{branch}_input_ids"] = [tokens.input_ids.tolist() for tokens in rows]
-        columns[f"{branch}_attention_mask"] = [[1] * len(tokens) for tokens in rows]
-        columns[f"{branch}_labels"] = [tokens.labels.tolist() for tokens in rows]
+        columns[f"{branch}_input_ids"] = [tokens.input_ids for tokens in rows]
+        columns[f"{branch}_attention_mask"] = [np.ones_like(tokens.input_ids) for tokens in rows]
+        columns[f"{branch}_labels"] = [tokens.labels for tokens in rows]
     return columns
+
+
+def row_line(row: PreferenceRow) -> bytes:
+    """The row as one line of JSONL, with its line end."""
+    return orjson.dumps(
+        row_arrays(row), option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE
+    )
 
 
 def write_rows_jsonl(path: str | Path, rows: Iterable[PreferenceRow]) -> int:
     """Writes rows to a JSONL file (first beside it, then renamed). Returns their number."""
-    return write_jsonl(path, (row_columns(row) for row in rows))
+    return write_lines(path, (row_line(row) for row in rows))

@@ -10,20 +10,33 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from megatron_longpo.data.chat import TemplateChangesText, conversation_row
+from megatron_longpo.data.chat import conversation_row
 from megatron_longpo.data.config import TokenizeConfig
 from megatron_longpo.data.dpo_sets import DpoPair
 from megatron_longpo.data.examples import Example, Turn
-from megatron_longpo.data.jsonl import refuse_existing
+from megatron_longpo.data.jsonl import refuse_existing, write_lines
 from megatron_longpo.data.progress import Dropped, format_counts, track
 from megatron_longpo.data.prompt_layout import opening_messages, shorten_document
-from megatron_longpo.data.row_folder import write_rows_dataset
-from megatron_longpo.data.rows import PreferenceRow, TokenRow, write_rows_jsonl
-from megatron_longpo.data.text_sets import TextSet
+from megatron_longpo.data.renderings import TemplateChangesText
+from megatron_longpo.data.row_folder import row_table, write_rows_dataset
+from megatron_longpo.data.rows import PreferenceRow, TokenRow, row_line
+from megatron_longpo.data.text_sets import TextFormat, TextSet
 from megatron_longpo.data.tokenizers import ChatTokenizer, Message, load_tokenizer
+from megatron_longpo.data.workers import WorkerPool, usable_cpus
 from megatron_longpo.errors import UserError
+
+WORKER_IMPORTS = (__name__, "transformers.models.auto.tokenization_auto")
+"""What a worker needs and takes long to import."""
+
+CHUNK_SIZES: dict[TextFormat, int] = {"longpo": 1, "dpo": 32}
+"""Examples that a worker gets at a time: documents are long and pairs of a DPO set short."""
+
+_EXAMPLES_PER_WORKER = 16
+"""A worker takes seconds to start, in which this many long documents are tokenised."""
 
 
 @dataclass(kw_only=True)
@@ -49,52 +62,111 @@ class TokenizeSummary:
         return lines
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """What became of one example."""
+
+    dropped: str | None = None
+    """The reason why it gave no row; what follows then stands for nothing."""
+    encoded: Any = None
+    """The row as it is written: a line of JSONL, or a table of one row."""
+    num_tokens: int = 0
+    """Of the longer long row."""
+    has_short_rows: bool = False
+    document_cut: bool = False
+
+
+class ExampleTokenizer:
+    """Makes the row of an example of a set by its index; every worker process has one."""
+
+    def __init__(self, examples: TextSet, config: TokenizeConfig) -> None:
+        self._examples = examples
+        self._config = config
+        self._tokenizer = load_tokenizer(config.tokenizer, chat_template=config.chat_template)
+        self._encode = row_line if writes_lines(config) else row_table
+
+    def __call__(self, index: int) -> Outcome:
+        """Raises `UserError` where the example, or the template that it meets, is unusable."""
+        example = self._examples[index]
+        document_cut = False
+        try:
+            if isinstance(example, DpoPair):
+                row = dpo_row(example, self._tokenizer, self._config)
+            else:
+                row, document_cut = example_row(example, self._tokenizer, self._config)
+        except Dropped as dropped:
+            return Outcome(dropped=str(dropped))
+        except TemplateChangesText:
+            return Outcome(dropped="text changed by the chat template")
+        return Outcome(
+            encoded=self._encode(row),
+            num_tokens=max(len(row.chosen), len(row.rejected)),
+            has_short_rows=bool(row.reference_chosen),
+            document_cut=document_cut,
+        )
+
+
 def run_tokenize(config: TokenizeConfig) -> TokenizeSummary:
     """Reads the examples, writes the rows and prints what became of them."""
     for key in ("max_length", "short_max_length"):
         if getattr(config, key) < 2:
             raise UserError(f"{key} ({getattr(config, key)}): must be at least 2 tokens")
+    if config.num_workers is not None and config.num_workers < 1:
+        raise UserError(f"num_workers ({config.num_workers}): must be at least 1, or null")
     refuse_existing(config.output, overwrite=config.overwrite, key="output")
     examples = TextSet(config.examples, format=config.format, split=config.split)
     print(f"{config.examples}: {examples.description}")
-    tokenizer = load_tokenizer(config.tokenizer, chat_template=config.chat_template)
+    num_workers = choose_num_workers(config.num_workers, len(examples))
+    # Made here in any case, so that what is wrong with the tokenizer is said once.
+    make_task = partial(ExampleTokenizer, examples, config)
+    task = make_task()
+    indices = range(len(examples))
+    if num_workers == 1:
+        return write_outcomes(map(task, indices), examples, config)
+    with WorkerPool(make_task, num_workers=num_workers, imports=WORKER_IMPORTS) as pool:
+        outcomes = pool.map(indices, chunk_size=CHUNK_SIZES[examples.format])
+        return write_outcomes(outcomes, examples, config)
+
+
+def choose_num_workers(asked: int | None, num_examples: int) -> int:
+    """The workers that are asked for, or one a CPU, as far as starting them is worth it."""
+    if asked is None:
+        asked = min(usable_cpus(), num_examples // _EXAMPLES_PER_WORKER)
+    return max(1, min(asked, num_examples))
+
+
+def writes_lines(config: TokenizeConfig) -> bool:
+    """Whether the output is JSONL, by its name."""
+    return Path(config.output).suffix in (".jsonl", ".json")
+
+
+def write_outcomes(
+    outcomes: Iterable[Outcome], examples: TextSet, config: TokenizeConfig
+) -> TokenizeSummary:
+    """Writes the rows, in their order, and says what became of the examples."""
     summary = TokenizeSummary()
-    rows = tokenize_examples(
-        track(examples, description="tokenize", total=len(examples)), tokenizer, config, summary
-    )
-    if Path(config.output).suffix in (".jsonl", ".json"):
-        write_rows_jsonl(config.output, rows)
+    rows = _counted(track(outcomes, description="tokenize", total=len(examples)), config, summary)
+    if writes_lines(config):
+        write_lines(config.output, rows)
     else:
         write_rows_dataset(Path(config.output), rows)
     print(f"{config.output}: {summary}")
     return summary
 
 
-def tokenize_examples(
-    examples: Iterable[Example | DpoPair],
-    tokenizer: ChatTokenizer,
-    config: TokenizeConfig,
-    summary: TokenizeSummary,
-) -> Iterator[PreferenceRow]:
-    """Yields the rows of the examples and counts in `summary`; raises where there is none."""
-    for example in examples:
-        document_cut = False
-        try:
-            if isinstance(example, DpoPair):
-                row = dpo_row(example, tokenizer, config)
-            else:
-                row, document_cut = example_row(example, tokenizer, config)
-        except Dropped as dropped:
-            summary.dropped[str(dropped)] += 1
-            continue
-        except TemplateChangesText:
-            summary.dropped["text changed by the chat template"] += 1
+def _counted(
+    outcomes: Iterable[Outcome], config: TokenizeConfig, summary: TokenizeSummary
+) -> Iterator[Any]:
+    """Yields the encoded rows and counts in `summary`; raises where there is none."""
+    for outcome in outcomes:
+        if outcome.dropped is not None:
+            summary.dropped[outcome.dropped] += 1
             continue
         summary.num_rows += 1
-        summary.num_without_short_rows += not row.reference_chosen
-        summary.num_cut_documents += document_cut
-        summary.longest = max(summary.longest, len(row.chosen), len(row.rejected))
-        yield row
+        summary.num_without_short_rows += not outcome.has_short_rows
+        summary.num_cut_documents += outcome.document_cut
+        summary.longest = max(summary.longest, outcome.num_tokens)
+        yield outcome.encoded
     if summary.num_rows == 0:
         raise UserError(
             f"{config.examples}: no example gave a row (dropped: {format_counts(summary.dropped)})"
@@ -130,12 +202,17 @@ def example_row(
             raise _too_long(example.source, num_tokens, config)
         if config.too_long == "drop":
             raise Dropped("long row over max_length")
+        if any(
+            turn.chunk is not None and _evidence(example, turn) is None for turn in example.turns
+        ):
+            raise Dropped("long row over max_length, its chunk not found in the document")
         document = shorten_document(
             example.document,
             count_tokens=count_tokens,
             max_tokens=config.max_length,
             keep=evidence_spans(example),
             cut_from=config.cut_from,
+            token_starts=tokenizer.token_starts,
         )
         if document is None:
             raise Dropped("long row over max_length without cutting its chunks")
@@ -191,13 +268,15 @@ def _too_long(source: str, num_tokens: int, config: TokenizeConfig) -> UserError
 
 def evidence_spans(example: Example) -> list[tuple[int, int]]:
     """Where the chunks stand in the document; a chunk without a span is looked for."""
-    spans: list[tuple[int, int]] = []
-    for turn in example.turns:
-        if turn.chunk_span is not None:
-            spans.append(turn.chunk_span)
-        elif turn.chunk is not None and (start := example.document.find(turn.chunk)) >= 0:
-            spans.append((start, start + len(turn.chunk)))
-    return spans
+    spans = (_evidence(example, turn) for turn in example.turns)
+    return [span for span in spans if span is not None]
+
+
+def _evidence(example: Example, turn: Turn) -> tuple[int, int] | None:
+    if turn.chunk_span is not None or turn.chunk is None:
+        return turn.chunk_span
+    start = example.document.find(turn.chunk)
+    return None if start < 0 else (start, start + len(turn.chunk))
 
 
 def _answer(turn: Turn, branch: str) -> str:

@@ -6,6 +6,7 @@ import itertools
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,9 @@ _STILL_CLOCK = (
 """Goes before a template that asks for the date (Llama 3.2), which would give other tokens tomorrow
 than today: on every day it is the one that Llama's templates have where there is no clock."""
 
-_LONG_TEXT = 4096
-"""Characters from which on a text's ids are remembered until the next such text."""
+_NUM_REMEMBERED = 32
+"""Texts whose ids are remembered: more than the prompts and answers of one example, which come
+again in its other rows."""
 
 
 class ChatTokenizer(ABC):
@@ -51,9 +53,30 @@ class ChatTokenizer(ABC):
     """Texts that `encode` turns into one token, wherever they stand, and that are no one's words:
     special tokens, and further markup of the chat template such as Qwen3's `<think>`."""
 
-    @abstractmethod
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, with nothing put before or after it."""
+        return self.ids(text).tolist()
+
+    def ids(self, text: str) -> np.ndarray:
+        """[S] int64, read-only: the same, remembered for a while."""
+        return self._remembered_ids(text)
+
+    @cached_property
+    def _remembered_ids(self) -> Callable[[str], np.ndarray]:
+        def encode(text: str) -> np.ndarray:
+            ids = np.array(self._encode(text), dtype=np.int64)
+            ids.flags.writeable = False
+            return ids
+
+        return lru_cache(maxsize=_NUM_REMEMBERED)(encode)
+
+    @abstractmethod
+    def _encode(self, text: str) -> list[int]: ...
+
+    def token_starts(self, text: str) -> np.ndarray | None:
+        """[S] int64: the character of `text` where each of its tokens begins; None where the
+        tokenizer does not tell."""
+        return None
 
     @abstractmethod
     def spans(self, text: str) -> np.ndarray:
@@ -83,7 +106,11 @@ class HuggingFaceTokenizer(ChatTokenizer):
             template = _STILL_CLOCK + template
         self._tokenizer = tokenizer
         self._chat_template = template
-        self._last_long: tuple[str, list[int]] = ("", [])
+        # The Rust tokenizer by itself: `transformers` would keep offsets and masks as well.
+        self._fast: Any = tokenizer.backend_tokenizer if tokenizer.is_fast else None
+        if self._fast is not None:
+            self._fast.no_truncation()
+            self._fast.no_padding()
         self.name = name
         self.vocab_size = len(tokenizer)
         self.eos_ids = () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
@@ -97,14 +124,16 @@ class HuggingFaceTokenizer(ChatTokenizer):
         texts |= set(tokenizer.all_special_tokens)
         self.special_texts = tuple(sorted(texts))
 
-    def encode(self, text: str) -> list[int]:
-        # Chosen and rejected ask for the same long document one after the other.
-        if text == self._last_long[0]:
-            return list(self._last_long[1])
-        ids = list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-        if len(text) >= _LONG_TEXT:
-            self._last_long = (text, list(ids))
-        return ids
+    def _encode(self, text: str) -> list[int]:
+        if self._fast is None:
+            return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return list(self._fast.encode_batch_fast([text], add_special_tokens=False)[0].ids)
+
+    def token_starts(self, text: str) -> np.ndarray | None:
+        if self._fast is None:
+            return None
+        offsets = self._fast.encode(text, add_special_tokens=False).offsets
+        return np.array([start for start, _ in offsets], dtype=np.int64)
 
     def spans(self, text: str) -> np.ndarray:
         if not self._tokenizer.is_fast:
@@ -162,7 +191,7 @@ class SentencePieceTokenizer(ChatTokenizer):
         self._chat_template = chat_template or SENTENCEPIECE_TEMPLATE
         self._adds_space = model.encode_as_pieces("a")[0].startswith("\u2581")
 
-    def encode(self, text: str) -> list[int]:
+    def _encode(self, text: str) -> list[int]:
         if not self._control_ids:
             return list(self._model.encode(text))
         ids: list[int] = []

@@ -146,7 +146,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 def _short(value: Any) -> str:
     text = "null" if value is None else str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return text if len(text) <= 60 else f"...{text[-57:]}"  # paths differ at their end
 
 
 def model_fingerprint(model: str) -> str:

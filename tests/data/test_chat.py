@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AddedToken
 
-from megatron_longpo.data.chat import TemplateChangesText, conversation_row, prompt_ids
+from megatron_longpo.data.chat import conversation_row, prompt_ids
+from megatron_longpo.data.renderings import TemplateChangesText
 from megatron_longpo.data.rows import IGNORED_LABEL, TokenRow
 from megatron_longpo.data.tokenizers import ChatTokenizer, HuggingFaceTokenizer, load_tokenizer
 from megatron_longpo.errors import UserError
@@ -216,6 +217,20 @@ def test_moving_system_prompt_stays_where_each_answer_saw_it() -> None:
 def test_unusable_templates_are_named(template: str, problem: str) -> None:
     tokenizer = HuggingFaceTokenizer(CHATML_TOKENIZER, name="folder/x", chat_template=template)
     with pytest.raises(UserError, match=rf"folder/x: .*{problem}"):
+        conversation_row(tokenizer, conversation("What?", "Seven."))
+
+
+def test_tokenizer_without_an_end_of_text_is_told() -> None:
+    backend = copy.deepcopy(CHATML_TOKENIZER)
+    backend.eos_token = None
+    template = (
+        "{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}"
+    )
+    tokenizer = HuggingFaceTokenizer(backend, name="x", chat_template=template)
+    with pytest.raises(
+        UserError, match=r"x: its chat template .* \(the tokenizer has no eos_token\)"
+    ):
         conversation_row(tokenizer, conversation("What?", "Seven."))
 
 

@@ -71,6 +71,7 @@ def test_spans_count_characters(tmp_path: Path) -> None:
         ({"document": DOCUMENT, "turns": [turn()]}, "id is missing, must be a string"),
         (example(document=3), "document is int, must be a string"),
         (example(document=" "), "document is empty"),
+        (example(document="x\ud800"), "document holds half of a surrogate pair at character 1"),
         (example(turns=[]), "turns must be a list of at least one turn"),
         (example(turns=["x"]), r"turns\[0\] must be an object"),
         (example(turns=[turn(), turn(chosen=None)]), r"turns\[1\]: chosen is NoneType, must be"),

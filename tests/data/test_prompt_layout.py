@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megatron_longpo.data.prompt_layout import (
     CutFrom,
     cut_document,
+    cut_spans,
     opening_messages,
     shorten_document,
 )
@@ -58,3 +62,51 @@ def test_shortened_document_fits_and_is_not_cut_far_beyond(tokens_per_char: floa
     assert shorter is not None
     assert 120 <= count(shorter) <= 150
     assert shorten_document(document, count_tokens=count, max_tokens=count(document)) == document
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    words=st.lists(
+        st.sampled_from(["a", "bb", "cccc", "dddddddd", "\n\n"]), min_size=4, max_size=80
+    ),
+    bounds=st.lists(st.integers(0, 300), min_size=0, max_size=6),
+    share=st.floats(0, 1),
+    cut_from=st.sampled_from(["middle", "tail"]),
+    tells_starts=st.booleans(),
+)
+def test_what_is_kept_stays_and_no_more_is_cut_than_needed(
+    words: list[str], bounds: list[int], share: float, cut_from: CutFrom, tells_starts: bool
+) -> None:
+    """Tokens are words here, of very different lengths; what a cut leaves of one is one too."""
+    document = " ".join(words)
+    ends = sorted(min(bound, len(document)) for bound in bounds)
+    keep = [(start, end) for start, end in zip(ends[::2], ends[1::2], strict=False) if start < end]
+
+    def count(text: str) -> int:
+        return len(text.split(" "))
+
+    def starts(text: str) -> np.ndarray:
+        return np.array([0] + [index + 1 for index, char in enumerate(text) if char == " "])
+
+    max_tokens = max(1, int(share * len(words)))
+    counted: list[str] = []
+    shorter = shorten_document(
+        document,
+        count_tokens=lambda text: counted.append(text) or count(text),
+        max_tokens=max_tokens,
+        keep=keep,
+        cut_from=cut_from,
+        token_starts=starts if tells_starts else None,
+    )
+    if shorter is None:
+        kept = sum(count(document[start:end]) for start, end in keep)
+        assert kept > max_tokens - 4 - 2 * len(keep)
+        return
+    assert counted[-1] == shorter and count(shorter) <= max_tokens
+    assert all(document[start:end] in shorter for start, end in keep)
+    if shorter != document:
+        spans = cut_spans(len(document), len(document) - len(shorter), keep=keep, cut_from=cut_from)
+        assert all(end <= left or start >= right for start, end in spans for left, right in keep)
+        if tells_starts:
+            assert len(counted) <= 3 + len(spans)
+            assert count(shorter) >= max_tokens - 3 - 2 * len(spans)

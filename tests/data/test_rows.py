@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_longpo.data.jsonl import dump_line
 from megatron_longpo.data.row_sources import open_source
 from megatron_longpo.data.rows import (
     IGNORED_LABEL,
@@ -19,6 +20,7 @@ from megatron_longpo.data.rows import (
     fit_row,
     open_rows,
     row_columns,
+    row_line,
     write_rows_jsonl,
 )
 from megatron_longpo.errors import UserError
@@ -224,6 +226,13 @@ def test_write_and_read_again(tmp_path: Path) -> None:
     assert_is_the_row(again[1])
     assert again[1].id == "x"
     assert os.listdir(tmp_path / "deep") == ["b.jsonl"]
+
+
+def test_lines_are_those_of_the_standard_library(tmp_path: Path) -> None:
+    row = open_rows(write_lines(tmp_path / "a.jsonl", columns()))[0]
+    for row_id in ("x", '"é\u2028\\ \x7f\n\x01'):
+        named = replace(row, id=row_id)
+        assert row_line(named).decode() == dump_line(row_columns(named))
 
 
 def test_failed_write_keeps_the_file_before(tmp_path: Path) -> None:

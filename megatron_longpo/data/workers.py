@@ -1,0 +1,109 @@
+"""The same function over many items in several processes, with results in the items' order."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from typing import Any
+
+from megatron_longpo.errors import UserError
+
+_WAITING_PER_WORKER = 4
+"""Calls that are handed out ahead: enough to keep workers busy while one result is late, few
+enough that results do not fill the memory."""
+
+
+def usable_cpus() -> int:
+    """How many CPUs this process may run on, which in a job can be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class WorkerPool:
+    """Processes that each hold the function that `make_task` makes.
+
+    They are forked from a server that has imported what they need and has no threads, not from
+    this process. An error of the function is raised here as it is, in the items' order; Ctrl-C ends
+    this process, which ends the workers.
+    """
+
+    def __init__(
+        self,
+        make_task: Callable[[], Callable[[Any], Any]],
+        *,
+        num_workers: int,
+        imports: Sequence[str] = (),
+    ) -> None:
+        """`make_task` is pickled; `imports` are modules that it takes long to import."""
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(list(imports))
+        self._num_workers = num_workers
+        self._pool = ProcessPoolExecutor(
+            num_workers, mp_context=context, initializer=_start, initargs=(make_task,)
+        )
+
+    def __enter__(self) -> WorkerPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def map(self, items: Sequence[Any], *, chunk_size: int = 1) -> Iterator[Any]:
+        """Yields the function's result for each item, in order."""
+        chunks = (items[at : at + chunk_size] for at in range(0, len(items), chunk_size))
+        waiting: deque[Future[list[Any]]] = deque()
+        try:
+            for chunk in chunks:
+                with _interrupts_held():  # the first calls start processes
+                    waiting.append(self._pool.submit(_run, chunk))
+                if len(waiting) == _WAITING_PER_WORKER * self._num_workers:
+                    yield from waiting.popleft().result()
+            while waiting:
+                yield from waiting.popleft().result()
+        except BrokenProcessPool:
+            raise UserError(
+                f"num_workers ({self._num_workers}): a worker process has died, most likely for "
+                "want of memory; give fewer workers"
+            ) from None
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Ctrl-C goes to all processes of a terminal; those started here never see it, ours decides."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+_task: Callable[[Any], Any] | None = None
+"""The function of this worker process."""
+
+
+def _start(make_task: Callable[[], Callable[[Any], Any]]) -> None:
+    global _task
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    # As many processes as CPUs, each with tokenizers' own threads, would be in each other's way.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _task = make_task()
+
+
+def _end_with_parent() -> None:
+    """A parent that was killed has not told its workers."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _run(items: Sequence[Any]) -> list[Any]:
+    assert _task is not None
+    return [_task(item) for item in items]
