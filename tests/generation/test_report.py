@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from collections import Counter
@@ -140,8 +141,8 @@ def test_the_same_numbers_give_the_same_page(report: Path, tmp_path: Path) -> No
 
 @pytest.mark.browser
 def test_a_browser_shows_the_page(report: Path, tmp_path: Path) -> None:
-    browser = shutil.which("chromium") or shutil.which("google-chrome")
-    assert browser, "needs chromium on PATH"
+    browser = os.environ.get("LONGPO_CHROMIUM") or shutil.which("chromium")
+    assert browser, "needs chromium on PATH, or LONGPO_CHROMIUM"
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1100,2400"]
     picture = tmp_path / "page.png"
     subprocess.run(
