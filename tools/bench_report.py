@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 import torch
+import torch.distributed as dist
 
 from megatron_longpo.training.flops import step_flops
 from megatron_longpo.training.loop import Run
@@ -27,6 +28,7 @@ class Report:
 
     def __init__(self, arguments: argparse.Namespace, *, is_main: bool, world_size: int) -> None:
         self._is_main = is_main
+        self._world_size = world_size
         self._json: Path | None = arguments.json
         self.modes: dict[str, dict[str, Any]] = {}
         self._head = {
@@ -59,6 +61,7 @@ class Report:
             "sustained_efficiency": None,
             "breakdown_s": None,
             "communication_share": None,
+            "imbalance_share": None,
         }
 
     def add_step(self, name: str, run: Run, timing: Timing, *, counts: bool) -> None:
@@ -82,11 +85,19 @@ class Report:
         self.save()
 
     def add_breakdown(self, name: str, seconds: dict[str, float]) -> None:
+        """Takes this rank's step by part; every rank calls this.
+
+        A rank that is done early waits in communication for the last one, which itself does not
+        wait. So what the ranks communicate alone beyond the one that does it least, in the mean,
+        is their imbalance.
+        """
         mode = self.modes[name]
+        step = sum(time for part, time in seconds.items() if part != "overlapped communication")
+        alone = [seconds.get("communication", 0.0)] * self._world_size
+        dist.all_gather_object(alone, alone[0])
         mode["breakdown_s"] = seconds
-        mode["communication_share"] = seconds.get("communication", 0.0) / sum(
-            time for part, time in seconds.items() if part != "overlapped communication"
-        )
+        mode["communication_share"] = alone[0] / step
+        mode["imbalance_share"] = (statistics.mean(alone) - min(alone)) / step
         self.say(f"{name}: step traced")
         self.save()
 
@@ -131,9 +142,15 @@ class Report:
 
 
 def _print_mode(name: str, mode: dict[str, Any]) -> None:
-    memory, efficiency, steady, share = (
+    memory, efficiency, steady, share, imbalance = (
         mode[key]
-        for key in ("peak_memory_gib", "efficiency", "sustained_efficiency", "communication_share")
+        for key in (
+            "peak_memory_gib",
+            "efficiency",
+            "sustained_efficiency",
+            "communication_share",
+            "imbalance_share",
+        )
     )
     print(
         f"{name}: {mode['policy_tokens']} + {mode['reference_tokens']} tokens, "
@@ -142,6 +159,7 @@ def _print_mode(name: str, mode: dict[str, Any]) -> None:
         + (f", efficiency {efficiency:.3f}" if efficiency is not None else "")
         + (f" ({steady:.3f} sustained)" if steady is not None else "")
         + (f", communication {100 * share:.1f} %" if share else "")
+        + (f", imbalance {100 * imbalance:.1f} %" if imbalance else "")
         + (f", peak {memory:.1f} GiB" if memory is not None else "")
     )
     titles = {"bare": "bare_s", "sustained": "sustained_s", "step": "breakdown_s"}

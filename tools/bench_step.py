@@ -24,6 +24,7 @@ from itertools import product
 from pathlib import Path
 from typing import get_args
 
+import numpy as np
 import torch
 
 from megatron_longpo.config import (
@@ -120,6 +121,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     model.add_argument("--model-layers", default="auto", help="model.layers")
     pair = parser.add_argument_group("pair")
     pair.add_argument("--context", type=int, default=4224, help="tokens of the longest row")
+    pair.add_argument(
+        "--shortest", type=int, help="the pairs' contexts are spread evenly from here to --context"
+    )
     pair.add_argument("--turns", type=int, default=2)
     pair.add_argument(
         "--pairs", type=int, default=1, help="microbatches a step, of one pair each, a data rank"
@@ -157,6 +161,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     run.add_argument("--profile", type=Path, help="folder for a trace of each mode's last step")
     run.add_argument("--json", type=Path, help="file to write the numbers to")
     arguments = parser.parse_args(argv)
+    if arguments.shortest is None:
+        arguments.shortest = arguments.context
     if arguments.answer is None:
         arguments.answer = min(350, max(1, arguments.context // 64))
     if arguments.chunk is None:
@@ -174,17 +180,22 @@ def make_runs(arguments: argparse.Namespace, modes: list[Mode], folder: Path) ->
         kv_heads=arguments.kv_heads,
         vocabulary=arguments.vocabulary,
     )
-    pair_shape = PairShape(
-        context=arguments.context,
-        turns=arguments.turns,
-        answer=arguments.answer,
-        question=max(1, arguments.answer // 8),
-        chunk=arguments.chunk,
-    )
     shape.write_config(folder / "model", max_positions=2 * arguments.context)
     num_pairs = pairs_a_step(arguments)
+    contexts = np.linspace(arguments.context, arguments.shortest, num_pairs, dtype=int)
     rows = [
-        random_pair(pair_shape, vocabulary=shape.vocabulary, seed=seed) for seed in range(num_pairs)
+        random_pair(
+            PairShape(
+                context=int(context),
+                turns=arguments.turns,
+                answer=arguments.answer,
+                question=max(1, arguments.answer // 8),
+                chunk=min(arguments.chunk, int(context) // 2),
+            ),
+            vocabulary=shape.vocabulary,
+            seed=seed,
+        )
+        for seed, context in enumerate(contexts)
     ]
     write_rows_jsonl(folder / "rows.jsonl", rows)
     # What is built must serve every mode.
