@@ -14,6 +14,7 @@ from typing import Any, Literal
 from megatron_longpo.config_checks import check_world, resolve, resolve_reference
 from megatron_longpo.config_fields import limits
 from megatron_longpo.config_parser import load_config
+from megatron_longpo.evaluation.config import EvaluationConfig
 
 LoraTarget = Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 
@@ -215,9 +216,10 @@ class RunConfig:
     """Layers of each pipeline stage, the first ones, that train.recompute is for; the others store
     everything. null = all."""
     eval_interval: int = field(default=0, metadata=limits(at_least=0))
-    """Steps between evaluations on data.eval_path; 0 = off."""
+    """Steps between evaluations, of data.eval_path and of the section evaluation; 0 = off."""
     eval_at_start: bool = True
-    """With data.eval_path, also evaluate before the first step (as step 0) and after the last."""
+    """Where there is something to evaluate, also before the first step (as step 0) and after the
+    last."""
     dry_run: bool = False
     """Check settings, data and memory, then stop before the first step."""
 
@@ -294,6 +296,7 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig
     lora: LoraConfig | None = None
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
 
 def load_train_config(argv: list[str]) -> TrainConfig:

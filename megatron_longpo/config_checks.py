@@ -17,6 +17,7 @@ from megatron_longpo.config_objectives import (
     filled_objective,
 )
 from megatron_longpo.errors import UserError
+from megatron_longpo.evaluation.config import check_evaluation
 from megatron_longpo.parallel.stages import parse_layout
 
 if TYPE_CHECKING:
@@ -201,10 +202,11 @@ def _check_rest(config: TrainConfig) -> None:
             "train.recompute_modules ([]) leaves nothing to recompute. Name a module, or use "
             "train.recompute none"
         )
-    if train.eval_interval and data.eval_path is None:
+    check_evaluation(config.evaluation)
+    if train.eval_interval and data.eval_path is None and config.evaluation.is_off:
         raise UserError(
-            f"train.eval_interval ({train.eval_interval}) needs rows to evaluate on. Set "
-            "data.eval_path, or train.eval_interval 0"
+            f"train.eval_interval ({train.eval_interval}) needs something to evaluate. Set "
+            "data.eval_path or a part of evaluation, or train.eval_interval 0"
         )
     if config.lora is not None and len(set(config.lora.targets)) != len(config.lora.targets):
         raise UserError(

@@ -106,6 +106,9 @@ CONTRACT_DEFAULTS: dict[str, Any] = {
     "logging.tensorboard": True,
     "logging.wandb": None,
     "lora": None,
+    "evaluation.retrieval": None,
+    "evaluation.nll": None,
+    "evaluation.retention": None,
 }
 
 
@@ -444,7 +447,7 @@ def test_what_is_required_is_asked_for() -> None:
             "optimizer.grad_dtype (bf16): gradients have model.dtype at least",
         ),
         (["--optimizer.min_lr=1"], "optimizer.min_lr (1) must not exceed optimizer.lr (5e-07)"),
-        (["--train.eval_interval=5"], "needs rows to evaluate on. Set data.eval_path"),
+        (["--train.eval_interval=5"], "needs something to evaluate. Set data.eval_path"),
         (
             ["--reference.cache_path=x"],
             "reference.cache_path (x) is read where reference.mode is cached, and it is online",

@@ -31,6 +31,8 @@ class ReadOptions:
     split: str | None = None
     encoding: str | None = None
     max_bytes: int = 16_000_000
+    key: str = "documents"
+    """The setting whose value the path is, for messages."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -238,14 +240,14 @@ def open_sources(path: str, options: ReadOptions) -> tuple[list[Source], list[Re
     elif glob.has_magic(path):
         roots = [Path(found) for found in sorted(glob.glob(str(root), recursive=True))]
         if not roots:
-            raise UserError(f"documents ({path}): no file or folder matches this pattern")
+            raise UserError(f"{options.key} ({path}): no file or folder matches this pattern")
         # `**` finds folders and what is in them.
         roots = [found for found in roots if not found.is_dir()] if "**" in path else roots
     elif HUB_ID.fullmatch(path):
         return [HubDataset(_from_hub(path, options), path, options)], []
     else:
         raise UserError(
-            f"documents ({path}): no such file or folder, and not a hub id (owner/name)"
+            f"{options.key} ({path}): no such file or folder, and not a hub id (owner/name)"
         )
     sources: list[Source] = []
     faults: list[Read] = []
@@ -324,7 +326,7 @@ def _from_hub(hub_id: str, options: ReadOptions) -> Any:
     except Exception as error:
         reason = " ".join(str(error).split())
         raise UserError(
-            f"documents ({hub_id}): no such file or folder here, and the hub did not give it "
+            f"{options.key} ({hub_id}): no such file or folder here, and the hub did not give it "
             f"({reason[:300]})"
         ) from error
     return one_split(loaded, hub_id, options.split)

@@ -64,7 +64,8 @@ class DocumentSet:
         Raises:
             UserError: nothing there, or no such column.
         """
-        self._sources, self._faults = open_sources(path, options or ReadOptions())
+        options = options or ReadOptions()
+        self._sources, self._faults = open_sources(path, options)
         self._html = html
         self._near_duplicates = near_duplicates
         self._limit = limit
@@ -75,7 +76,7 @@ class DocumentSet:
         self.first_dropped: dict[str, str] = {}
         """An example of each reason, for the warning."""
         if not self._sources:
-            raise UserError(f"documents ({path}): holds no files; give a folder of text files")
+            raise UserError(f"{options.key} ({path}): holds no files; give a folder of text files")
         for source in self._sources:
             source.check()
         if near_duplicates is not None:

@@ -26,6 +26,7 @@ from megatron_longpo.model.divergence import reverse_kl
 from megatron_longpo.model.logprob_head import VocabularyShard, edge_logps
 from megatron_longpo.model.lora import adapter_state, adapters, adapters_off, load_adapter_state
 from megatron_longpo.model.offload import OffloadedWeights
+from megatron_longpo.model.probe import ProbePack, compare_with_base, greedy_hits
 from megatron_longpo.model.rope import rotary_angles
 from megatron_longpo.parallel.layout import RankPack, RankTokens
 
@@ -83,8 +84,8 @@ class LongPOModel(MegatronModule):
 
         Returns:
             On the last stage [e + d] fp32, in nats: log-probabilities of the policy's edges and
-            then the reference's, and after them the divergence of each of the policy's places;
-            else the hidden states [p + r, 1, h] for the next stage.
+            then the reference's, and after them the divergence of each of the policy's places; of
+            a `ProbePack` what it asks for. Else the hidden states [p + r, 1, h] for the next stage.
         """
         policy_input, reference_input = self._split_received(pack)
         policy = self._chunk("policy")
@@ -92,7 +93,7 @@ class LongPOModel(MegatronModule):
         if pack.reference is None:
             if not self.post_process:
                 return policy_hidden
-            return self._logps(policy, pack.policy, self._whole(policy, policy_hidden))
+            return self._read(pack, self._whole(policy, policy_hidden), None)
         reference = self._chunk("reference")
         with self._reference_at_hand():
             with torch.no_grad(), adapters_off(reference.gpt):
@@ -100,13 +101,55 @@ class LongPOModel(MegatronModule):
             if not self.post_process:
                 return torch.cat([policy_hidden, reference_hidden])
             policy_hidden = self._whole(policy, policy_hidden)
-            outputs = [self._logps(policy, pack.policy, policy_hidden)]
             with torch.no_grad():
                 reference_hidden = self._whole(reference, reference_hidden)
+            return self._read(pack, policy_hidden, reference_hidden)
+
+    def _read(
+        self, pack: RankPack, policy_hidden: Tensor, reference_hidden: Tensor | None
+    ) -> Tensor:
+        """What the last stage gives, from the whole final states of both models."""
+        policy = self._chunk("policy")
+        if isinstance(pack, ProbePack):
+            return self._probe(pack, policy_hidden, reference_hidden)
+        outputs = [self._logps(policy, pack.policy, policy_hidden)]
+        if pack.reference is not None and reference_hidden is not None:
+            with torch.no_grad():
+                reference = self._chunk("reference")
                 outputs.append(self._logps(reference, pack.reference, reference_hidden))
             if pack.policy.divergence.num_slots:
                 outputs.append(self._divergence(pack, policy_hidden, reference_hidden))
-            return torch.cat(outputs)
+        return torch.cat(outputs)
+
+    def _probe(
+        self, pack: ProbePack, policy_hidden: Tensor, reference_hidden: Tensor | None
+    ) -> Tensor:
+        """What a `ProbePack` asks for."""
+        places, edges = pack.policy.divergence, pack.policy.edges
+        if pack.wants_states:
+            return policy_hidden[places.sources]
+        policy = self._chunk("policy")
+        weight, shard = self._head(policy)
+        logps = self._logps(policy, pack.policy, policy_hidden)
+        hits = greedy_hits(policy_hidden, weight, edges.sources, edges.targets, shard)
+        outputs = [torch.stack([logps, hits.to(logps.dtype)])]
+        if places.num_slots:
+            if reference_hidden is not None:
+                base_states = self._teacher_states(pack, reference_hidden)
+                base_weight, _ = self._head(self._chunk("reference"))
+            else:
+                assert pack.base is not None, "nothing to compare with"
+                base_states, base_weight = pack.base.states, pack.base.weight
+            compared = compare_with_base(
+                policy_hidden,
+                weight,
+                places.sources,
+                base_states[places.slots].to(weight.dtype),
+                base_weight.to(weight),
+                shard,
+            )
+            outputs.append(compared)
+        return torch.cat(outputs, dim=1)
 
     def offload_reference(self) -> None:
         """From now on the reference's weights are on the device only while it runs."""
@@ -155,17 +198,9 @@ class LongPOModel(MegatronModule):
     def _divergence(
         self, pack: RankPack, policy_hidden: Tensor, reference_hidden: Tensor
     ) -> Tensor:
-        """KL of policy and reference at this rank's places, [d].
-
-        The same place lies on other context-parallel ranks in the short row than in the long one,
-        so the reference's states there, answers alone, go to all of them.
-        """
-        assert pack.reference is not None
-        taught, teaching = pack.policy.divergence, pack.reference.divergence
-        states = reference_hidden.new_zeros(teaching.num_slots, reference_hidden.shape[1])
-        states[teaching.slots] = reference_hidden[teaching.sources]
-        if self._context_group.size() > 1:
-            dist.all_reduce(states, group=self._context_group)
+        """KL of policy and reference at this rank's places, [d]."""
+        taught = pack.policy.divergence
+        states = self._teacher_states(pack, reference_hidden)
         weight, shard = self._head(self._chunk("policy"))
         reference_weight, _ = self._head(self._chunk("reference"))
         return reverse_kl(
@@ -177,6 +212,25 @@ class LongPOModel(MegatronModule):
             reference_weight.detach(),
             shard,
         )
+
+    def _teacher_states(self, pack: RankPack, reference_hidden: Tensor) -> Tensor:
+        """The reference's final states at all places of the pack, by slot.
+
+        The same place lies on other context-parallel ranks in the short row than in the long one,
+        so the reference's states there, answers alone, go to all of them.
+        """
+        assert pack.reference is not None
+        teaching = pack.reference.divergence
+        states = reference_hidden.new_zeros(teaching.num_slots, reference_hidden.shape[1])
+        states[teaching.slots] = reference_hidden[teaching.sources]
+        if self._context_group.size() > 1:
+            dist.all_reduce(states, group=self._context_group)
+        return states
+
+    def output_weight(self) -> Tensor:
+        """This rank's rows of the policy's output weight; the last stage has one."""
+        weight, _ = self._head(self._chunk("policy"))
+        return weight
 
     def _head(self, chunk: ChunkModel) -> tuple[Tensor, VocabularyShard]:
         """This rank's rows of the output weight, and the token ids that they stand for."""

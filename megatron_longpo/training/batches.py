@@ -11,6 +11,10 @@ from megatron_longpo.data.tree import PairTrees
 from megatron_longpo.parallel.groups import Groups
 from megatron_longpo.parallel.layout import RankPack, lay_out_pack
 
+MICROBATCHES_A_PART = 4
+"""For each data-parallel rank and pipeline stage: enough to balance the ranks and to fill the
+pipeline, few enough that a stop or a crash costs a minute."""
+
 
 class PairSource(Protocol):
     """What dealing and packing ask of a catalog."""
@@ -67,6 +71,27 @@ def lay_out_microbatch(
         context_size=groups.context.size(),
         context_inner=groups.sizes.context_inner,
     )
+
+
+def split_parts(
+    pairs: Sequence[int], tokens: Sequence[int], groups: Groups, *, budget_tokens: int
+) -> list[list[int]]:
+    """Cuts pairs that are only scored into consecutive parts of some microbatches a rank."""
+    num_ranks = groups.data.size() * groups.pipeline.size()
+    return cut(pairs, tokens, part_tokens=MICROBATCHES_A_PART * num_ranks * budget_tokens)
+
+
+def cut(pairs: Sequence[int], tokens: Sequence[int], *, part_tokens: int) -> list[list[int]]:
+    """Cuts pairs into consecutive parts that each reach `part_tokens`, but for the last."""
+    parts: list[list[int]] = []
+    room = 0
+    for pair, size in zip(pairs, tokens, strict=True):
+        if room <= 0:
+            parts.append([])
+            room = part_tokens
+        parts[-1].append(pair)
+        room -= size
+    return parts
 
 
 def read_ahead(

@@ -132,15 +132,45 @@ def build_reference(
 ) -> list[Any]:
     """The reference alone, where the policy stands otherwise: what `longpo reference` runs."""
     assert sources.cached is not None and sources.cached_folder is not None
+    split = like_split(sources.cached.num_layers, stage_split(config, sources.policy))
+    return build_scorer(config, sources.cached, sources.cached_folder, groups, split=split, say=say)
+
+
+def build_base(
+    config: TrainConfig,
+    sources: ModelSources,
+    groups: Groups,
+    *,
+    write_weights: WeightsWriter = load_hf_weights,
+) -> list[Any]:
+    """The base model alone, to be asked for retention before the policy is built."""
+    assert sources.base is not None and sources.base_folder is not None
+    split = like_split(sources.base.num_layers, stage_split(config, sources.policy))
+    return build_scorer(
+        config, sources.base, sources.base_folder, groups, split=split, write_weights=write_weights
+    )
+
+
+def build_scorer(
+    config: TrainConfig,
+    arch: Architecture,
+    folder: str,
+    groups: Groups,
+    *,
+    split: Split,
+    say: Callable[[str], None] = lambda line: None,
+    write_weights: WeightsWriter = load_hf_weights,
+) -> list[Any]:
+    """This rank's chunks of a model that only scores, as `LongPOModel`s without a reference."""
     chunks = _chunks(
         config,
-        sources.cached,
-        sources.cached_folder,
+        arch,
+        folder,
         groups,
-        split=like_split(sources.cached.num_layers, stage_split(config, sources.policy)),
+        split=split,
         trainable=False,
         say=say,
-        write_weights=load_hf_weights,
+        write_weights=write_weights,
     )
     return [_scorer(config, chunk, groups) for chunk in chunks]
 

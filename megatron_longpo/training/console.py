@@ -30,6 +30,10 @@ SHOWN = {
 """Metrics of a line, with the words that it uses."""
 
 
+SUITE_KEYS = ("eval/retrieval/", "eval/nll/", "eval/retention/")
+"""What the settings `evaluation` add to a line."""
+
+
 class RunConsole:
     """Speaks on the main rank and is silent on the others."""
 
@@ -82,6 +86,12 @@ class RunConsole:
             for key, word in SHOWN.items()
             if metrics.get("eval/" + key) is not None
         )
+        measured = "  ".join(
+            f"{key.removeprefix('eval/')} {value:.4g}"
+            for key, value in metrics.items()
+            if key.startswith(SUITE_KEYS) and value is not None
+        )
+        numbers = "  ".join(filter(None, [numbers, measured]))
         self.say(f"evaluation at step {metrics['step']}  {numbers}")
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -18,6 +17,7 @@ from megatron_longpo.config import TrainConfig, check_world
 from megatron_longpo.data.catalog import PairCatalog
 from megatron_longpo.data.sampler import PairSampler
 from megatron_longpo.errors import StopRequested
+from megatron_longpo.evaluation.in_training import TrainingEvaluation, prepare_evaluation
 from megatron_longpo.model.spec import DTYPES
 from megatron_longpo.objectives import Objective
 from megatron_longpo.parallel import groups as process_groups
@@ -41,7 +41,7 @@ from megatron_longpo.training.optimizer import (
     make_scheduler,
 )
 from megatron_longpo.training.row_reader import RowReader
-from megatron_longpo.training.schedule import MetricSums, run_microbatches
+from megatron_longpo.training.schedule import run_microbatches
 from megatron_longpo.training.sources import ModelSources, check_layout, make_objective, read_models
 
 
@@ -55,7 +55,7 @@ class Run:
     sources: ModelSources
     objective: Objective
     pairs: PairCatalog
-    eval_pairs: PairCatalog | None
+    evaluation: TrainingEvaluation
     sampler: PairSampler
     model: list[Any]
     optimizer: MegatronOptimizer
@@ -138,6 +138,15 @@ def prepare(
             f"the last {sampler.dropped_pairs_per_epoch} pairs of each epoch's order are left out: "
             f"they do not fill a global batch of {config.train.global_batch_pairs}"
         )
+    evaluation = prepare_evaluation(
+        config,
+        sources,
+        groups,
+        pairs=eval_pairs,
+        objective=objective,
+        console=console,
+        write_weights=write_weights,
+    )
     model = build.build_model(config, sources, groups, say=console.say, write_weights=write_weights)
     optimizer = make_optimizer(config.optimizer, model, bf16=config.model.dtype == "bf16")
     build.connect(model, optimizer)
@@ -168,7 +177,7 @@ def prepare(
         sources=sources,
         objective=objective,
         pairs=pairs,
-        eval_pairs=eval_pairs,
+        evaluation=evaluation,
         sampler=sampler,
         model=model,
         optimizer=optimizer,
@@ -286,37 +295,16 @@ def _work_metrics(run: Run, pairs: list[int], step_time: float) -> Metrics:
     }
 
 
-def evaluate(run: Run) -> Metrics:
-    """Scores every evaluation pair once; means over all of them, under `eval/...`."""
-    assert run.eval_pairs is not None
-    pairs, batch_size = run.eval_pairs, run.config.train.global_batch_pairs
-    budget = max(run.budget_tokens, pairs.largest_pair_tokens)
-    totals: MetricSums = {}
-    for chunk in run.model:
-        chunk.eval()
-    starts = range(0, len(pairs), batch_size)
-    with torch.no_grad():
-        for start in run.console.track(starts, what="evaluating", total=len(starts)):
-            batch = list(range(start, min(start + batch_size, len(pairs))))
-            packs = rank_packs(
-                pairs,
-                batch,
-                run.groups,
-                budget_tokens=budget,
-            )
-            sums = run_microbatches(run.model, packs, run.objective, run.groups, forward_only=True)
-            for name, value in sums.items():
-                totals[name] = totals.get(name, 0.0) + value
-    return {f"eval/{name}": value for name, value in mean_metrics(totals).items()}
-
-
 def _evaluate(run: Run, writer: MetricsWriter | None) -> None:
-    if run.eval_pairs is None:
+    if run.evaluation.is_off:
         return
-    metrics = {"step": run.step, **evaluate(run)}
+    metrics, record = run.evaluation.run(run.model, budget_tokens=run.budget_tokens)
+    metrics = {"step": run.step, **metrics}
     run.console.say_evaluation(metrics)
     if writer is not None:
         writer.write(metrics)
+        if record:
+            writer.write_record({"step": run.step, **record})
 
 
 def _log(run: Run, metrics: Metrics, writer: MetricsWriter | None) -> None:

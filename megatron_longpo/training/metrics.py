@@ -31,6 +31,9 @@ LOSS_KEYS = (
 )
 """Means over a global batch's pairs; null where the objective has no such number."""
 
+EVALUATION_NAME = "evaluation.jsonl"
+"""Of every evaluation one record: `step`, and what `evaluation.results` names."""
+
 Metrics = dict[str, float | int | None]
 
 
@@ -79,7 +82,9 @@ class MetricsWriter:
         self.folder = Path(config.dir)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path = self.folder / "metrics.jsonl"
-        keep_rows_until(self.path, resumed_step or -1)
+        self.records_path = self.folder / EVALUATION_NAME
+        for path in (self.path, self.records_path):
+            keep_rows_until(path, resumed_step or -1)
         self._file = self.path.open("a", encoding="utf-8")
         self._trackers: list[Any] = []
         if config.tensorboard:
@@ -96,6 +101,11 @@ class MetricsWriter:
             scalars = {k: v for k, v in metrics.items() if k != "step" and v is not None}
             for tracker in self._trackers:
                 tracker.write(scalars, step)
+
+    def write_record(self, record: Mapping[str, Any]) -> None:
+        """Appends what an evaluation found, cell by cell, to evaluation.jsonl."""
+        with self.records_path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
 
     def close(self) -> None:
         self._file.close()

@@ -45,7 +45,7 @@ def sum_pairs(scores: Tensor, pack: RankPack, *, context_group: ProcessGroup) ->
         ]
     # A divergence is of the pair, whichever turn a place is in.
     first_turns = policy.divergence.pairs * shape[1]
-    sums.append(_binned(divergences, first_turns, shape))
+    sums.append(binned(divergences, first_turns, shape))
     *sums, divergence_NT = sum_over(torch.stack(sums), context_group)
     by_policy_term: dict[Term, Tensor] = dict(zip(policy_terms, sums, strict=False))
     by_reference_term = dict(
@@ -73,10 +73,10 @@ def _by_row(by_term: Mapping[Term, Tensor]) -> dict[Row, Tensor]:
 def _turn_sums(logps: Tensor, edges: RankEdges, term: Term, shape: torch.Size) -> Tensor:
     """[e] -> [N, T] in fp64."""
     joins = (edges.terms & int(term)) != 0
-    return _binned(logps[joins], edges.pairs[joins] * shape[1] + edges.turns[joins], shape)
+    return binned(logps[joins], edges.pairs[joins] * shape[1] + edges.turns[joins], shape)
 
 
-def _binned(values: Tensor, bins: Tensor, shape: torch.Size) -> Tensor:
+def binned(values: Tensor, bins: Tensor, shape: torch.Size) -> Tensor:
     """Sums of values by flat index into `shape`, in fp64."""
     sums = torch.zeros(shape.numel(), dtype=torch.float64, device=values.device)
     return sums.index_add(0, bins, values.double()).view(shape)

@@ -30,17 +30,13 @@ from megatron_longpo.parallel import groups as process_groups
 from megatron_longpo.parallel.collectives import from_main_rank, on_any_rank
 from megatron_longpo.parallel.groups import Groups
 from megatron_longpo.training import build, degrees, run_folder
-from megatron_longpo.training.batches import lay_out_microbatch, rank_microbatches
+from megatron_longpo.training.batches import lay_out_microbatch, rank_microbatches, split_parts
 from megatron_longpo.training.console import RunConsole
 from megatron_longpo.training.metrics import peak_memory_gib
 from megatron_longpo.training.reference_cache import CacheHeader, CacheWriter
 from megatron_longpo.training.row_reader import RowReader
 from megatron_longpo.training.schedule import score_microbatches
 from megatron_longpo.training.sources import make_objective, read_models
-
-MICROBATCHES_A_PART = 4
-"""For each data-parallel rank and pipeline stage: enough to balance the ranks and to fill the
-pipeline, few enough that a stop or a crash costs a minute."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,12 +157,8 @@ def open_task(reader: RowReader, catalog: PairCatalog) -> Task:
 def score(task: Task, model: list[Any], groups: Groups, console: RunConsole) -> None:
     """Scores a task's pending pairs, saving them part by part."""
     rows = ReferenceRows(task.catalog)
-    num_ranks = groups.data.size() * groups.pipeline.size()
-    parts = split(
-        task.pending,
-        [size.policy_tokens for size in rows.sizes_of(task.pending)],
-        part_tokens=MICROBATCHES_A_PART * num_ranks * task.budget_tokens,
-    )
+    sizes = [size.policy_tokens for size in rows.sizes_of(task.pending)]
+    parts = split_parts(task.pending, sizes, groups, budget_tokens=task.budget_tokens)
     done, total = len(task.catalog) - len(task.pending), len(task.catalog)
     for pairs in console.track(parts, what="scoring", total=len(parts)):
         if on_any_rank(stop.was_requested(), groups.device):
@@ -183,19 +175,6 @@ def score(task: Task, model: list[Any], groups: Groups, console: RunConsole) -> 
             f"scored {done}/{total}  tokens/s {tokens / (time.perf_counter() - started):.4g}  "
             f"peak memory {peak_memory_gib():.4g} GiB"
         )
-
-
-def split(pairs: Sequence[int], tokens: Sequence[int], *, part_tokens: int) -> list[list[int]]:
-    """Cuts pairs into consecutive parts that each reach `part_tokens`, but for the last."""
-    parts: list[list[int]] = []
-    room = 0
-    for pair, size in zip(pairs, tokens, strict=True):
-        if room <= 0:
-            parts.append([])
-            room = part_tokens
-        parts[-1].append(pair)
-        room -= size
-    return parts
 
 
 def score_part(

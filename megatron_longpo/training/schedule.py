@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,9 @@ from megatron_longpo.training.pair_sums import sum_pairs
 
 MetricSums = dict[str, float]
 """Sums over pairs by metric name; `pairs` is their number."""
+
+T = TypeVar("T")
+Pack = TypeVar("Pack", bound=RankPack)
 
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
 
@@ -69,8 +72,15 @@ def score_microbatches(
     The sums are whole on every context-parallel rank of the last stage; on other stages the list
     is empty.
     """
+    return read_microbatches(model, packs, partial(sum_pairs, context_group=groups.context))
+
+
+def read_microbatches(
+    model: Sequence[Any], packs: Sequence[Pack], read: Callable[[Tensor, Pack], T]
+) -> list[T]:
+    """Runs microbatches forward; what `read` makes of each output, on the last stage."""
     return _run(
-        partial(_scoring_step, groups=groups),
+        partial(_reading_step, read=read),
         model,
         packs,
         forward_only=True,
@@ -110,15 +120,15 @@ def _forward_step(
     return model(pack), partial(_loss, pack=pack, objective=objective, groups=groups)
 
 
-def _scoring_step(
-    packs: Iterator[RankPack], model: Any, *, groups: Groups
-) -> tuple[Tensor, Callable[..., PairLogps]]:
+def _reading_step(
+    packs: Iterator[Pack], model: Any, *, read: Callable[[Tensor, Pack], T]
+) -> tuple[Tensor, Callable[..., T]]:
     pack = next(packs)
 
-    def sums(logps: Tensor, non_loss_data: bool) -> PairLogps:
-        return sum_pairs(logps, pack, context_group=groups.context)
+    def output_read(output: Tensor, non_loss_data: bool) -> T:
+        return read(output, pack)
 
-    return model(pack), sums
+    return model(pack), output_read
 
 
 def _loss(

@@ -37,6 +37,10 @@ class ModelSources:
     cached_folder: str | None = None
     """The reference whose log-probabilities come from a cache: it is never built to train."""
     cached: Architecture | None = None
+    base_folder: str | None = None
+    """The model that retention is measured against where no reference stays in memory: it is asked
+    once, before the policy is built."""
+    base: Architecture | None = None
     lora: LoraRecord | None
     """The policy's adapters, None where all of its weights train."""
 
@@ -50,7 +54,7 @@ class ModelSources:
     @property
     def built(self) -> list[Architecture]:
         """The models that training builds."""
-        return [self.policy, *filter(None, [self.reference])]
+        return [self.policy, *filter(None, [self.reference, self.base])]
 
     @property
     def scorer(self) -> Architecture | None:
@@ -83,7 +87,8 @@ def read_models(config: TrainConfig) -> ModelSources:
             stacklevel=2,
         )
     folder = arch = None
-    if config.reference.mode != "none":
+    needs_base = config.evaluation.retention is not None
+    if config.reference.mode != "none" or needs_base:
         assert config.reference.hf_path is not None, "settings are resolved"
         folder = local_hf_folder(config.reference.hf_path)
         arch = read_architecture(folder)
@@ -91,14 +96,18 @@ def read_models(config: TrainConfig) -> ModelSources:
     if config.lora is not None:
         settings = LoraSettings(**dataclasses.asdict(config.lora))
         lora = LoraRecord.of(settings, base=model.hf_path, base_folder=policy_folder)
-    is_online = config.reference.mode == "online"
+    mode = config.reference.mode
+    is_online, is_cached = mode == "online", mode == "cached"
+    is_asked_once = needs_base and not is_online
     return ModelSources(
         policy_folder=policy_folder,
         policy=policy,
         reference_folder=folder if is_online else None,
         reference=arch if is_online else None,
-        cached_folder=None if is_online else folder,
-        cached=None if is_online else arch,
+        cached_folder=folder if is_cached else None,
+        cached=arch if is_cached else None,
+        base_folder=folder if is_asked_once else None,
+        base=arch if is_asked_once else None,
         lora=lora,
     )
 
@@ -115,6 +124,18 @@ def check_layout(config: TrainConfig, sources: ModelSources) -> None:
             f"{sources.reference.vocab_size} tokens, the policy's {sources.policy.vocab_size}; "
             f"objective.name {config.objective.name} compares next-token distributions, so use a "
             "reference with the policy's tokenizer"
+        )
+    base = sources.reference or sources.base
+    if (
+        config.evaluation.retention is not None
+        and base is not None
+        and base.vocab_size != sources.policy.vocab_size
+    ):
+        raise UserError(
+            f"reference.hf_path ({config.reference.hf_path}): its vocabulary has "
+            f"{base.vocab_size} tokens, the policy's {sources.policy.vocab_size}; "
+            "evaluation.retention compares next-token distributions, so use a reference with the "
+            "policy's tokenizer, or set evaluation.retention null"
         )
     if config.reference.offload and sources.shares_weights:
         raise UserError(

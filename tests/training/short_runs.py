@@ -17,6 +17,7 @@ from megatron_longpo.config import (
     TrainConfig,
     resolve,
 )
+from megatron_longpo.evaluation.config import EvaluationConfig
 from tests.parity.cases import ALL_SHAPES, REFERENCE, Case, TinyModel
 from tests.parity.harness import Shelf, train_config
 
@@ -29,7 +30,13 @@ CASE = Case(
 )
 NUM_PAIRS = len(ALL_SHAPES)
 
-TIMES = ("step_time_s", "tokens_per_second", "model_tflops_per_gpu", "peak_memory_gib")
+TIMES = (
+    "step_time_s",
+    "tokens_per_second",
+    "model_tflops_per_gpu",
+    "peak_memory_gib",
+    "eval/time_s",
+)
 """Keys outside any equality of runs."""
 
 
@@ -45,6 +52,7 @@ def short_config(
     checkpoint: dict[str, Any] | None = None,
     logging: dict[str, Any] | None = None,
     parallel: ParallelConfig | None = None,
+    evaluation: EvaluationConfig | None = None,
 ) -> TrainConfig:
     """Four steps of three pairs each, on ten pairs; `folder` is logging.dir."""
     config = train_config(
@@ -58,6 +66,7 @@ def short_config(
         optimizer=OptimizerConfig(**{"lr": 1e-3, "warmup_ratio": 0.3, **(optimizer or {})}),
         checkpoint=CheckpointConfig(**{"interval": 0, **(checkpoint or {})}),
         logging=LoggingConfig(**{"dir": str(folder), "tensorboard": False, **(logging or {})}),
+        evaluation=evaluation or EvaluationConfig(),
     )
     return resolve(config)
 

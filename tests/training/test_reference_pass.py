@@ -28,7 +28,7 @@ from megatron_longpo.config import (
 from megatron_longpo.data.rows import write_rows_jsonl
 from megatron_longpo.errors import StopRequested, UserError
 from megatron_longpo.parallel.groups import Groups
-from megatron_longpo.training import loop, reference_pass
+from megatron_longpo.training import batches, loop, reference_pass
 from megatron_longpo.training.flops import step_flops
 from megatron_longpo.training.reference_cache import part_paths
 from tests.parity.cases import RowShape
@@ -246,7 +246,7 @@ def test_it_goes_on_with_what_is_there(
     shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped after two parts, one of them torn afterwards: only what is missing is scored."""
-    monkeypatch.setattr(reference_pass, "MICROBATCHES_A_PART", 1)
+    monkeypatch.setattr(batches, "MICROBATCHES_A_PART", 1)
     config = cached_config(shelf, tmp_path)
     scored: list[list[int]] = []
     original = reference_pass.score_part
@@ -300,8 +300,8 @@ def test_dry_run_writes_nothing(
 
 
 def test_parts_are_consecutive_and_full() -> None:
-    assert reference_pass.split([0, 2, 3, 4], [5, 5, 11, 1], part_tokens=10) == [[0, 2], [3], [4]]
-    assert reference_pass.split([], [], part_tokens=10) == []
+    assert batches.cut([0, 2, 3, 4], [5, 5, 11, 1], part_tokens=10) == [[0, 2], [3], [4]]
+    assert batches.cut([], [], part_tokens=10) == []
 
 
 def test_microbatches_hold_as_much_as_training_ones(shelf: Shelf, tmp_path: Path) -> None:

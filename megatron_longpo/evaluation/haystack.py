@@ -1,0 +1,94 @@
+"""Long texts as tokens: the user's documents, or plain sentences that come with this package."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+
+import numpy as np
+
+from megatron_longpo.data.tokenizers import ChatTokenizer
+from megatron_longpo.errors import UserError
+from megatron_longpo.evaluation.frames import plain_ids
+from megatron_longpo.generation.document_sources import ReadOptions
+from megatron_longpo.generation.documents import DocumentSet
+
+NUM_SENTENCES = 4000
+"""Of the built-in text, some 50,000 tokens; longer haystacks begin anew."""
+
+_WHO = (
+    *("The ferryman", "A gardener", "The old teacher", "A young carpenter", "The night watch"),
+    *("Her neighbour", "The baker's son", "A travelling clerk", "The choir", "A stray dog"),
+    *("The harbour master", "Their cousin", "The librarian", "A group of children", "The miller"),
+)
+_WHAT = (
+    *("walked along the canal", "mended a broken fence", "waited for the evening train"),
+    *("carried two baskets of apples", "painted the window frames", "listened to the rain"),
+    *("swept the courtyard", "read an old newspaper", "looked for a lost glove"),
+    *("sorted letters by colour", "watched the boats come in", "planted a row of beans"),
+    *("told a story about the hills", "counted the lamps in the street", "sharpened a pencil"),
+)
+_WHEN = (
+    *("before breakfast", "after the market had closed", "on a grey morning in March"),
+    *("while the kettle was warming", "without saying a word", "for most of the afternoon"),
+    *("as the clouds moved east", "until the bells had stopped", "with great care"),
+    *("because nobody else had time", "as on every Thursday", "and then went home"),
+)
+
+
+def filler_text(*, seed: int = 0) -> str:
+    """Sentences in which nothing can be asked for and no number stands; the same for a seed."""
+    rng = random.Random(seed)
+    sentences = [
+        f"{rng.choice(_WHO)} {rng.choice(_WHAT)} {rng.choice(_WHEN)}." for _ in range(NUM_SENTENCES)
+    ]
+    paragraphs = [" ".join(sentences[at : at + 6]) for at in range(0, len(sentences), 6)]
+    return "\n\n".join(paragraphs)
+
+
+class Haystack:
+    """An endless stream of tokens, which may be cut where a sentence or a line ends."""
+
+    def __init__(
+        self, texts: Iterable[str], tokenizer: ChatTokenizer, *, enough_tokens: int
+    ) -> None:
+        """Reads texts until there are `enough_tokens`, or they end."""
+        parts: list[np.ndarray] = []
+        num_tokens = 0
+        for text in texts:
+            parts.append(np.array(plain_ids(tokenizer, text.rstrip() + "\n\n"), dtype=np.int32))
+            num_tokens += len(parts[-1])
+            if num_tokens >= enough_tokens:
+                break
+        self.ids = np.concatenate(parts)
+        kinds, inverse = np.unique(self.ids, return_inverse=True)
+        ends = np.array([_ends_sentence(tokenizer.decode([int(kind)])) for kind in kinds])
+        self._is_end = ends[inverse]
+
+    def take(self, start: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """`length` tokens from `start` on, and after which of them a sentence ends, [length]."""
+        places = np.arange(start, start + length) % len(self.ids)
+        return self.ids[places], self._is_end[places]
+
+
+def read_haystack(
+    path: str | None, tokenizer: ChatTokenizer, *, key: str, enough_tokens: int
+) -> Haystack:
+    """The documents of the setting `key`, or the built-in text."""
+    if path is None:
+        return Haystack([filler_text()], tokenizer, enough_tokens=enough_tokens)
+    texts = (document.text for document in read_documents(path, key=key))
+    return Haystack(texts, tokenizer, enough_tokens=enough_tokens)
+
+
+def read_documents(path: str, *, key: str) -> DocumentSet:
+    """The documents under a path, of which there is one at least."""
+    documents = DocumentSet(path, options=ReadOptions(key=key))
+    if next(iter(documents), None) is None:
+        reasons = ", ".join(documents.dropped)
+        raise UserError(f"{key} ({path}): holds no usable text ({reasons}); give text files")
+    return documents
+
+
+def _ends_sentence(text: str) -> bool:
+    return "\n" in text or text.rstrip().endswith((".", "!", "?"))

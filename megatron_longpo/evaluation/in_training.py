@@ -1,0 +1,131 @@
+"""What a training run measures at an interval: its evaluation pairs, and the suite."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_longpo.config import TrainConfig
+from megatron_longpo.data.catalog import PairCatalog
+from megatron_longpo.data.tokenizers import load_tokenizer
+from megatron_longpo.evaluation.results import Record, flat_numbers
+from megatron_longpo.evaluation.scorer import KeptBase, Scorer
+from megatron_longpo.evaluation.suite import Suite
+from megatron_longpo.objectives import Objective
+from megatron_longpo.parallel.groups import Groups
+from megatron_longpo.training import build
+from megatron_longpo.training.batches import rank_packs
+from megatron_longpo.training.console import RunConsole
+from megatron_longpo.training.metrics import Metrics, mean_metrics
+from megatron_longpo.training.schedule import MetricSums, run_microbatches
+from megatron_longpo.training.sources import ModelSources
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingEvaluation:
+    """Made once, before the model; it holds tokens, and no model."""
+
+    pairs: PairCatalog | None
+    """Rows of `data.eval_path`."""
+    batch_pairs: int
+    suite: Suite
+    base: KeptBase | None
+    """None where the base is the reference that the model has in memory, or nobody asks for it."""
+    objective: Objective
+    groups: Groups
+    console: RunConsole
+
+    @property
+    def is_off(self) -> bool:
+        return self.pairs is None and not self.suite.sets
+
+    def run(self, model: Sequence[Any], *, budget_tokens: int) -> tuple[Metrics, Record]:
+        """Measures everything, without a trace in the model.
+
+        Returns:
+            The numbers under `eval/...`, and the record of the suite, empty where that is off.
+        """
+        started = time.perf_counter()
+        for chunk in model:
+            chunk.eval()
+        metrics: Metrics = {}
+        if self.pairs is not None:
+            metrics |= self._score_pairs(self.pairs, model, budget_tokens)
+        scorer = Scorer(model=model, groups=self.groups, budget_tokens=budget_tokens)
+        record = self.suite.measure(scorer, base=self.base, track=self._track)
+        metrics |= flat_numbers(record)
+        metrics["time_s"] = time.perf_counter() - started
+        return {f"eval/{name}": value for name, value in metrics.items()}, record
+
+    def _score_pairs(self, pairs: PairCatalog, model: Sequence[Any], budget_tokens: int) -> Metrics:
+        """Scores every pair once; means over all of them."""
+        totals: MetricSums = {}
+        budget = max(budget_tokens, pairs.largest_pair_tokens)
+        with torch.no_grad():
+            for start in self._track(range(0, len(pairs), self.batch_pairs)):
+                batch = list(range(start, min(start + self.batch_pairs, len(pairs))))
+                packs = rank_packs(pairs, batch, self.groups, budget_tokens=budget)
+                sums = run_microbatches(
+                    model, packs, self.objective, self.groups, forward_only=True
+                )
+                for name, value in sums.items():
+                    totals[name] = totals.get(name, 0.0) + value
+        return mean_metrics(totals)
+
+    def _track(self, parts: Sequence[Any]) -> Iterator[Any]:
+        return self.console.track(parts, what="evaluating", total=len(parts))
+
+
+def prepare_evaluation(
+    config: TrainConfig,
+    sources: ModelSources,
+    groups: Groups,
+    *,
+    pairs: PairCatalog | None,
+    objective: Objective,
+    console: RunConsole,
+    write_weights: build.WeightsWriter,
+) -> TrainingEvaluation:
+    """Makes the rows and, where no reference stays in memory, asks the base model, once.
+
+    Raises:
+        UserError: for evaluation settings that do not fit their files or the model.
+    """
+    suite = Suite.of(
+        config.evaluation,
+        lambda: load_tokenizer(sources.policy_folder),
+        vocab_size=sources.policy.vocab_size,
+    )
+    if suite.retrieval is not None and config.train.dry_run is False:
+        console.say(f"evaluation: {len(suite.retrieval.questions)} retrieval questions")
+    base = None
+    if suite.retention is not None and sources.base is not None and not config.train.dry_run:
+        console.say(f"evaluation: asking {sources.base_folder} once, for retention")
+        base = ask_base(
+            suite, build.build_base(config, sources, groups, write_weights=write_weights), groups
+        )
+    return TrainingEvaluation(
+        pairs=pairs,
+        batch_pairs=config.train.global_batch_pairs,
+        suite=suite,
+        base=base,
+        objective=objective,
+        groups=groups,
+        console=console,
+    )
+
+
+def ask_base(suite: Suite, model: list[Any], groups: Groups) -> KeptBase:
+    """What retention must know of a base model, which is dropped then."""
+    assert suite.retention is not None
+    kept = Scorer(model=model, groups=groups, budget_tokens=1).keep_base(suite.retention)
+    model.clear()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return kept

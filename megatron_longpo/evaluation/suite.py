@@ -1,0 +1,77 @@
+"""Everything that the section `evaluation` asks for: rows made once, scored as often as wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from megatron_longpo.data.tokenizers import ChatTokenizer
+from megatron_longpo.evaluation.config import EvaluationConfig
+from megatron_longpo.evaluation.position_nll import NllSet, make_nll
+from megatron_longpo.evaluation.probes import ProbeSet
+from megatron_longpo.evaluation.results import (
+    Record,
+    nll_buckets,
+    retention_numbers,
+    retrieval_cells,
+)
+from megatron_longpo.evaluation.retention import make_retention
+from megatron_longpo.evaluation.retrieval import RetrievalSet, make_retrieval
+from megatron_longpo.evaluation.scorer import KeptBase, Scorer, Track
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Suite:
+    """A part that is None is off."""
+
+    retrieval: RetrievalSet | None = None
+    nll: NllSet | None = None
+    retention: ProbeSet | None = None
+
+    @staticmethod
+    def of(
+        config: EvaluationConfig,
+        load_tokenizer: Callable[[], ChatTokenizer],
+        *,
+        vocab_size: int,
+    ) -> Suite:
+        """Tokenises all rows.
+
+        Raises:
+            UserError: for files that cannot be read, lengths that do not fit them, or a tokenizer
+                of another model.
+        """
+        if config.is_off:
+            return Suite()
+        tokenizer = load_tokenizer()
+        retrieval, nll, retention = config.retrieval, config.nll, config.retention
+        suite = Suite(
+            retrieval=None if retrieval is None else make_retrieval(retrieval, tokenizer),
+            nll=None if nll is None else make_nll(nll, tokenizer),
+            retention=None if retention is None else make_retention(retention, tokenizer),
+        )
+        for probes in suite.sets:
+            probes.check_vocabulary(vocab_size, what=tokenizer.name)
+        return suite
+
+    @property
+    def sets(self) -> list[ProbeSet]:
+        found = [self.retention]
+        found += [part.probes for part in (self.retrieval, self.nll) if part is not None]
+        return [probes for probes in found if probes is not None]
+
+    def measure(self, scorer: Scorer, *, base: KeptBase | None, track: Track = iter) -> Record:
+        """Scores everything; `base` is None where the model has its base as its reference."""
+        record: Record = {}
+        if self.retrieval is not None:
+            scores = scorer.score(self.retrieval.probes, track=track)
+            record["retrieval"] = retrieval_cells(self.retrieval, scores.hits)
+        if self.nll is not None:
+            scores = scorer.score(self.nll.probes, track=track)
+            record["nll"] = nll_buckets(self.nll, scores.logps)
+        if self.retention is not None:
+            scores = scorer.score(self.retention, base=base, track=track)
+            record["retention"] = retention_numbers(
+                self.retention, scores.divergences, scores.agreements
+            )
+        return record
