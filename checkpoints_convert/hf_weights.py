@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,13 +190,20 @@ def load_hf_weights(gpt_model: GPTModel, arch: Architecture, hf_folder: str) -> 
     """
     weights = HfWeights(hf_folder)
     weights.check(arch)
+    write_parameters(gpt_model, arch, lambda rule: weights.read_rule(rule, arch))
+
+
+def write_parameters(
+    gpt_model: GPTModel, arch: Architecture, whole: Callable[[TensorRule], Tensor]
+) -> None:
+    """Writes this rank's part of every parameter; `whole` gives a rule's whole Megatron tensor."""
     size = gpt_model.config.tensor_model_parallel_size
     rank = gpt_model.tp_group.rank()
     with torch.no_grad():
         for parameter, rule in local_rules(gpt_model, arch):
             shard = local_shard(
                 rule,
-                weights.read_rule(rule, arch),
+                whole(rule),
                 rank=rank,
                 size=size,
                 padded_vocab_size=padded_vocab_size(arch, size),

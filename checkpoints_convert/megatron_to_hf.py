@@ -7,36 +7,28 @@ Also the Hugging Face view of a model in memory, for tests.
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
+from checkpoints_convert.checkpoint_weights import Reader, open_checkpoint
 from checkpoints_convert.config import ExportConfig
 from checkpoints_convert.destination import new_folder
 from checkpoints_convert.hf_folder import write_hf_side_files
-from checkpoints_convert.hf_weights import INDEX_NAME, WEIGHTS_NAME, all_finite, local_rules
-from checkpoints_convert.lora_export import export_adapter, open_lora_checkpoint
-from checkpoints_convert.lora_record import read_lora_record
+from checkpoints_convert.hf_weights import INDEX_NAME, WEIGHTS_NAME, local_rules
+from checkpoints_convert.lora_export import export_adapter
 from checkpoints_convert.mapping import TensorRule, tensor_rules, to_hf
 from checkpoints_convert.safetensors_writer import write_safetensors
-from checkpoints_convert.torch_dist import HF_FOLDER_NAME, TorchDistReader, find_iteration_folder
 from megatron_longpo.errors import UserError
-from megatron_longpo.model.architectures import Architecture, read_architecture
+from megatron_longpo.model.architectures import Architecture
 from megatron_longpo.model.spec import DTYPES
-
-MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.")
-"""What the model's keys begin with; a checkpoint also has optimizer and RNG entries."""
-
-Reader = Callable[[TensorRule], list[Tensor]]
-"""Gives a rule's Hugging Face tensors, whole."""
 
 
 def run_export(config: ExportConfig) -> None:
@@ -50,27 +42,20 @@ def export_checkpoint(config: ExportConfig) -> str:
         A line that says what was written.
     """
     limit = parse_size(config.max_shard_size)
-    iteration = find_iteration_folder(config.source)
-    hf_folder = iteration / HF_FOLDER_NAME
-    arch = read_architecture(str(hf_folder))
-    reader = TorchDistReader(iteration)
-    record = read_lora_record(iteration)
-    if record is None:
-        _refuse_lora_settings(config, iteration)
-        _check_keys(reader, arch)
-        own_dtype = _common_dtype(reader, arch)
-        read: Reader = functools.partial(_read, reader, arch)
-    else:
-        lora = open_lora_checkpoint(reader, record, arch, base=config.base)
-        if config.lora == "adapter":
-            return export_adapter(lora, config)
-        own_dtype, read = lora.dtype, lora.merged
-    dtype = DTYPES[config.dtype] if config.dtype else own_dtype
+    checkpoint = open_checkpoint(config.source, base=config.base)
+    arch = checkpoint.arch
+    if checkpoint.lora is None:
+        _refuse_lora_settings(config, checkpoint.iteration)
+    elif config.lora == "adapter":
+        return export_adapter(checkpoint.lora, config)
+    dtype = DTYPES[config.dtype] if config.dtype else checkpoint.dtype
     with new_folder(
         config.destination, overwrite=config.overwrite, replaceable=_is_hf_folder
     ) as folder:
-        _write_weights(read, arch, folder, dtype=dtype, limit=limit)
-        write_hf_side_files(hf_folder, folder, arch, dtype=str(dtype).removeprefix("torch."))
+        _write_weights(checkpoint.read, arch, folder, dtype=dtype, limit=limit)
+        write_hf_side_files(
+            checkpoint.hf_folder, folder, arch, dtype=str(dtype).removeprefix("torch.")
+        )
     return f"{config.destination}: {arch.family}, {arch.num_layers} layers, {dtype}"
 
 
@@ -100,46 +85,6 @@ def parse_size(text: str) -> int:
     if size < 1:
         raise UserError(f"max_shard_size ({text}) must be a size such as 500MB or 5GB")
     return size
-
-
-def _check_keys(reader: TorchDistReader, arch: Architecture) -> None:
-    expected = set()
-    for rule in tensor_rules(arch):
-        expected.add(rule.checkpoint_key)
-        shape = reader.shape(rule.checkpoint_key)
-        wanted = rule.shape if rule.layer is None else (arch.num_layers, *rule.shape)
-        if rule.kind == "vocab":
-            matches = shape[1:] == wanted[1:] and shape[0] >= wanted[0]
-        else:
-            matches = shape == wanted
-        if not matches:
-            raise UserError(
-                f"{reader.folder}: tensor {rule.checkpoint_key} has shape {list(shape)}, "
-                f"{HF_FOLDER_NAME}/config.json asks for {list(wanted)}"
-            )
-    for key in reader.keys:
-        if key.startswith(MODEL_PREFIXES) and key not in expected:
-            raise UserError(
-                f"{reader.folder}: tensor {key} has no place in this architecture ({arch.family})"
-            )
-
-
-def _common_dtype(reader: TorchDistReader, arch: Architecture) -> torch.dtype:
-    """The checkpoint's dtype; the widest one, should there be two."""
-    dtypes = {reader.dtype(rule.checkpoint_key) for rule in tensor_rules(arch)}
-    return max(dtypes, key=lambda dtype: dtype.itemsize)
-
-
-def _read(reader: TorchDistReader, arch: Architecture, rule: TensorRule) -> list[Tensor]:
-    """The rule's Hugging Face tensors."""
-    stored = reader.read(rule.checkpoint_key, layer=rule.layer)
-    if not all_finite(stored):
-        where = "" if rule.layer is None else f" of layer {rule.layer}"
-        raise UserError(
-            f"{reader.folder}: tensor {rule.checkpoint_key}{where} holds NaN or infinity; the run "
-            "has diverged or the checkpoint is damaged: export an earlier iteration"
-        )
-    return to_hf(rule, arch, stored)
 
 
 def _refuse_lora_settings(config: ExportConfig, iteration: Path) -> None:

@@ -48,6 +48,8 @@ class Command:
     """Settings that may be given by position, in this order."""
     resolve: str | None = None
     """`module:function` from parsed to resolved settings, where a command has one."""
+    check_world: str = "megatron_longpo.config:check_world"
+    """`module:function` that takes settings and a number of processes, where it launches."""
     launches: bool = False
     """Whether it runs in many processes, which `--nproc` starts."""
     stops: bool = False
@@ -168,6 +170,24 @@ COMMANDS = (
             "longpo convert verify models/hf-70b --logits false --work_dir /scratch",
         ),
         positionals=("source",),
+    ),
+    Command(
+        name="evaluate",
+        summary="Measure a model: retrieval by length and depth, long documents' NLL by position, "
+        "retention of a base model on short prompts. Or compare what was measured. Several "
+        "processes start with --nproc.",
+        config="megatron_longpo.evaluation.evaluate_config:EvaluateConfig",
+        run="megatron_longpo.evaluation.evaluate:run_evaluate",
+        resolve="megatron_longpo.evaluation.evaluate_config:resolve_evaluate",
+        check_world="megatron_longpo.evaluation.evaluate_config:check_evaluate_world",
+        examples=(
+            "longpo evaluate models/hf --output evaluated/base --config evaluate.yaml",
+            "longpo evaluate runs/a/checkpoints --output evaluated/a --base models/hf "
+            "--nproc 8 --parallel.context 8 --config evaluate.yaml",
+            "longpo evaluate --compare evaluated/base evaluated/a runs/a --output comparison",
+        ),
+        positionals=("models",),
+        launches=True,
     ),
     Command(
         name="report",
@@ -292,7 +312,7 @@ def run_command(command: Command, arguments: list[str]) -> int:
             allow_expandable_segments()
         _load(command.run)(config)
         return EXIT_DONE
-    _load("megatron_longpo.config:check_world")(config, launch.num_processes * launch.num_nodes)
+    _load(command.check_world)(config, launch.num_processes * launch.num_nodes)
     return run_torchrun(launch, command.name, arguments)
 
 

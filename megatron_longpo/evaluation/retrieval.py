@@ -8,8 +8,8 @@ of the number is what the model would write next. One row is one text; the quest
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -55,6 +55,20 @@ class RetrievalSet:
 
     probes: ProbeSet
     questions: tuple[Question, ...]
+
+    def split(self) -> Iterator[RetrievalSet]:
+        """A set for every kind and length, with the same rows."""
+        groups: dict[tuple[RetrievalKind, int], list[Question]] = {}
+        for question in self.questions:
+            groups.setdefault((question.kind, question.length), []).append(question)
+        for questions in groups.values():
+            rows = list(dict.fromkeys(question.row for question in questions))
+            yield RetrievalSet(
+                probes=ProbeSet([self.probes.rows[row] for row in rows]),
+                questions=tuple(
+                    replace(question, row=rows.index(question.row)) for question in questions
+                ),
+            )
 
     def prompt(self, question: Question) -> np.ndarray:
         """Token ids up to where the model begins to answer."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from megatron_longpo.data.tokenizers import ChatTokenizer
@@ -59,6 +59,17 @@ class Suite:
         found = [self.retention]
         found += [part.probes for part in (self.retrieval, self.nll) if part is not None]
         return [probes for probes in found if probes is not None]
+
+    def split(self) -> Iterator[tuple[str, Suite]]:
+        """Parts that can be measured one after the other, each with a name."""
+        if self.retention is not None:
+            yield "retention", Suite(retention=self.retention)
+        if self.nll is not None:
+            yield "nll", Suite(nll=self.nll)
+        if self.retrieval is not None:
+            for part in self.retrieval.split():
+                first = part.questions[0]
+                yield f"retrieval {first.kind} {first.length}", Suite(retrieval=part)
 
     def measure(self, scorer: Scorer, *, base: KeptBase | None, track: Track = iter) -> Record:
         """Scores everything; `base` is None where the model has its base as its reference."""

@@ -20,15 +20,13 @@ from megatron_longpo.parallel import groups
 from megatron_longpo.parallel.groups import ParallelSizes
 from megatron_longpo.training import loop
 from tests.evaluation.suites import assert_same_record, evaluation_config
-from tests.parity.cases import REFERENCE
 from tests.parity.harness import Shelf
 from tests.parity.rank_cases import CP2, CP2_A2A, DP2, INTERLEAVED, PP2, TP2_SP
 from tests.training.short_runs import CASE, short_config
 
-EVALUATED = replace(
-    CASE, name="evaluated", policy=replace(CASE.policy, layers=2, seed=7), reference=REFERENCE
-)
-"""Models that a pipeline can split; the test makes the policy favour digits."""
+MODEL = replace(CASE.policy, layers=2, seed=7)
+EVALUATED = replace(CASE, name="evaluated", policy=MODEL, reference=MODEL)
+"""One model that a pipeline can split, under two RoPEs; the test makes it favour digits."""
 
 RUNS = (
     *((layout, "online") for layout in (TP2_SP, PP2, DP2, CP2, CP2_A2A)),

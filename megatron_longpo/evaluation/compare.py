@@ -1,0 +1,187 @@
+"""`longpo evaluate --compare`: what was measured of several models, as a table, files and plots."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_longpo.errors import UserError
+from megatron_longpo.evaluation.output import FILE_NAME, read_evaluation
+from megatron_longpo.evaluation.plots import draw_all
+from megatron_longpo.evaluation.results import Record, flat_numbers
+from megatron_longpo.training.metrics import EVALUATION_NAME
+from megatron_longpo.training.report import Run, read_run
+from megatron_longpo.training.run_folder import write_text
+
+HIGHER_IS_BETTER = ("retrieval/", "generated/", "retention/agreement", "rewards/")
+PAIR_KEYS = ("rewards/accuracies", "rewards/margins", "nll_loss")
+"""What of a run's last evaluation of data.eval_path is compared too."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluated:
+    """One column of the comparison."""
+
+    name: str
+    record: Record
+    """As `results` describes it; of a training run the last evaluation's."""
+    numbers: dict[str, float]
+    step: int | None = None
+    """Of a training run, the step of these numbers."""
+    history: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    """Of a training run, steps and numbers of all evaluations."""
+
+
+def run_compare(paths: Sequence[str], output: Path) -> None:
+    """Reads, prints and writes; nothing is written unless everything could be read."""
+    evaluated = [read_evaluated(path, name) for path, name in zip(paths, names(paths), strict=True)]
+    if not evaluated:
+        raise UserError(
+            "models is empty. Give what longpo evaluate wrote, or logging.dir folders of runs"
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    write_text(output / "comparison.json", json_text(evaluated))
+    write_text(output / "comparison.csv", csv_text(evaluated))
+    write_text(output / "comparison.md", markdown_text(evaluated))
+    plots = draw_all(evaluated, output)
+    print_table(evaluated)
+    for path in ("comparison.json", "comparison.csv", "comparison.md", *plots):
+        print(output / path)
+
+
+def names(paths: Sequence[str]) -> list[str]:
+    """As few last parts of each path as it takes to tell them apart."""
+    parts = [Path(path).parts for path in paths]
+    for depth in range(1, max(map(len, parts), default=1) + 1):
+        short = ["/".join(of[-depth:]) for of in parts]
+        if len(set(short)) == len(short):
+            return short
+    raise UserError(f"models ({', '.join(paths)}): one stands twice. Name each once")
+
+
+def read_evaluated(path: str, name: str) -> Evaluated:
+    """Reads a folder with evaluation.json, or a run's with metrics.jsonl."""
+    folder = Path(path)
+    if folder.is_file():
+        folder = folder.parent
+    if (folder / FILE_NAME).is_file():
+        record = read_evaluation(folder / FILE_NAME)["results"]
+        return Evaluated(name=name, record=record, numbers=flat_numbers(record))
+    if not (folder / "metrics.jsonl").is_file():
+        raise UserError(
+            f"models ({path}): neither {FILE_NAME} of longpo evaluate nor metrics.jsonl of a "
+            "training run is there. Give such a folder"
+        )
+    return _read_training_run(read_run(str(folder)), name)
+
+
+def _read_training_run(run: Run, name: str) -> Evaluated:
+    """The last evaluation of a run, and all of them as curves."""
+    history = [(int(row["step"]), _numbers_of_row(row)) for row in run.evaluation]
+    if not history:
+        raise UserError(
+            f"models ({run.folder}): the run has not evaluated. Set data.eval_path or a part of "
+            "evaluation when it trains"
+        )
+    step, numbers = history[-1]
+    record: Record = {}
+    records = run.folder / EVALUATION_NAME
+    if records.is_file():
+        for line in records.read_text(encoding="utf-8").splitlines():
+            found = json.loads(line)
+            if found["step"] == step:
+                record = {key: value for key, value in found.items() if key != "step"}
+    return Evaluated(name=name, record=record, numbers=numbers, step=step, history=history)
+
+
+def _numbers_of_row(row: dict[str, Any]) -> dict[str, float]:
+    prefixes = ("retrieval/", "nll/", "retention/")
+    numbers = {key.removeprefix("eval/"): value for key, value in row.items() if value is not None}
+    return {
+        key: float(value)
+        for key, value in numbers.items()
+        if key.startswith(prefixes) or key in PAIR_KEYS
+    }
+
+
+def keys_of(evaluated: Sequence[Evaluated]) -> list[str]:
+    """All numbers that somebody has, in the order in which they are first met."""
+    return list(dict.fromkeys(key for one in evaluated for key in one.numbers))
+
+
+def best_of(key: str, evaluated: Sequence[Evaluated]) -> float | None:
+    """The best value of a number, None where there is nothing to choose."""
+    values = [one.numbers[key] for one in evaluated if key in one.numbers]
+    if len(values) < 2 or len(set(values)) == 1:
+        return None
+    return max(values) if key.startswith(HIGHER_IS_BETTER) else min(values)
+
+
+def json_text(evaluated: Sequence[Evaluated]) -> str:
+    contents = [
+        {
+            "name": one.name,
+            "step": one.step,
+            "numbers": one.numbers,
+            "results": one.record,
+            "history": [{"step": step, **numbers} for step, numbers in one.history],
+        }
+        for one in evaluated
+    ]
+    return json.dumps(contents, indent=2) + "\n"
+
+
+def csv_text(evaluated: Sequence[Evaluated]) -> str:
+    """A line a model, a column a number; what a model has not is empty."""
+    keys = keys_of(evaluated)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["name", "step", *keys])
+    for one in evaluated:
+        step = "" if one.step is None else one.step
+        writer.writerow([one.name, step, *(one.numbers.get(key, "") for key in keys)])
+    return text.getvalue()
+
+
+def markdown_text(evaluated: Sequence[Evaluated]) -> str:
+    """A line a number, a column a model, the best of each line in bold."""
+    lines = [
+        "| | " + " | ".join(_title(one) for one in evaluated) + " |",
+        "|---|" + "---:|" * len(evaluated),
+    ]
+    for key in keys_of(evaluated):
+        best = best_of(key, evaluated)
+        cells = []
+        for one in evaluated:
+            value = one.numbers.get(key)
+            text = "" if value is None else f"{value:.4g}"
+            cells.append(f"**{text}**" if value is not None and value == best else text)
+        lines.append(f"| {key} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def print_table(evaluated: Sequence[Evaluated]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", *(_title(one) for one in evaluated))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for key in keys_of(evaluated):
+        best = best_of(key, evaluated)
+        cells = []
+        for one in evaluated:
+            value = one.numbers.get(key)
+            text = "" if value is None else f"{value:.4g}"
+            cells.append(f"[bold]{text}[/bold]" if value is not None and value == best else text)
+        table.add_row(key, *cells)
+    Console().print(table)
+
+
+def _title(one: Evaluated) -> str:
+    return one.name if one.step is None else f"{one.name} (step {one.step})"

@@ -1,0 +1,211 @@
+"""`longpo evaluate`: one model measured part by part, or several evaluations compared.
+
+The model runs where a policy stands in training: the same packs, layouts and pipeline, without
+optimizer or gradients. After every part `evaluation.json` is written, whole; the same command goes
+on with what is missing, under this or any other layout.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from checkpoints_convert.checkpoint_weights import load_checkpoint_weights, open_checkpoint
+from checkpoints_convert.hf_folder import local_hf_folder
+from checkpoints_convert.hf_weights import load_hf_weights
+from checkpoints_convert.torch_dist import TRACKER_NAME
+from megatron_longpo import stop
+from megatron_longpo.data.tokenizers import ChatTokenizer, load_tokenizer
+from megatron_longpo.errors import StopRequested, UserError
+from megatron_longpo.evaluation.compare import run_compare
+from megatron_longpo.evaluation.evaluate_config import (
+    EvaluateConfig,
+    check_evaluate_world,
+    training_config,
+)
+from megatron_longpo.evaluation.generation import answer_questions
+from megatron_longpo.evaluation.in_training import ask_base
+from megatron_longpo.evaluation.output import EvaluationFile, print_numbers
+from megatron_longpo.evaluation.scorer import KeptBase, Scorer
+from megatron_longpo.evaluation.suite import Suite
+from megatron_longpo.model.architectures import Architecture, read_architecture
+from megatron_longpo.parallel import groups as process_groups
+from megatron_longpo.parallel.collectives import from_main_rank, on_any_rank
+from megatron_longpo.parallel.groups import Groups
+from megatron_longpo.parallel.stages import like_split
+from megatron_longpo.training import build, degrees, run_folder
+from megatron_longpo.training.console import RunConsole
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluatedModel:
+    """Where a model is and what it is."""
+
+    path: str
+    """Of its weights: a Hugging Face folder, or an iteration of a checkpoint."""
+    tokenizer_folder: str
+    arch: Architecture
+    load: build.WeightsWriter
+    is_checkpoint: bool
+
+
+def run_evaluate(config: EvaluateConfig) -> None:
+    """Measures or compares; `config` is resolved.
+
+    Raises:
+        UserError: for bad input.
+        StopRequested: after a signal asked for it; what was measured is saved.
+    """
+    check_evaluate_world(config, int(os.environ.get("WORLD_SIZE", 1)))
+    if config.compare:
+        run_compare(config.models, Path(config.folder))
+        return
+    try:
+        evaluate(config)
+    finally:
+        process_groups.shutdown()
+
+
+def evaluate(config: EvaluateConfig) -> None:
+    """Prepares, cheapest first, and measures what is not in the output yet."""
+    run_folder.check_folder("output", Path(config.folder))
+    model = find_model(config)
+    if config.generate and model.is_checkpoint:
+        raise UserError(
+            f"generate (true): {model.path} is a Megatron checkpoint, and transformers writes the "
+            "answers. Export it first (longpo convert export), or leave generate out"
+        )
+    settings = training_config(config, hf_path=model.tokenizer_folder)
+    base_folder = None if config.base is None else local_hf_folder(config.base)
+    base = None if base_folder is None else read_architecture(base_folder)
+    if base is not None and base.vocab_size != model.arch.vocab_size:
+        raise UserError(
+            f"base ({config.base}): its vocabulary has {base.vocab_size} tokens, that of "
+            f"{model.path} {model.arch.vocab_size}; next-token distributions are compared, so "
+            "give a base with the same tokenizer"
+        )
+    built = [model.arch, *([] if base is None else [base])]
+    degrees.check_split(settings, built)
+    split = degrees.stage_split(settings, model.arch)
+    groups = process_groups.initialize(
+        degrees.parallel_sizes(settings, built),
+        timeout_minutes=config.parallel.timeout_minutes,
+    )
+    stop.listen()
+    console = RunConsole(is_main=groups.is_main)
+    tokenizer = load_tokenizer(model.tokenizer_folder)
+    suite = Suite.of(config.evaluation, lambda: tokenizer, vocab_size=model.arch.vocab_size)
+    file = EvaluationFile.open(config, model.path, is_main=groups.is_main)
+    pending = from_main_rank(lambda: [name for name, _ in suite.split() if not file.has(name)])
+    if pending:
+        kept = None
+        if base is not None and base_folder is not None and "retention" in pending:
+            base_model = build.build_scorer(
+                settings, base, base_folder, groups, split=like_split(base.num_layers, split)
+            )
+            kept = ask_base(suite, base_model, groups)
+        chunks = build.build_scorer(
+            settings,
+            model.arch,
+            model.path,
+            groups,
+            split=split,
+            say=console.say,
+            write_weights=model.load,
+        )
+        scorer = Scorer(model=chunks, groups=groups, budget_tokens=config.pack_tokens or 1)
+        _measure(suite, set(pending), scorer, kept, file, console)
+        chunks.clear()
+    if config.generate and suite.retrieval is not None:
+        _generate(config, suite, model, tokenizer, file, groups, console)
+    if groups.is_main:
+        file.save(complete=True)
+        print_numbers(file.record, title=config.models[0])
+    console.say(f"{file.path}")
+
+
+def find_model(config: EvaluateConfig) -> EvaluatedModel:
+    """Tells a Hugging Face model from a checkpoint, and reads what it is."""
+    (source,) = config.models
+    folder = Path(source).expanduser()
+    rope = {"rope_theta": config.rope_theta, "rope_scaling": config.rope_scaling}
+    if (folder / TRACKER_NAME).is_file() or (folder / ".metadata").is_file():
+        checkpoint = open_checkpoint(str(folder))
+        hf_folder = str(checkpoint.hf_folder)
+        return EvaluatedModel(
+            path=str(checkpoint.iteration),
+            tokenizer_folder=hf_folder,
+            arch=read_architecture(hf_folder, **rope),  # type: ignore[arg-type]
+            load=load_checkpoint_weights,
+            is_checkpoint=True,
+        )
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise UserError(
+            f"models ({source}): neither config.json of a Hugging Face model nor {TRACKER_NAME} of "
+            "a Megatron checkpoint is there. Give one of these folders, or a hub id"
+        )
+    hf_folder = local_hf_folder(source)
+    return EvaluatedModel(
+        path=hf_folder,
+        tokenizer_folder=hf_folder,
+        arch=read_architecture(hf_folder, **rope),  # type: ignore[arg-type]
+        load=load_hf_weights,
+        is_checkpoint=False,
+    )
+
+
+def _measure(
+    suite: Suite,
+    pending: set[str],
+    scorer: Scorer,
+    base: KeptBase | None,
+    file: EvaluationFile,
+    console: RunConsole,
+) -> None:
+    def track(parts: Any) -> Any:
+        return console.track(parts, what=name, total=len(parts))
+
+    for name, part in suite.split():
+        if name not in pending:
+            continue
+        _stop_if_asked(file, scorer.groups)
+        file.add(part.measure(scorer, base=base, track=track))
+        console.say(f"measured: {name}")
+
+
+def _generate(
+    config: EvaluateConfig,
+    suite: Suite,
+    model: EvaluatedModel,
+    tokenizer: ChatTokenizer,
+    file: EvaluationFile,
+    groups: Groups,
+    console: RunConsole,
+) -> None:
+    """Lets transformers answer what no cell has an answer for."""
+    assert suite.retrieval is not None
+    parts = [part for part in suite.retrieval.split() if not file.has_generated(part)]
+    if not parts:
+        return
+    from transformers import AutoModelForCausalLM
+
+    dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
+    writer: Any = AutoModelForCausalLM.from_pretrained(model.path, dtype=dtype)
+    writer.to(groups.device).eval()
+    for part in parts:
+        _stop_if_asked(file, groups)
+        what = f"answering {part.questions[0].kind} {part.questions[0].length}"
+        questions = console.track(part.questions, what=what, total=len(part.questions))
+        file.add_generated(
+            part, answer_questions(writer, tokenizer, part, questions, config.new_tokens)
+        )
+        console.say(f"answered: {part.questions[0].kind} {part.questions[0].length}")
+
+
+def _stop_if_asked(file: EvaluationFile, groups: Groups) -> None:
+    if on_any_rank(stop.was_requested(), groups.device):
+        raise StopRequested(f"stopped; {file.path} has what was measured; the same command goes on")

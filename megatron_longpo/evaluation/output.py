@@ -1,0 +1,134 @@
+"""`evaluation.json`: what was measured of one model, written whole after every part."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_longpo.errors import UserError
+from megatron_longpo.evaluation.evaluate_config import EvaluateConfig
+from megatron_longpo.evaluation.results import Record, flat_numbers
+from megatron_longpo.evaluation.retrieval import RetrievalSet
+from megatron_longpo.training.run_folder import package_versions, write_text
+
+FILE_NAME = "evaluation.json"
+
+DECIDING = ("base", "new_tokens", "rope_theta", "rope_scaling", "dtype", "evaluation")
+"""Settings that numbers depend on; others may change between parts."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationFile:
+    """One evaluation, finished or not; only the main rank writes it."""
+
+    path: Path
+    settings: Mapping[str, Any]
+    """The model's path, and what of the settings numbers depend on."""
+    record: Record
+    is_main: bool
+
+    @staticmethod
+    def open(config: EvaluateConfig, model_path: str, *, is_main: bool) -> EvaluationFile:
+        """Goes on with what is there of the same model and settings.
+
+        Raises:
+            UserError: where the output holds another evaluation and may not be overwritten.
+        """
+        path = Path(config.folder) / FILE_NAME
+        values = dataclasses.asdict(config)
+        wanted = {"model": model_path, **{key: values[key] for key in DECIDING}}
+        settings: dict[str, Any] = json.loads(json.dumps(wanted))
+        record: Record = {}
+        if is_main and path.exists() and not config.overwrite:
+            found = read_evaluation(path)
+            for key, value in settings.items():
+                if found["settings"].get(key) != value:
+                    raise UserError(
+                        f"output ({config.output}): {path} was made with another {key}; choose "
+                        "another output, or give --overwrite"
+                    )
+            record = found["results"]
+        return EvaluationFile(path=path, settings=settings, record=record, is_main=is_main)
+
+    def has(self, part: str) -> bool:
+        """Whether a part of `Suite.split` is there, by its name."""
+        name, *rest = part.split()
+        if not rest:
+            return name in self.record
+        kind, length = rest
+        return any(
+            cell["kind"] == kind and cell["length"] == int(length)
+            for cell in self.record.get(name, [])
+        )
+
+    def has_generated(self, part: RetrievalSet) -> bool:
+        return all("generated" in cell for cell in self._cells(part))
+
+    def add(self, record: Record) -> None:
+        """Takes in and saves a part."""
+        for key, value in record.items():
+            if key == "retrieval":
+                self.record.setdefault(key, []).extend(value)
+            else:
+                self.record[key] = value
+        self.save()
+
+    def add_generated(self, part: RetrievalSet, found: Sequence[bool]) -> None:
+        """Takes in and saves which of a part's questions were answered right."""
+        for cell in self._cells(part):
+            hits = [
+                hit
+                for question, hit in zip(part.questions, found, strict=True)
+                if question.depth == cell["depth"]
+            ]
+            cell["generated"] = sum(hits) / len(hits)
+        self.save()
+
+    def save(self, *, complete: bool = False) -> None:
+        if not self.is_main:
+            return
+        contents = {
+            "model": self.settings["model"],
+            "complete": complete,
+            "numbers": flat_numbers(self.record),
+            "results": self.record,
+            "settings": self.settings,
+            "versions": package_versions(),
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(self.path, json.dumps(contents, indent=2) + "\n")
+
+    def _cells(self, part: RetrievalSet) -> list[Record]:
+        first = part.questions[0]
+        return [
+            cell
+            for cell in self.record["retrieval"]
+            if (cell["kind"], cell["length"]) == (first.kind, first.length)
+        ]
+
+
+def read_evaluation(path: Path) -> dict[str, Any]:
+    """The contents of an evaluation.json."""
+    try:
+        contents = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error}); remove it") from None
+    if not isinstance(contents, dict) or not {"results", "settings"} <= contents.keys():
+        raise UserError(f"{path}: not written by longpo evaluate; remove it, or choose another")
+    return contents
+
+
+def print_numbers(record: Record, *, title: str) -> None:
+    """A table in the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("measured", "value", title=title, title_justify="left")
+    table.columns[1].justify = "right"
+    for name, value in flat_numbers(record).items():
+        table.add_row(name, f"{value:.4g}")
+    Console().print(table)

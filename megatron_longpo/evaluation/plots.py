@@ -1,0 +1,214 @@
+"""Plots of a comparison: heat maps, accuracy against length, retention, curves over steps.
+
+Plain matplotlib without pyplot: it draws without a display and leaves no global state.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from megatron_longpo.evaluation.compare import Evaluated
+
+HEATMAP = "retrieval_heatmap.png"
+BY_LENGTH = "retrieval_by_length.png"
+NLL = "nll_by_position.png"
+RETENTION = "retention.png"
+CURVES = "curves.png"
+MARKERS = "os^Dv<>Ph*"
+
+
+def draw_all(evaluated: Sequence[Evaluated], folder: Path) -> list[str]:
+    """Draws every plot that somebody has numbers for; returns the names of the files."""
+    drawn = {
+        HEATMAP: draw_heatmaps(evaluated),
+        BY_LENGTH: draw_by_length(evaluated),
+        NLL: draw_nll(evaluated),
+        RETENTION: draw_retention(evaluated),
+        CURVES: draw_curves(evaluated),
+    }
+    for name, figure in drawn.items():
+        if figure is None:
+            continue
+        partial = folder / f"{name}.partial"
+        figure.savefig(partial, format="png", dpi=130)
+        os.replace(partial, folder / name)
+    return [name for name, figure in drawn.items() if figure is not None]
+
+
+def draw_heatmaps(evaluated: Sequence[Evaluated]) -> Figure | None:
+    """A panel a model and kind: lengths to the right, depths downwards, exact matches as colour."""
+    panels = []
+    for one in evaluated:
+        cells = one.record.get("retrieval", [])
+        kinds = list(dict.fromkeys(cell["kind"] for cell in cells))
+        panels += [(one.name, kind, [c for c in cells if c["kind"] == kind]) for kind in kinds]
+    if not panels:
+        return None
+    several_kinds = len({kind for _, kind, _ in panels}) > 1
+    figure, axes = _grid(len(panels), width=4.2, height=3.4)
+    for axis, (name, kind, cells) in zip(axes, panels, strict=True):
+        _draw_heatmap(axis, cells)
+        axis.set_title(f"{name}\n{kind}" if several_kinds else name, fontsize=10)
+    figure.colorbar(axes[0].images[0], ax=axes, label="exact match", shrink=0.8)
+    return figure
+
+
+def _draw_heatmap(axes: Axes, cells: Sequence[dict[str, Any]]) -> None:
+    lengths = sorted({cell["length"] for cell in cells})
+    depths = sorted({cell["depth"] for cell in cells})
+    values = [[math.nan] * len(lengths) for _ in depths]
+    for cell in cells:
+        values[depths.index(cell["depth"])][lengths.index(cell["length"])] = cell["exact"]
+    axes.imshow(values, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
+    for row, depth_values in enumerate(values):
+        for column, value in enumerate(depth_values):
+            if not math.isnan(value):
+                axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8)
+    axes.set_xticks(range(len(lengths)), [_tokens(length) for length in lengths])
+    axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+    axes.set_xlabel("length (tokens)")
+    axes.set_ylabel("depth")
+
+
+def draw_by_length(evaluated: Sequence[Evaluated]) -> Figure | None:
+    """Exact matches against length, a line a model; what was written is dashed."""
+    series = [
+        (one.name, number, style, points)
+        for number, one in enumerate(evaluated)
+        for prefix, style in (("retrieval/", "-"), ("generated/", "--"))
+        if (points := _by_length(one.numbers, prefix))
+    ]
+    if not series:
+        return None
+    figure, (axes,) = _grid(1, width=6.4, height=4.2)
+    for name, number, style, points in series:
+        label = name if style == "-" else f"{name}, written"
+        axes.plot(*zip(*points, strict=True), style, label=label, **_look(number))
+    _length_axis(axes, sorted({length for *_, points in series for length, _ in points}))
+    axes.set_ylim(-0.03, 1.03)
+    axes.set_ylabel("exact match")
+    axes.set_xlabel("length (tokens)")
+    axes.legend(fontsize=8)
+    return figure
+
+
+def draw_nll(evaluated: Sequence[Evaluated]) -> Figure | None:
+    """Nats a token by position, a line a model, drawn at each bucket's end."""
+    having = [(number, one) for number, one in enumerate(evaluated) if one.record.get("nll")]
+    if not having:
+        return None
+    figure, (axes,) = _grid(1, width=6.4, height=4.2)
+    for number, one in having:
+        buckets = one.record["nll"]
+        stops, values = [b["stop"] for b in buckets], [b["nll"] for b in buckets]
+        axes.plot(stops, values, label=one.name, **_look(number))
+    _length_axis(axes, sorted({b["stop"] for _, one in having for b in one.record["nll"]}))
+    axes.set_ylabel("NLL (nats a token)")
+    axes.set_xlabel("positions up to")
+    axes.legend(fontsize=8)
+    return figure
+
+
+def draw_retention(evaluated: Sequence[Evaluated]) -> Figure | None:
+    """What was gained against what was lost: mean retrieval over the KL to the base model, or,
+    where nobody has retrieval, bars of that KL."""
+    having = [
+        (number, one) for number, one in enumerate(evaluated) if "retention/kl" in one.numbers
+    ]
+    if not having:
+        return None
+    figure, (left, right) = _grid(2, width=4.8, height=4.0)
+    for number, one in having:
+        kl, agreement = one.numbers["retention/kl"], one.numbers["retention/agreement"]
+        right.bar(number, agreement, color=f"C{number % 10}")
+        right.text(number, agreement, f"{agreement:.3f}", ha="center", va="bottom", fontsize=8)
+        points = _by_length(one.numbers, "retrieval/")
+        if points:
+            mean = sum(value for _, value in points) / len(points)
+            look = {**_look(number), "linestyle": "none", "markersize": 9}
+            left.plot(kl, mean, label=one.name, **look)
+    left.set_xlabel("KL(base || model) on short prompts (nats)")
+    left.set_ylabel("retrieval, mean over lengths")
+    left.set_ylim(-0.03, 1.03)
+    left.set_xlim(left=min(0.0, left.get_xlim()[0]))
+    left.set_title("gained and lost", fontsize=10)
+    if left.lines:
+        left.legend(fontsize=8)
+    right.set_xticks(
+        [n for n, _ in having], [one.name for _, one in having], rotation=20, ha="right"
+    )
+    right.set_ylim(0, 1.1)
+    right.set_title("same first choice as the base", fontsize=10)
+    return figure
+
+
+def draw_curves(evaluated: Sequence[Evaluated]) -> Figure | None:
+    """A panel a number over training steps; models without steps are lines across."""
+    runs = [(number, one) for number, one in enumerate(evaluated) if len(one.history) > 1]
+    if not runs:
+        return None
+    keys = list(dict.fromkeys(key for _, one in runs for key in one.numbers))
+    figure, axes = _grid(len(keys), width=4.2, height=2.8)
+    for axis, key in zip(axes, keys, strict=True):
+        for number, one in enumerate(evaluated):
+            points = [(step, numbers[key]) for step, numbers in one.history if key in numbers]
+            if len(points) > 1:
+                axis.plot(*zip(*points, strict=True), label=one.name, **_look(number))
+            elif key in one.numbers:
+                axis.axhline(
+                    one.numbers[key], color=f"C{number % 10}", linestyle=":", label=one.name
+                )
+        axis.set_title(key, fontsize=10)
+        axis.set_xlabel("step")
+        if key.startswith(("retrieval/", "retention/agreement", "rewards/accuracies")):
+            axis.set_ylim(-0.03, 1.03)
+    axes[0].legend(fontsize=8)
+    return figure
+
+
+def _grid(panels: int, *, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(3, panels)
+    rows = math.ceil(panels / columns)
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = [figure.add_subplot(rows, columns, number + 1) for number in range(panels)]
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        axis.set_axisbelow(True)
+    return figure, axes
+
+
+def _by_length(numbers: dict[str, float], prefix: str) -> list[tuple[int, float]]:
+    """`retrieval/4096` and its like, without those of one kind."""
+    rest = {key.removeprefix(prefix): v for key, v in numbers.items() if key.startswith(prefix)}
+    return sorted((int(length), value) for length, value in rest.items() if length.isdecimal())
+
+
+def _length_axis(axes: Axes, lengths: Sequence[int]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [_tokens(length) for length in lengths])
+    axes.minorticks_off()
+
+
+def _tokens(length: int) -> str:
+    return f"{length // 1024}K" if length % 1024 == 0 else str(length)
+
+
+def _look(number: int) -> dict[str, Any]:
+    return {
+        "color": f"C{number % 10}",
+        "marker": MARKERS[number % len(MARKERS)],
+        "linewidth": 1.4,
+        "markersize": 5,
+    }
