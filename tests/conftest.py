@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from megatron_longpo.parallel.groups import Groups
+from megatron_longpo.stop import STOP_SIGNALS
 
 if TYPE_CHECKING:
     from tests.parity.harness import Shelf
@@ -31,3 +33,12 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
     from tests.parity.harness import Shelf
 
     return Shelf(tmp_path_factory.mktemp("shelf"))
+
+
+@pytest.fixture
+def own_signal_handlers() -> Iterator[None]:
+    """Training catches stop signals; the test process gets its own handlers back."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)

@@ -167,9 +167,9 @@ def markdown_text(evaluated: Sequence[Evaluated]) -> str:
 
 def print_table(evaluated: Sequence[Evaluated]) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("", *(_title(one) for one in evaluated))
+    table = Table(Column("", no_wrap=True), *(_title(one) for one in evaluated))
     for column in table.columns[1:]:
         column.justify = "right"
     for key in keys_of(evaluated):

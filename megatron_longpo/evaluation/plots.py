@@ -9,7 +9,9 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
+
+from megatron_longpo.evaluation.config import RetrievalKind
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,7 +55,8 @@ def draw_heatmaps(evaluated: Sequence[Evaluated]) -> Figure | None:
     if not panels:
         return None
     several_kinds = len({kind for _, kind, _ in panels}) > 1
-    figure, axes = _grid(len(panels), width=4.2, height=3.4)
+    columns = len({kind for _, kind, _ in panels}) if several_kinds else 3
+    figure, axes = _grid(len(panels), width=4.2, height=3.4, columns=columns)
     for axis, (name, kind, cells) in zip(axes, panels, strict=True):
         _draw_heatmap(axis, cells)
         axis.set_title(f"{name}\n{kind}" if several_kinds else name, fontsize=10)
@@ -67,11 +70,15 @@ def _draw_heatmap(axes: Axes, cells: Sequence[dict[str, Any]]) -> None:
     values = [[math.nan] * len(lengths) for _ in depths]
     for cell in cells:
         values[depths.index(cell["depth"])][lengths.index(cell["length"])] = cell["exact"]
-    axes.imshow(values, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
+    axes.imshow(values, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+    axes.grid(False)
     for row, depth_values in enumerate(values):
         for column, value in enumerate(depth_values):
             if not math.isnan(value):
-                axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8)
+                color = "black" if value > 0.6 else "white"
+                axes.text(
+                    column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color=color
+                )
     axes.set_xticks(range(len(lengths)), [_tokens(length) for length in lengths])
     axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
     axes.set_xlabel("length (tokens)")
@@ -138,6 +145,7 @@ def draw_retention(evaluated: Sequence[Evaluated]) -> Figure | None:
     left.set_xlabel("KL(base || model) on short prompts (nats)")
     left.set_ylabel("retrieval, mean over lengths")
     left.set_ylim(-0.03, 1.03)
+    left.margins(x=0.1)
     left.set_xlim(left=min(0.0, left.get_xlim()[0]))
     left.set_title("gained and lost", fontsize=10)
     if left.lines:
@@ -155,7 +163,14 @@ def draw_curves(evaluated: Sequence[Evaluated]) -> Figure | None:
     runs = [(number, one) for number, one in enumerate(evaluated) if len(one.history) > 1]
     if not runs:
         return None
-    keys = list(dict.fromkeys(key for _, one in runs for key in one.numbers))
+    from matplotlib.ticker import MaxNLocator
+
+    keys = [
+        key
+        for key in dict.fromkeys(key for _, one in runs for key in one.numbers)
+        # Kinds by themselves are in the table and the heat maps.
+        if not key.startswith(tuple(f"retrieval/{kind}/" for kind in get_args(RetrievalKind)))
+    ]
     figure, axes = _grid(len(keys), width=4.2, height=2.8)
     for axis, key in zip(axes, keys, strict=True):
         for number, one in enumerate(evaluated):
@@ -168,17 +183,27 @@ def draw_curves(evaluated: Sequence[Evaluated]) -> Figure | None:
                 )
         axis.set_title(key, fontsize=10)
         axis.set_xlabel("step")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         if key.startswith(("retrieval/", "retention/agreement", "rewards/accuracies")):
             axis.set_ylim(-0.03, 1.03)
-    axes[0].legend(fontsize=8)
+    by_label = {
+        label: line
+        for axis in axes
+        for line, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        by_label.values(), by_label.keys(), loc="outside upper center", ncols=4, fontsize=8
+    )
     return figure
 
 
-def _grid(panels: int, *, width: float, height: float) -> tuple[Figure, list[Axes]]:
+def _grid(
+    panels: int, *, width: float, height: float, columns: int = 3
+) -> tuple[Figure, list[Axes]]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    columns = min(3, panels)
+    columns = min(columns, panels)
     rows = math.ceil(panels / columns)
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
     FigureCanvasAgg(figure)
