@@ -90,7 +90,7 @@ def test_help_has_examples_and_every_setting(
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
 def test_examples_parse(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("generate.yaml", "tokenize.yaml", "train.yaml"):
+    for name in ("generate.yaml", "tokenize.yaml", "train.yaml", "evaluate.yaml"):
         (tmp_path / name).write_text("")
     module, _, attribute = command.config.partition(":")
     config_class = getattr(importlib.import_module(module), attribute)

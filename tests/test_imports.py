@@ -25,6 +25,8 @@ LIGHT_FILES = (
     "generation.config",
     "generation.backends.config",
     "generation.judge_config",
+    "evaluation.config",
+    "evaluation.evaluate_config",
 )
 """Files of megatron_longpo that a wrong setting, or --help, must not wait for torch in."""
 

@@ -90,7 +90,7 @@ class _EdgeLogps(torch.autograd.Function):
     ) -> Tensor:
         accumulator = torch.promote_types(hidden.dtype, torch.float32)
         edges = _Edges.of(sources, chunk_edges=chunk_edges, num_tokens=len(hidden))
-        columns = _local_columns(targets, shard)
+        columns = local_columns(targets, shard)
         normalizers = torch.empty(len(sources), dtype=accumulator, device=hidden.device)
         logps = torch.empty_like(normalizers)
         with record_function("head"):
@@ -100,7 +100,7 @@ class _EdgeLogps(torch.autograd.Function):
                     logits, columns[chunk], num_valid=shard.num_valid
                 )
                 del logits  # before the next chunk's are there
-        normalizers = _log_sum_over(normalizers, shard.group)
+        normalizers = log_sum_over(normalizers, shard.group)
         if shard.group.size() > 1:
             dist.all_reduce(logps, group=shard.group)
         logps -= normalizers
@@ -241,10 +241,10 @@ def _has_mixed_addmm() -> bool:
 
 def log_sum_exp(logits: Tensor, group: ProcessGroup) -> Tensor:
     """[c,v] -> [c], over the whole vocabulary."""
-    return _log_sum_over(torch.logsumexp(logits, dim=-1), group)
+    return log_sum_over(torch.logsumexp(logits, dim=-1), group)
 
 
-def _log_sum_over(local: Tensor, group: ProcessGroup) -> Tensor:
+def log_sum_over(local: Tensor, group: ProcessGroup) -> Tensor:
     """[e] log-sum-exps over each rank's vocabulary -> over the whole one."""
     if group.size() == 1:
         return local
@@ -255,7 +255,7 @@ def _log_sum_over(local: Tensor, group: ProcessGroup) -> Tensor:
     return highest + total.log()
 
 
-def _local_columns(targets: Tensor, shard: VocabularyShard) -> Tensor:
+def local_columns(targets: Tensor, shard: VocabularyShard) -> Tensor:
     """[e]: column of each target in this rank's logits, -1 where it has none."""
     columns = targets - shard.start
     return torch.where((columns >= 0) & (columns < shard.num_valid), columns, -1)

@@ -26,7 +26,7 @@ from megatron_longpo.model.divergence import reverse_kl
 from megatron_longpo.model.logprob_head import VocabularyShard, edge_logps
 from megatron_longpo.model.lora import adapter_state, adapters, adapters_off, load_adapter_state
 from megatron_longpo.model.offload import OffloadedWeights
-from megatron_longpo.model.probe import ProbePack, compare_with_base, greedy_hits
+from megatron_longpo.model.probe import ProbePack, compare_with_base, edge_outcomes
 from megatron_longpo.model.rope import rotary_angles
 from megatron_longpo.parallel.layout import RankPack, RankTokens
 
@@ -130,9 +130,7 @@ class LongPOModel(MegatronModule):
             return policy_hidden[places.sources]
         policy = self._chunk("policy")
         weight, shard = self._head(policy)
-        logps = self._logps(policy, pack.policy, policy_hidden)
-        hits = greedy_hits(policy_hidden, weight, edges.sources, edges.targets, shard)
-        outputs = [torch.stack([logps, hits.to(logps.dtype)])]
+        outputs = [edge_outcomes(policy_hidden, weight, edges.sources, edges.targets, shard)]
         if places.num_slots:
             if reference_hidden is not None:
                 base_states = self._teacher_states(pack, reference_hidden)

@@ -18,7 +18,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp
 
-from megatron_longpo.model.logprob_head import VocabularyShard, log_sum_exp
+from megatron_longpo.model.logit_rows import row_statistics
+from megatron_longpo.model.logprob_head import (
+    VocabularyShard,
+    local_columns,
+    log_sum_exp,
+    log_sum_over,
+)
 from megatron_longpo.parallel.layout import RankPack
 
 CHUNK_BYTES = 256 * 2**20
@@ -58,7 +64,7 @@ class ProbePack(RankPack):
         return ProbePack(**fields, base=base, wants_states=wants_states)
 
 
-def greedy_hits(
+def edge_outcomes(
     hidden: Tensor,
     weight: Tensor,
     sources: Tensor,
@@ -67,7 +73,7 @@ def greedy_hits(
     *,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Tensor:
-    """Whether each edge's target is the likeliest token; of equally likely ones the first counts.
+    """What the model says of each edge: how likely its target is, and whether the likeliest.
 
     Args:
         hidden: [t,h] final hidden states.
@@ -75,16 +81,25 @@ def greedy_hits(
         sources: [e] int64, indices into `hidden`.
         targets: [e] int64 token ids.
         shard: what the rows of `weight` are.
-        chunk_bytes: bytes of one chunk's logits.
+        chunk_bytes: bytes of one chunk's logits in fp32.
 
     Returns:
-        [e] bool, the same on every tensor-parallel rank.
+        [2,e] in fp32 (fp64 for fp64 inputs), the same on every tensor-parallel rank:
+        log-probabilities in nats, as `logprob_head.edge_logps` gives them, and 1 where greedy
+        decoding would write the target: of equally likely tokens the first.
     """
-    hits = torch.empty(len(sources), dtype=torch.bool, device=hidden.device)
+    accumulator = torch.promote_types(hidden.dtype, torch.float32)
+    outcomes = torch.empty(2, len(sources), dtype=accumulator, device=hidden.device)
+    columns = local_columns(targets, shard)
     for chunk in _chunks(len(sources), weight, chunk_bytes):
-        logits = hidden[sources[chunk]] @ weight[: shard.num_valid].T
-        hits[chunk] = likeliest_tokens(logits, shard) == targets[chunk]
-    return hits
+        logits = hidden[sources[chunk]] @ weight.T
+        normalizers, logps = row_statistics(logits, columns[chunk], num_valid=shard.num_valid)
+        if shard.group.size() > 1:
+            dist.all_reduce(logps, group=shard.group)
+        hits = likeliest_tokens(logits[:, : shard.num_valid], shard) == targets[chunk]
+        outcomes[0, chunk] = logps - log_sum_over(normalizers, shard.group)
+        outcomes[1, chunk] = hits.to(accumulator)
+    return outcomes
 
 
 def compare_with_base(

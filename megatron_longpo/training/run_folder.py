@@ -65,9 +65,9 @@ def write_config(config: TrainConfig, fingerprints: Mapping[str, str]) -> None:
 
 def settings(config: TrainConfig) -> dict[str, Any]:
     """The settings as plain mappings and lists."""
-    plain = _plain(dataclasses.asdict(config))
-    assert isinstance(plain, dict)
-    return plain
+    values = plain(dataclasses.asdict(config))
+    assert isinstance(values, dict)
+    return values
 
 
 def package_versions() -> dict[str, str]:
@@ -83,10 +83,10 @@ def write_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """YAML's safe types: tuples become lists."""
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return value

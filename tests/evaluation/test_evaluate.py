@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from checkpoints_convert.config import ExportConfig
 from checkpoints_convert.megatron_to_hf import run_export
@@ -28,7 +32,7 @@ from megatron_longpo.evaluation.generation import answer_questions
 from megatron_longpo.evaluation.retrieval import make_retrieval
 from megatron_longpo.evaluation.scorer import Scorer
 from megatron_longpo.evaluation.suite import Suite
-from megatron_longpo.training import loop
+from megatron_longpo.training import loop, run_folder
 from tests.evaluation.oracle import oracle_record
 from tests.evaluation.ranks import EVALUATED
 from tests.evaluation.suites import (
@@ -39,6 +43,7 @@ from tests.evaluation.suites import (
 )
 from tests.parity.cases import LORA
 from tests.parity.harness import Shelf, load_hf
+from tests.torchrun import ROOT, rank_environment
 from tests.training.short_runs import short_config
 
 pytestmark = pytest.mark.usefixtures("single_process", "own_signal_handlers")
@@ -224,3 +229,35 @@ def test_bad_models(model: str, shelf: Shelf, tmp_path: Path) -> None:
     assert message.startswith("generate (true) runs in one process, and 2 were started")
     message = message_of(model, output, SAMPLES, "--parallel.tensor=2", world_size=3)
     assert "must divide the number of processes (3)" in message
+
+
+def test_the_command_on_two_ranks_goes_on_with_one_s(
+    model: str, shelf: Shelf, tmp_path: Path
+) -> None:
+    """As a user gives it; one process measures a part, two the others, in the same output."""
+    evaluation = evaluation_config(shelf.root)
+    file = tmp_path / "evaluate.yaml"
+    contents = run_folder.plain({"dtype": "fp32", "evaluation": asdict(evaluation)})
+    file.write_text(yaml.safe_dump(contents))
+    whole = evaluate_config(shelf, tmp_path / "whole", model)
+    evaluate.evaluate(whole)
+    stopped = tmp_path / "stopped"
+    stopped.mkdir()
+    found = results(tmp_path / "whole")
+    del found["results"]["nll"], found["results"]["retention"]
+    (stopped / "evaluation.json").write_text(json.dumps(found))
+    base = shelf.hf_folder(EVALUATED.policy)
+    command = f"evaluate {model} --config {file} --base {base} --output {stopped} --nproc 2"
+    command += " --parallel.context 2"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "megatron_longpo", *command.split()],
+        cwd=ROOT,
+        env={**os.environ, **rank_environment()},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "measured: retention" in done.stdout and "measured: retrieval" not in done.stdout
+    assert_same_record(results(stopped)["results"], results(tmp_path / "whole")["results"])

@@ -9,16 +9,19 @@ from typing import Any
 
 import pytest
 
+from megatron_longpo.errors import UserError
 from megatron_longpo.evaluation.results import flat_numbers
-from megatron_longpo.training import loop
+from megatron_longpo.training import loop, reference_pass
 from tests.evaluation.oracle import oracle_record
-from tests.evaluation.ranks import EVALUATED
+from tests.evaluation.ranks import EVALUATED, MODEL
 from tests.evaluation.suites import assert_same_record, evaluation_config, favour_digits
+from tests.parity.cases import LORA
 from tests.parity.harness import Shelf
+from tests.parity.peft_adapters import write_b
 from tests.torchrun import torchrun
-from tests.training.short_runs import short_config
+from tests.training.short_runs import metric_rows, short_config
 
-pytestmark = pytest.mark.usefixtures("single_process")
+pytestmark = pytest.mark.usefixtures("single_process", "own_signal_handlers")
 
 
 def evaluated_config(shelf: Shelf, folder: Path, **settings: Any) -> Any:
@@ -57,3 +60,79 @@ def test_every_layout_gives_one_process_s_figures(shelf: Shelf, tmp_path: Path) 
     result = torchrun("tests/evaluation/ranks.py", str(shelf.root), str(expected), ranks=2)
     assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
     assert result.stdout.count("same: ") == 7
+
+
+def test_a_run_leaves_rows_and_records(
+    shelf: Shelf, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before the first step, at the interval, after the last; once each, also when resumed."""
+    train = {"eval_interval": 2}
+    settings: dict[str, Any] = {"train": train, "checkpoint": {"interval": 2}}
+    run = loop.prepare(evaluated_config(shelf, tmp_path, steps=3, **settings))
+    loop.train(run)
+    # A crash after the last checkpoint: what came after it is measured again.
+    (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("2\n")
+    before = metric_rows(tmp_path)
+    loop.train(loop.prepare(evaluated_config(shelf, tmp_path, steps=3, **settings)))
+    rows = metric_rows(tmp_path, with_times=True)
+    evaluations = [row for row in rows if "loss" not in row]
+    assert [row["step"] for row in rows] == [0, 1, 2, 2, 3, 3]
+    assert [row["step"] for row in evaluations] == [0, 2, 3]
+    assert all(row["eval/time_s"] > 0 for row in evaluations)
+    assert metric_rows(tmp_path) == before
+    lines = (tmp_path / "evaluation.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert [record.pop("step") for record in records] == [0, 2, 3]
+    for row, record in zip(evaluations, records, strict=True):
+        numbers = {f"eval/{key}": value for key, value in flat_numbers(record).items()}
+        assert row == {"step": row["step"], "eval/time_s": row["eval/time_s"], **numbers}
+        assert len(record["retrieval"]) == 12
+    # The policy has learned something else than its base.
+    assert evaluations[0]["eval/nll/0-120"] > evaluations[2]["eval/nll/0-120"]
+    assert "evaluation at step 2  retrieval/360 " in capsys.readouterr().out
+
+
+def test_a_cached_reference_is_asked_once_for_retention(shelf: Shelf, tmp_path: Path) -> None:
+    config = evaluated_config(shelf, tmp_path)
+    retention = replace(config.evaluation, retrieval=None, nll=None)
+    records = []
+    for mode in ("online", "cached"):
+        cache = str(tmp_path / "cache") if mode == "cached" else None
+        reference = replace(config.reference, mode=mode, cache_path=cache)
+        changed = replace(config, reference=reference, evaluation=retention)
+        if mode == "cached":
+            reference_pass.compute(changed)
+        run = loop.prepare(changed)
+        records.append(run.evaluation.run(run.model, budget_tokens=run.budget_tokens)[1])
+    assert_same_record(records[1], records[0])
+
+
+def test_a_base_with_other_tokens_is_refused(shelf: Shelf, tmp_path: Path) -> None:
+    config = evaluated_config(shelf, tmp_path)
+    other = shelf.hf_folder(replace(MODEL, vocab_size=400))
+    reference = replace(config.reference, mode="none", hf_path=other)
+    with pytest.raises(UserError, match=r"its vocabulary has 400 tokens, the policy's 300; evalua"):
+        loop.prepare(replace(config, reference=reference))
+
+
+def test_adapters_leave_with_the_base(shelf: Shelf, tmp_path: Path) -> None:
+    """The policy without its adapters is the reference; with them it is another model."""
+    case = replace(EVALUATED, name="evaluated-lora", lora=LORA, rope_theta=None)
+    favour_digits(shelf.hf_folder(MODEL))
+    evaluation = replace(evaluation_config(shelf.root), retrieval=None, nll=None)
+    run = loop.prepare(short_config(shelf, tmp_path, case=case, evaluation=evaluation))
+    assert run.sources.shares_weights and run.evaluation.base is None
+
+    def retention() -> dict[str, Any]:
+        _, record = run.evaluation.run(run.model, budget_tokens=run.budget_tokens)
+        found: dict[str, Any] = record["retention"]
+        return found
+
+    at_first = retention()
+    assert at_first["kl"] == pytest.approx(0, abs=1e-9) and at_first["agreement"] == 1
+    write_b(run)
+    expected = oracle_record(
+        shelf.oracle_policy(case), shelf.oracle_reference(case), run.evaluation.suite
+    )
+    assert expected["retention"]["kl"] > 1e-3
+    assert_same_record({"retention": retention()}, expected)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_longpo.model.logprob_head import VocabularyShard
-from megatron_longpo.model.probe import compare_with_base, greedy_hits
+from megatron_longpo.model.logprob_head import VocabularyShard, edge_logps
+from megatron_longpo.model.probe import compare_with_base, edge_outcomes
 from megatron_longpo.parallel.groups import Groups
 
 TOKENS, HIDDEN, ROWS, VOCABULARY = 30, 8, 24, 20
@@ -30,8 +30,9 @@ def test_hits_are_argmaxes_over_the_tokens_that_exist(
     sources = torch.tensor([3, 4, 5, 5, 29, 0, 17, 11])
     best = (hidden @ weight[:VOCABULARY].T).argmax(-1)[sources]
     targets = torch.where(torch.arange(len(sources)) % 2 == 0, best, (best + 1) % VOCABULARY)
-    hits = greedy_hits(hidden, weight, sources, targets, shard, chunk_bytes=chunk_bytes)
-    assert hits.tolist() == [True, False] * 4
+    logps, hits = edge_outcomes(hidden, weight, sources, targets, shard, chunk_bytes=chunk_bytes)
+    assert hits.tolist() == [1, 0] * 4
+    torch.testing.assert_close(logps, edge_logps(hidden, weight, sources, targets, shard))
 
 
 def test_of_equally_likely_tokens_the_first_is_written(single_process: Groups) -> None:
@@ -39,7 +40,7 @@ def test_of_equally_likely_tokens_the_first_is_written(single_process: Groups) -
     weight[9] = weight[4] = 100 * hidden[2]
     shard = VocabularyShard.of_rank(rows=ROWS, vocab_size=VOCABULARY, group=single_process.tensor)
     sources, targets = torch.tensor([2, 2]), torch.tensor([4, 9])
-    assert greedy_hits(hidden, weight, sources, targets, shard).tolist() == [True, False]
+    assert edge_outcomes(hidden, weight, sources, targets, shard)[1].tolist() == [1, 0]
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 2**20])
