@@ -82,12 +82,7 @@ def make_retrieval(config: RetrievalConfig, tokenizer: ChatTokenizer) -> Retriev
     Raises:
         UserError: for a haystack that cannot be read, or a length that leaves no room for a text.
     """
-    haystack = read_haystack(
-        config.haystack,
-        tokenizer,
-        key=f"{KEY}.haystack",
-        enough_tokens=config.samples * max(config.lengths),
-    )
+    haystack = read_haystack(config.haystack, tokenizer, key=f"{KEY}.haystack")
     if "multi_needle" in config.kinds and len(config.depths) > len(PLACES):
         raise UserError(
             f"{KEY}.depths: multi_needle hides a number at each of {len(config.depths)} depths and "

@@ -29,7 +29,7 @@ EVALUATED = replace(CASE, name="evaluated", policy=MODEL, reference=MODEL)
 """One model that a pipeline can split, under two RoPEs; the test makes it favour digits."""
 
 RUNS = (
-    *((layout, "online") for layout in (TP2_SP, PP2, DP2, CP2, CP2_A2A)),
+    *((layout, "online") for layout in (TP2_SP, PP2, DP2, CP2_A2A)),
     (INTERLEAVED, "none"),
     (CP2, "none"),
 )

@@ -59,7 +59,7 @@ def test_every_layout_gives_one_process_s_figures(shelf: Shelf, tmp_path: Path) 
     expected.write_text(json.dumps(record))
     result = torchrun("tests/evaluation/ranks.py", str(shelf.root), str(expected), ranks=2)
     assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
-    assert result.stdout.count("same: ") == 7
+    assert result.stdout.count("same: ") == 6
 
 
 def test_a_run_leaves_rows_and_records(

@@ -89,6 +89,16 @@ def test_the_same_seed_gives_the_same_rows() -> None:
         assert np.array_equal(mine.branches[0].input_ids, theirs.branches[0].input_ids)
 
 
+def test_rows_of_a_length_do_not_depend_on_others() -> None:
+    tokenizer = tokenizers()[0]
+    several = make_retrieval(CONFIG, tokenizer)
+    alone = make_retrieval(replace(CONFIG, lengths=(900,), samples=1), tokenizer)
+    wanted = [q for q in several.questions if (q.length, q.sample) == (900, 0)]
+    assert [alone.prompt(question).tolist() for question in alone.questions] == [
+        several.prompt(question).tolist() for question in wanted
+    ]
+
+
 def test_a_split_has_the_same_rows() -> None:
     whole = make_retrieval(CONFIG, tokenizers()[0])
     parts = list(whole.split())
