@@ -44,17 +44,20 @@ class OpenCheckpoint:
         return self.iteration / HF_FOLDER_NAME
 
 
-def open_checkpoint(source: str, *, base: str | None = None) -> OpenCheckpoint:
+def open_checkpoint(
+    source: str, *, base: str | None = None, base_option: str = "--base"
+) -> OpenCheckpoint:
     """Opens the newest iteration of a folder, or the one that it is, and checks its keys.
 
-    `base` says where the base of adapters is, if not where it was recorded.
+    `base` says where the base of adapters is, if not where it was recorded; `base_option` is how a
+    user gives it, for messages.
     """
     iteration = find_iteration_folder(source)
     arch = read_architecture(str(iteration / HF_FOLDER_NAME))
     reader = TorchDistReader(iteration)
     record = read_lora_record(iteration)
     if record is not None:
-        lora = open_lora_checkpoint(reader, record, arch, base=base)
+        lora = open_lora_checkpoint(reader, record, arch, base=base, base_option=base_option)
         return OpenCheckpoint(
             iteration=iteration, arch=arch, dtype=lora.dtype, read=lora.merged, lora=lora
         )
@@ -68,12 +71,14 @@ def open_checkpoint(source: str, *, base: str | None = None) -> OpenCheckpoint:
     )
 
 
-def load_checkpoint_weights(gpt_model: GPTModel, arch: Architecture, folder: str) -> None:
+def load_checkpoint_weights(
+    checkpoint: OpenCheckpoint, gpt_model: GPTModel, arch: Architecture
+) -> None:
     """Writes every parameter of this rank's `gpt_model` from a checkpoint of any layout.
 
-    As `hf_weights.load_hf_weights`: each rank reads what it needs, one tensor at a time.
+    As `hf_weights.load_hf_weights`: each rank reads what it needs, one tensor at a time. `arch` is
+    the checkpoint's but for its RoPE.
     """
-    checkpoint = open_checkpoint(folder)
     # A tied output layer is not in the checkpoint: it is the embedding.
     stored = {rule.hf_names: rule for rule in tensor_rules(arch)}
 

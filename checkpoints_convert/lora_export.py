@@ -117,11 +117,17 @@ class LoraCheckpoint:
 
 
 def open_lora_checkpoint(
-    reader: TorchDistReader, record: LoraRecord, arch: Architecture, *, base: str | None
+    reader: TorchDistReader,
+    record: LoraRecord,
+    arch: Architecture,
+    *,
+    base: str | None,
+    base_option: str = "--base",
 ) -> LoraCheckpoint:
     """Checks that the checkpoint has all of its adapters, and that the base is the recorded one.
 
-    `base` says where the base model is, if not where it was recorded.
+    `base` says where the base model is, if not where it was recorded; `base_option` is how a user
+    gives it, for messages.
     """
     expected = _adapter_keys(record, arch)
     for key, shape in expected.items():
@@ -138,11 +144,13 @@ def open_lora_checkpoint(
     except UserError as error:
         if base is not None:
             raise
-        raise UserError(f"{error}; if the base model has moved, say where it is: --base") from error
+        raise UserError(
+            f"{error}; if the base model has moved, say where it is: {base_option}"
+        ) from error
     if weights_fingerprint(folder) != record.base_fingerprint:
         raise UserError(
             f"{folder}: its weights are not those that the adapters of {reader.folder} were "
-            f"trained on ({record.base}); give that model with --base"
+            f"trained on ({record.base}); give that model with {base_option}"
         )
     place = base or record.base
     return LoraCheckpoint(

@@ -99,6 +99,7 @@ def evaluate(config: EvaluateConfig) -> None:
     console = RunConsole(is_main=groups.is_main)
     tokenizer = load_tokenizer(model.tokenizer_folder)
     suite = Suite.of(config.evaluation, lambda: tokenizer, vocab_size=model.arch.vocab_size)
+    console.say(suite.summary)
     file = EvaluationFile.open(config, model.path, is_main=groups.is_main)
     pending = from_main_rank(lambda: [name for name, _ in suite.split() if not file.has(name)])
     if pending:
@@ -134,13 +135,15 @@ def find_model(config: EvaluateConfig) -> EvaluatedModel:
     folder = Path(source).expanduser()
     rope = {"rope_theta": config.rope_theta, "rope_scaling": config.rope_scaling}
     if (folder / TRACKER_NAME).is_file() or (folder / ".metadata").is_file():
-        checkpoint = open_checkpoint(str(folder))
+        checkpoint = open_checkpoint(
+            str(folder), base=config.adapter_base, base_option="--adapter_base"
+        )
         hf_folder = str(checkpoint.hf_folder)
         return EvaluatedModel(
             path=str(checkpoint.iteration),
             tokenizer_folder=hf_folder,
             arch=read_architecture(hf_folder, **rope),  # type: ignore[arg-type]
-            load=load_checkpoint_weights,
+            load=lambda gpt, arch, _: load_checkpoint_weights(checkpoint, gpt, arch),
             is_checkpoint=True,
         )
     if folder.is_dir() and not (folder / "config.json").is_file():

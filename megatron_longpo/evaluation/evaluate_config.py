@@ -36,6 +36,8 @@ class EvaluateConfig:
     base: str | None = None
     """Hugging Face folder or hub id of the model that evaluation.retention compares with. It keeps
     its own RoPE."""
+    adapter_base: str | None = None
+    """Where the model of a checkpoint's adapters is, if not where training found it."""
     generate: bool = False
     """Also let the model answer the retrieval questions, greedily, by transformers: one process and
     a Hugging Face model."""

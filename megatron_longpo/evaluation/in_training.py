@@ -101,8 +101,8 @@ def prepare_evaluation(
         lambda: load_tokenizer(sources.policy_folder),
         vocab_size=sources.policy.vocab_size,
     )
-    if suite.retrieval is not None and config.train.dry_run is False:
-        console.say(f"evaluation: {len(suite.retrieval.questions)} retrieval questions")
+    if suite.sets:
+        console.say(f"evaluation: {suite.summary}")
     base = None
     if suite.retention is not None and sources.base is not None and not config.train.dry_run:
         console.say(f"evaluation: asking {sources.base_folder} once, for retention")

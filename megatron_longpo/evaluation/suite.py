@@ -60,6 +60,20 @@ class Suite:
         found += [part.probes for part in (self.retrieval, self.nll) if part is not None]
         return [probes for probes in found if probes is not None]
 
+    @property
+    def summary(self) -> str:
+        """What is measured, in a line."""
+        parts = []
+        if self.retrieval is not None:
+            parts.append(f"{len(self.retrieval.questions)} questions about long texts")
+        if self.nll is not None:
+            length, left_out = self.nll.borders[-1], self.nll.num_short
+            shorter = f" ({left_out} shorter ones left out)" if left_out else ""
+            parts.append(f"{len(self.nll.probes)} documents of {length} tokens{shorter}")
+        if self.retention is not None:
+            parts.append(f"{len(self.retention)} short prompts")
+        return ", ".join(parts)
+
     def split(self) -> Iterator[tuple[str, Suite]]:
         """Parts that can be measured one after the other, each with a name."""
         if self.retention is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -229,6 +230,30 @@ def test_bad_models(model: str, shelf: Shelf, tmp_path: Path) -> None:
     assert message.startswith("generate (true) runs in one process, and 2 were started")
     message = message_of(model, output, SAMPLES, "--parallel.tensor=2", world_size=3)
     assert "must divide the number of processes (3)" in message
+
+
+def test_the_base_of_adapters_may_have_moved(model: str, shelf: Shelf, tmp_path: Path) -> None:
+    moved = tmp_path / "first"
+    shutil.copytree(model, moved)
+    config = short_config(shelf, tmp_path / "run", case=replace(EVALUATED, lora=LORA), steps=1)
+    run = loop.prepare(replace(config, model=replace(config.model, hf_path=str(moved))))
+    loop.train(run)
+    moved.rename(tmp_path / "second")
+    checkpoints = str(tmp_path / "run" / "checkpoints")
+    output = f"--output={tmp_path / 'o'}"
+    message = message_of(checkpoints, output, SAMPLES)
+    assert message.endswith("if the base model has moved, say where it is: --adapter_base")
+    retrieval = EvaluationConfig(retrieval=replace(RETRIEVAL, lengths=(360,), samples=1))
+    config_of_moved = evaluate_config(
+        shelf,
+        tmp_path / "o",
+        checkpoints,
+        base=None,
+        evaluation=retrieval,
+        adapter_base=str(tmp_path / "second"),
+    )
+    evaluate.evaluate(config_of_moved)
+    assert results(tmp_path / "o")["complete"]
 
 
 def test_the_command_on_two_ranks_goes_on_with_one_s(

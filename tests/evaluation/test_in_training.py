@@ -89,7 +89,9 @@ def test_a_run_leaves_rows_and_records(
         assert len(record["retrieval"]) == 12
     # The policy has learned something else than its base.
     assert evaluations[0]["eval/nll/0-120"] > evaluations[2]["eval/nll/0-120"]
-    assert "evaluation at step 2  retrieval/360 " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "evaluation at step 2  retrieval/360 " in said
+    assert "24 questions about long texts, 3 documents of 500 tokens, 24 short prompts" in said
 
 
 def test_a_cached_reference_is_asked_once_for_retention(shelf: Shelf, tmp_path: Path) -> None:
