@@ -40,13 +40,19 @@ class EvaluationFile:
         """
         path = Path(config.folder) / FILE_NAME
         values = dataclasses.asdict(config)
+        if not config.generate:
+            values["new_tokens"] = None
         wanted = {"model": model_path, **{key: values[key] for key in DECIDING}}
         settings: dict[str, Any] = json.loads(json.dumps(wanted))
         record: Record = {}
         if is_main and path.exists() and not config.overwrite:
             found = read_evaluation(path)
             for key, value in settings.items():
-                if found["settings"].get(key) != value:
+                there = found["settings"].get(key)
+                if key == "new_tokens" and None in (there, value):
+                    # Nothing was written there, or nothing is written now.
+                    settings[key] = there or value
+                elif there != value:
                     raise UserError(
                         f"output ({config.output}): {path} was made with another {key}; choose "
                         "another output, or give --overwrite"

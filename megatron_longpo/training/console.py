@@ -89,7 +89,8 @@ class RunConsole:
         measured = "  ".join(
             f"{key.removeprefix('eval/')} {value:.4g}"
             for key, value in metrics.items()
-            if key.startswith(SUITE_KEYS) and value is not None
+            # One kind of retrieval by itself is a level deeper, and in the files.
+            if key.startswith(SUITE_KEYS) and key.count("/") == 2 and value is not None
         )
         numbers = "  ".join(filter(None, [numbers, measured]))
         self.say(f"evaluation at step {metrics['step']}  {numbers}")

@@ -163,15 +163,16 @@ def test_written_answers_stand_beside_the_forced_ones(
 ) -> None:
     retrieval = replace(RETRIEVAL, lengths=(360,), samples=1)
     config = evaluate_config(
-        shelf,
-        tmp_path,
-        model,
-        base=None,
-        evaluation=EvaluationConfig(retrieval=retrieval),
-        generate=True,
-        new_tokens=3,
+        shelf, tmp_path, model, base=None, evaluation=EvaluationConfig(retrieval=retrieval)
     )
     evaluate.evaluate(config)
+    assert "generated/360" not in results(tmp_path)["numbers"]
+    writing = replace(config, generate=True, new_tokens=3)
+    evaluate.evaluate(writing)
+    # What was written stays where nothing is to be written.
+    evaluate.evaluate(config)
+    with pytest.raises(UserError, match="was made with another new_tokens"):
+        evaluate.evaluate(replace(writing, new_tokens=4))
     cells = results(tmp_path)["results"]["retrieval"]
     assert [cell["generated"] for cell in cells] == [0.0] * 6
     assert results(tmp_path)["numbers"]["generated/360"] == 0.0
