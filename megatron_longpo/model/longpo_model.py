@@ -100,15 +100,13 @@ class LongPOModel(MegatronModule):
                 reference_hidden = self._hidden(reference, pack.reference, reference_input)
             if not self.post_process:
                 return torch.cat([policy_hidden, reference_hidden])
-            policy_hidden = self._whole(policy, policy_hidden)
-            with torch.no_grad():
-                reference_hidden = self._whole(reference, reference_hidden)
-            return self._read(pack, policy_hidden, reference_hidden)
+            return self._read(pack, self._whole(policy, policy_hidden), reference_hidden)
 
     def _read(
         self, pack: RankPack, policy_hidden: Tensor, reference_hidden: Tensor | None
     ) -> Tensor:
-        """What the last stage gives, from the whole final states of both models."""
+        """What the last stage gives: from the policy's whole final states and, as this rank has
+        them, the reference's."""
         policy = self._chunk("policy")
         if isinstance(pack, ProbePack):
             return self._probe(pack, policy_hidden, reference_hidden)
@@ -116,6 +114,7 @@ class LongPOModel(MegatronModule):
         if pack.reference is not None and reference_hidden is not None:
             with torch.no_grad():
                 reference = self._chunk("reference")
+                reference_hidden = self._whole(reference, reference_hidden)
                 outputs.append(self._logps(reference, pack.reference, reference_hidden))
             if pack.policy.divergence.num_slots:
                 outputs.append(self._divergence(pack, policy_hidden, reference_hidden))
@@ -133,8 +132,9 @@ class LongPOModel(MegatronModule):
         outputs = [edge_outcomes(policy_hidden, weight, edges.sources, edges.targets, shard)]
         if places.num_slots:
             if reference_hidden is not None:
-                base_states = self._teacher_states(pack, reference_hidden)
-                base_weight, _ = self._head(self._chunk("reference"))
+                reference = self._chunk("reference")
+                base_states = self._teacher_states(pack, self._whole(reference, reference_hidden))
+                base_weight, _ = self._head(reference)
             else:
                 assert pack.base is not None, "nothing to compare with"
                 base_states, base_weight = pack.base.states, pack.base.weight
