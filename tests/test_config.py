@@ -340,7 +340,7 @@ def test_a_mistake_in_the_file_names_line_key_value_and_remedy(
         (["--micro_batch_size", "4"], "Megatron-LM's micro_batch_size is data.pack_tokens here"),
         (["--lr-warmup-fraction", "0.1"], "lr_warmup_fraction is optimizer.warmup_ratio here"),
         (["--lr", "1"], "--lr: no such option. Did you mean optimizer.lr?"),
-        (["--seed", "1"], "Did you mean data.seed or train.seed?"),
+        (["--seed", "1"], "Did you mean data.seed or train.seed or evaluation."),
         (["--optimizer.lrr", "1"], "The nearest is optimizer.lr"),
         (["--zzzzzzzz", "1"], "--zzzzzzzz: no such option. See --help"),
         (["-x"], "-x: no such option"),

@@ -146,7 +146,8 @@ class _RowMaker:
         # Other digits at both ends, as `make_frame` asks.
         other = "".join(str(digit % 9 + 1) for digit in digits)
         sentence = f"{subject} is {value}. {reminder.format(value)}".rstrip()
-        question = f"What is {subject[0].lower()}{subject[1:]} that the text above mentions?"
+        # Small models answer this in the very words of the answer below.
+        question = f"Which number is {subject[0].lower()}{subject[1:]} in the text above?"
         return _Needle(
             value=value,
             ids=np.array(plain_ids(self._tokenizer, f"\n\n{sentence}\n\n"), dtype=np.int32),
