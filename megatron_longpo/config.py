@@ -235,7 +235,7 @@ class CheckpointConfig:
     keep: int = field(default=2, metadata=limits(at_least=1))
     """Newest checkpoints to keep."""
     async_save: bool = False
-    """Write checkpoints while training goes on."""
+    """Write checkpoints while training goes on, from a copy that the host keeps until then."""
     resume: str = "auto"
     """auto = go on from the newest checkpoint in dir, never = refuse a folder that holds a run,
     or the path of a checkpoint to start from, until dir has newer ones of its own."""

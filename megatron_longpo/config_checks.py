@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 def resolve(config: TrainConfig) -> TrainConfig:
     """Checks the settings and fills what depends on others; resolving twice changes nothing."""
     check_limits(config)
-    _check_available(config)
     defaults = OBJECTIVE_DEFAULTS[config.objective.name]
     resolved = replace(
         config,
@@ -82,21 +81,6 @@ def check_world(config: TrainConfig, world_size: int) -> int:
             f"pair. Set it to {data_ranks}, or start {pairs * model_ranks} processes"
         )
     return data_ranks
-
-
-def _check_available(config: TrainConfig) -> None:
-    """Refuses what the settings already name and the code does not do yet."""
-    not_yet = {
-        "checkpoint.async_save": (
-            config.checkpoint.async_save,
-            config.checkpoint.async_save,
-            "false",
-        ),
-    }
-    for key, (value, is_asked, remedy) in not_yet.items():
-        if is_asked:
-            shown = str(value).lower() if isinstance(value, bool) else value
-            raise UserError(f"{key} ({shown}) is not available yet. Use {remedy}")
 
 
 def _filled_reference(config: TrainConfig, defaults: ObjectiveDefaults) -> ReferenceConfig:

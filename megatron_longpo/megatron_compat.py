@@ -14,12 +14,14 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest import mock
 
 import megatron.core.optimizer as megatron_optimizer
 import torch
+from megatron.core import dist_checkpointing
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer import distrib_optimizer as megatron_distrib_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -29,6 +31,11 @@ from torch import Tensor
 _STATE_HOLDS_STEP: bool = not megatron_distrib_optimizer.HAVE_APEX_OR_TE
 """Where Megatron found neither, it looks for `step` in each parameter's state."""
 
+ASYNC_SAVE: dict[str, Any] = {"async_sharded_save": True}
+"""How `dist_checkpointing.save` is asked for a request to write later, of Megatron's own kind."""
+if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
+    # 0.19 would rather have nvidia-resiliency-ext, which CPUs do without.
+    ASYNC_SAVE["async_strategy"] = "mcore"
 
 LARGEST_BATCH = 64 * 2**20
 """Parameters that RMSprop updates at a time, unless one tensor alone has more."""

@@ -52,6 +52,7 @@ MEGATRON_FLAGS = {
     "load": "checkpoint.resume",
     "save": "checkpoint.dir",
     "save_interval": "checkpoint.interval",
+    "async_save": "checkpoint.async_save",
     "no_load_optim": "checkpoint.load_optimizer",
     "log_interval": "logging.interval",
     "tensorboard_dir": "logging.tensorboard",

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -19,6 +22,22 @@ def listen() -> None:
 def was_requested() -> bool:
     """Whether a stop signal came since `listen`."""
     return _was_requested
+
+
+@contextmanager
+def spare_children() -> Iterator[None]:
+    """Processes that are started inside are not ended by a stop signal.
+
+    Launchers send it to all processes of a job, and those that write a checkpoint are needed. Here
+    a signal that comes meanwhile is remembered at the end.
+    """
+    # Where it starts, Python lets these signals through again.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _remember(number: int, frame: FrameType | None) -> None:

@@ -411,7 +411,6 @@ def test_what_is_required_is_asked_for() -> None:
             ["--train.recompute=none", "--train.recompute_layers=2"],
             "train.recompute_layers (2) says in how many layers something is recomputed",
         ),
-        (["--checkpoint.async_save"], "checkpoint.async_save (true) is not available yet"),
         (["--lora.targets=[]"], "lora.targets ([]): nothing is left to train"),
         (["--lora.targets=[linear_fc1,linear_fc1]"], "lora.targets (linear_fc1, linear_fc1): a"),
         (["--lora.targets=[q_proj]"], "must be a list, each item one of linear_qkv, linear_proj"),

@@ -1,7 +1,8 @@
 """Checkpoints: saving so that a crash at any moment loses nothing, loading, and pruning.
 
 A checkpoint is written under a temporary name, renamed when every rank is done, and only then
-named in `latest_checkpointed_iteration.txt` (contract.md section 6).
+named in `latest_checkpointed_iteration.txt` (contract.md section 6). Written in the background or
+not, it is the same, and becomes visible in the same way.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import json
 import random
 import re
 import shutil
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,11 +34,13 @@ from checkpoints_convert.torch_dist import (
     find_iteration_folder,
     iteration_folder,
 )
+from megatron_longpo import stop
 from megatron_longpo.data.sampler import PairSampler
 from megatron_longpo.errors import UserError
-from megatron_longpo.megatron_compat import initialize_state
+from megatron_longpo.megatron_compat import ASYNC_SAVE, initialize_state
 from megatron_longpo.model.architectures import Architecture, read_architecture
 from megatron_longpo.parallel.groups import Groups
+from megatron_longpo.training.background import BackgroundSaves
 from megatron_longpo.training.run_folder import package_versions, write_text
 
 PROGRESS_NAME = "progress.json"
@@ -93,7 +97,9 @@ def save(
     dtype: str,
     keep: int,
     lora: LoraRecord | None = None,
-) -> Path:
+    background: BackgroundSaves | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> None:
     """Saves step `step` under `folder` and deletes all but the `keep` newest checkpoints.
 
     Args:
@@ -105,10 +111,11 @@ def save(
         dtype: torch's name of the weights' type.
         keep: how many checkpoints stay.
         lora: what the policy's adapters are, if it has some.
-
-    Returns:
-        The folder of the checkpoint.
+        background: writes while training goes on, having published what it wrote before; None =
+            all is done on return.
+        say: is told what is saved, and how long training stood still for it.
     """
+    started = time.perf_counter()
     final = iteration_folder(folder, step)
     temporary = final.with_name(final.name + ".writing")
     groups = state.groups
@@ -117,26 +124,39 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
     dist.barrier()
-    dist_checkpointing.save(_sharded_state(state, is_loading=False), str(temporary))
-    dist.barrier()
-    if groups.is_main:
-        progress = Progress(
-            step=step,
-            sampler=state.sampler.state_dict(),
-            optimizer=state.optimizer_kind,
-            world={**asdict(groups.sizes), "world_size": groups.world_size},
-            versions=package_versions(),
-        )
-        write_text(temporary / PROGRESS_NAME, json.dumps(asdict(progress), indent=2) + "\n")
-        write_hf_side_files(hf_source, temporary / HF_FOLDER_NAME, arch, dtype=dtype)
-        if lora is not None:
-            write_text(temporary / LORA_NAME, lora.text())
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-        write_text(folder / TRACKER_NAME, f"{step}\n")
-        _prune(folder, keep, step)
-    dist.barrier()
-    return final
+    progress = Progress(
+        step=step,
+        sampler=state.sampler.state_dict(),
+        optimizer=state.optimizer_kind,
+        world={**asdict(groups.sizes), "world_size": groups.world_size},
+        versions=package_versions(),
+    )
+
+    def publish() -> None:
+        if groups.is_main:
+            write_text(temporary / PROGRESS_NAME, json.dumps(asdict(progress), indent=2) + "\n")
+            write_hf_side_files(hf_source, temporary / HF_FOLDER_NAME, arch, dtype=dtype)
+            if lora is not None:
+                write_text(temporary / LORA_NAME, lora.text())
+            shutil.rmtree(final, ignore_errors=True)
+            temporary.rename(final)
+            write_text(folder / TRACKER_NAME, f"{step}\n")
+            _prune(folder, keep, step)
+        dist.barrier()
+        say(f"saved {final} in {time.perf_counter() - started:.1f} s")
+
+    sharded = _sharded_state(state, is_loading=False)
+    if background is None:
+        with stop.spare_children():
+            dist_checkpointing.save(sharded, str(temporary))
+        dist.barrier()
+        publish()
+        return
+    with stop.spare_children():
+        request = dist_checkpointing.save(sharded, str(temporary), **ASYNC_SAVE)
+    background.start(request, publish)
+    waited = time.perf_counter() - started
+    say(f"saving {final} in the background, for which training stood still {waited:.1f} s")
 
 
 def newest(folder: Path) -> Path | None:

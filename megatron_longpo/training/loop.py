@@ -24,6 +24,7 @@ from megatron_longpo.parallel import groups as process_groups
 from megatron_longpo.parallel.collectives import on_any_rank
 from megatron_longpo.parallel.groups import Groups
 from megatron_longpo.training import build, checkpoint, run_folder
+from megatron_longpo.training.background import BackgroundSaves
 from megatron_longpo.training.batches import rank_packs, read_ahead
 from megatron_longpo.training.console import RunConsole
 from megatron_longpo.training.degrees import parallel_sizes
@@ -61,6 +62,7 @@ class Run:
     optimizer: MegatronOptimizer
     state: checkpoint.TrainingState
     """What a checkpoint saves of the above."""
+    saves: BackgroundSaves
     scheduler: OptimizerParamScheduler
     num_steps: int
     step: int
@@ -182,6 +184,7 @@ def prepare(
         model=model,
         optimizer=optimizer,
         state=state,
+        saves=BackgroundSaves(),
         scheduler=scheduler,
         num_steps=num_steps,
         step=step,
@@ -193,16 +196,25 @@ def train(run: Run) -> None:
     config = run.config
     stop.listen()
     if not run.groups.is_main:
-        _train(run, None)
+        _train_or_abandon(run, None)
         return
     run_folder.write_config(config, {"data": run.pairs.dataset.fingerprint})
     writer = MetricsWriter(
         config.logging, resumed_step=run.step, settings=run_folder.settings(config)
     )
     try:
-        _train(run, writer)
+        _train_or_abandon(run, writer)
     finally:
         writer.close()
+
+
+def _train_or_abandon(run: Run, writer: MetricsWriter | None) -> None:
+    try:
+        _train(run, writer)
+    except BaseException:
+        # A rank that failed alone cannot agree with the others on what is written.
+        run.saves.abandon()
+        raise
 
 
 def _train(run: Run, writer: MetricsWriter | None) -> None:
@@ -224,7 +236,7 @@ def _train(run: Run, writer: MetricsWriter | None) -> None:
             _evaluate(run, writer)
         must_stop = _stop_agreed(run)
         if is_last or must_stop or _is_due(run.step, config.checkpoint.interval):
-            _save(run)
+            _save(run, is_final=is_last or must_stop)
         if must_stop and not is_last:
             raise StopRequested(f"stopped at step {run.step} of {run.num_steps}, checkpoint saved")
 
@@ -232,6 +244,7 @@ def _train(run: Run, writer: MetricsWriter | None) -> None:
 def train_step(run: Run) -> Metrics:
     """One global batch: forward, backward, update. Returns the step's row of metrics.jsonl."""
     started = time.perf_counter()
+    run.saves.poll()
     pairs = run.sampler.next_batch()
     for chunk in run.model:
         chunk.train()
@@ -315,11 +328,13 @@ def _log(run: Run, metrics: Metrics, writer: MetricsWriter | None) -> None:
         writer.write(metrics, to_trackers=is_paced)
 
 
-def _save(run: Run) -> None:
+def _save(run: Run, *, is_final: bool) -> None:
+    """Saves in the background where that is asked for and a further step will follow."""
     config = run.config
     assert config.checkpoint.dir is not None, "settings are resolved"
+    run.saves.wait()
     build.gather_parameters(run.model)
-    folder = checkpoint.save(
+    checkpoint.save(
         Path(config.checkpoint.dir),
         run.step,
         run.state,
@@ -328,8 +343,9 @@ def _save(run: Run) -> None:
         dtype=str(DTYPES[config.model.dtype]).removeprefix("torch."),
         keep=config.checkpoint.keep,
         lora=run.sources.lora,
+        background=run.saves if config.checkpoint.async_save and not is_final else None,
+        say=run.console.say,
     )
-    run.console.say(f"saved {folder}")
 
 
 def _checkpoint_to_resume(config: TrainConfig) -> Path | None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+import pytest
 import yaml
 
 from megatron_longpo.config import ParallelConfig
@@ -55,23 +56,26 @@ def finish(config_file: Path) -> None:
     assert process.returncode == 0, errors[-3000:]
 
 
-def write_settings(shelf: Shelf, folder: Path, file: Path) -> Path:
+def write_settings(shelf: Shelf, folder: Path, file: Path, *, async_save: bool = False) -> Path:
     config = short_config(
         shelf,
         folder,
         steps=STEPS,
         train={"global_batch_pairs": 2},
-        checkpoint={"interval": SAVE_EVERY, "keep": 2},
+        checkpoint={"interval": SAVE_EVERY, "keep": 2, "async_save": async_save},
         parallel=ParallelConfig(context=2),
     )
     file.write_text(yaml.safe_dump(settings(config)), encoding="utf-8")
     return file
 
 
-def test_killed_thrice_and_resumed_gives_the_same_metrics(shelf: Shelf, tmp_path: Path) -> None:
+@pytest.mark.parametrize("async_save", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_killed_thrice_and_resumed_gives_the_same_metrics(
+    async_save: bool, shelf: Shelf, tmp_path: Path
+) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     finish(write_settings(shelf, whole, tmp_path / "whole.yaml"))
-    file = write_settings(shelf, broken, tmp_path / "broken.yaml")
+    file = write_settings(shelf, broken, tmp_path / "broken.yaml", async_save=async_save)
     rng = random.Random(20)
     metrics = broken / "metrics.jsonl"
 

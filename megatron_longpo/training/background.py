@@ -1,0 +1,56 @@
+"""Checkpoints that are written while training goes on, through Megatron's queue of async calls.
+
+Megatron copies what is on a GPU to the host and forks a process that writes: it sees this moment's
+memory, whatever the next steps do to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
+
+from megatron_longpo import stop
+
+
+class BackgroundSaves:
+    """One save at a time. Every method but `abandon` is called on all ranks alike."""
+
+    def __init__(self) -> None:
+        self._queue = AsyncCallsQueue()
+        # The writing process reads the same pinned memory: it must not be handed out again.
+        self._staged: Any = None
+
+    def start(self, request: AsyncRequest, publish: Callable[[], None]) -> None:
+        """Starts writing; `publish` runs on every rank when all of them have written."""
+        assert not self._queue.get_num_unfinalized_calls(), "the save before is still written"
+
+        def stage() -> Any:
+            self._staged = request.preload_fn()
+            return self._staged
+
+        request.add_finalize_fn(publish)
+        with stop.spare_children():
+            self._queue.schedule_async_request(
+                request._replace(preload_fn=stage if request.preload_fn else None)
+            )
+
+    def poll(self) -> None:
+        """Publishes a save that all ranks have written; else returns at once."""
+        self._finalize(is_blocking=False)
+
+    def wait(self) -> None:
+        """Publishes the save that is being written, when it is."""
+        self._finalize(is_blocking=True)
+
+    def abandon(self) -> None:
+        """Ends this rank's writing; what it wrote stays unpublished."""
+        for call in self._queue.async_calls:
+            call.async_caller.close(abort=True)
+        self._queue.async_calls.clear()
+        self._staged = None
+
+    def _finalize(self, *, is_blocking: bool) -> None:
+        if self._queue.maybe_finalize_async_calls(blocking=is_blocking):
+            self._staged = None
