@@ -188,6 +188,9 @@ class OptimizerConfig:
     grad_dtype: Literal["fp32", "bf16"] = "fp32"
     """Type in which gradients are summed over microbatches and ranks; bf16 takes half the memory
     and rounds every sum."""
+    state_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Type in which the averages of gradients are kept from step to step; bf16 takes half the
+    memory and rounds them. Adam needs Transformer Engine for it."""
     overlap_grad_reduce: bool = False
     """Sum gradients over the data-parallel ranks while backward still runs."""
     overlap_param_gather: bool = False

@@ -23,6 +23,7 @@ from megatron_longpo.parallel.stages import parse_layout
 if TYPE_CHECKING:
     # Only for types: config.py imports this file.
     from megatron_longpo.config import (
+        OptimizerConfig,
         ParallelConfig,
         ReferenceConfig,
         TrainConfig,
@@ -165,6 +166,7 @@ def _check_rest(config: TrainConfig) -> None:
             "optimizer.grad_dtype (bf16): gradients have model.dtype at least, and it is fp32. Use "
             "fp32, or model.dtype bf16"
         )
+    _check_state_dtype(optimizer)
     for key in ("distributed", "overlap_grad_reduce"):
         if optimizer.overlap_param_gather and not getattr(optimizer, key):
             raise UserError(
@@ -201,6 +203,23 @@ def _check_rest(config: TrainConfig) -> None:
             "lora.targets ([]): nothing is left to train. Name a layer, or set lora null"
         )
     _check_reference_files(config.reference)
+
+
+def _check_state_dtype(optimizer: OptimizerConfig) -> None:
+    """An average in bf16 must be able to fall: its last bit is up to 2^-7 of it, half of it lost.
+
+    With a slower decay than that a square average stays where one large gradient put it.
+    """
+    if optimizer.state_dtype == "fp32":
+        return
+    decays = ("alpha",) if optimizer.name == "rmsprop" else ("beta1", "beta2")
+    for key in decays:
+        decay = getattr(optimizer, key)
+        if decay > 1 - 2**-8:
+            raise UserError(
+                f"optimizer.{key} ({decay:g}) is too slow a decay for optimizer.state_dtype bf16, "
+                "which would round it away. Use 0.996 or less, or state_dtype fp32"
+            )
 
 
 def _check_reference_files(reference: ReferenceConfig) -> None:

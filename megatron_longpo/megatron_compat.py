@@ -13,6 +13,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.util
 import inspect
 from collections.abc import Iterator, Sequence
@@ -27,6 +29,8 @@ from megatron.core.optimizer import distrib_optimizer as megatron_distrib_optimi
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from torch import Tensor
+
+from megatron_longpo.errors import UserError
 
 _STATE_HOLDS_STEP: bool = not megatron_distrib_optimizer.HAVE_APEX_OR_TE
 """Where Megatron found neither, it looks for `step` in each parameter's state."""
@@ -45,10 +49,20 @@ class RMSprop(torch.optim.AdamW):
     """torch.optim.RMSprop's update, with a state that Megatron takes for Adam's.
 
     v = alpha v + (1 - alpha) g^2;  p = p - lr g / (sqrt(v) + eps). `v` is stored as `exp_avg_sq`,
-    which is what Megatron's distributed optimizer shards and saves; there is no `exp_avg`.
+    which is what Megatron's distributed optimizer shards and saves; there is no `exp_avg`. In
+    memory it is of `state_dtype`, and the arithmetic is fp32.
     """
 
-    def __init__(self, params: Any, *, alpha: float, eps: float, **settings: Any) -> None:
+    def __init__(
+        self,
+        params: Any,
+        *,
+        alpha: float,
+        eps: float,
+        state_dtype: torch.dtype = torch.float32,
+        **settings: Any,
+    ) -> None:
+        self.state_dtype = state_dtype
         super().__init__(
             params,
             lr=settings["lr"],
@@ -60,6 +74,12 @@ class RMSprop(torch.optim.AdamW):
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Adam's own looks for `step` in every state, which ours lacks beside Transformer Engine.
         torch.optim.Optimizer.__setstate__(self, state)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        # Torch gives a state its parameter's dtype.
+        for state in self.state.values():
+            state["exp_avg_sq"] = state["exp_avg_sq"].to(self.state_dtype)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -93,10 +113,13 @@ class RMSprop(torch.optim.AdamW):
         grads = [grad for param in params if (grad := param.grad) is not None]
         if group["weight_decay"]:
             grads = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
-        square_averages = [self.state[param]["exp_avg_sq"] for param in params]
+        kept = [self.state[param]["exp_avg_sq"] for param in params]
+        square_averages = [tensor.float() for tensor in kept]
         alpha = group["betas"][1]
         torch._foreach_mul_(square_averages, alpha)
         torch._foreach_addcmul_(square_averages, grads, grads, 1 - alpha)
+        if self.state_dtype != torch.float32:
+            torch._foreach_copy_(kept, square_averages)
         denominators = torch._foreach_sqrt(square_averages)
         torch._foreach_add_(denominators, group["eps"])
         torch._foreach_addcdiv_(params, grads, denominators, -group["lr"])
@@ -126,21 +149,40 @@ def _batches(params: list[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def build_optimizer(
-    config: OptimizerConfig, model: Sequence[Any], *, rmsprop_alpha: float | None = None
+    config: OptimizerConfig,
+    model: Sequence[Any],
+    *,
+    rmsprop_alpha: float | None = None,
+    state_dtype: torch.dtype = torch.float32,
 ) -> MegatronOptimizer:
-    """Returns Megatron's optimizer over `model`; RMSprop where `rmsprop_alpha` is given."""
+    """Returns Megatron's optimizer over `model`; RMSprop where `rmsprop_alpha` is given.
+
+    Averages of gradients are kept in `state_dtype`. Megatron's own precision-aware optimizer would
+    also hand fp32 weights to Transformer Engine, whose checkpoints fit no other optimizer.
+    """
 
     def make_rmsprop(params: Any, **settings: Any) -> RMSprop:
         assert rmsprop_alpha is not None
         settings.pop("eps", None)
-        return RMSprop(params, alpha=rmsprop_alpha, eps=config.adam_eps, **settings)
+        return RMSprop(
+            params,
+            alpha=rmsprop_alpha,
+            eps=config.adam_eps,
+            state_dtype=state_dtype,
+            **settings,
+        )
 
-    if rmsprop_alpha is None:
+    if rmsprop_alpha is None and state_dtype == torch.float32:
         optimizer = get_megatron_optimizer(config, list(model))
     else:
+        make: Any = make_rmsprop
+        if rmsprop_alpha is None:
+            make = functools.partial(
+                transformer_engine_adam(), exp_avg_dtype=state_dtype, exp_avg_sq_dtype=state_dtype
+            )
         # Megatron picks the class by these two names; the state's layout is Adam's.
         with (
-            mock.patch.object(megatron_optimizer, "Adam", make_rmsprop),
+            mock.patch.object(megatron_optimizer, "Adam", make),
             mock.patch.object(megatron_optimizer, "USING_PYTORCH_OPTIMIZER", False),
         ):
             optimizer = get_megatron_optimizer(config, list(model))
@@ -149,6 +191,24 @@ def build_optimizer(
         if isinstance(part, DistributedOptimizer):
             part.__class__ = _MendedDistributedOptimizer
     return optimizer
+
+
+def transformer_engine_adam() -> Any:
+    """Transformer Engine's Adam, whose averages may be of another dtype than the weights.
+
+    Raises:
+        UserError: where it cannot run.
+    """
+    obstacle = "it needs a GPU"
+    if torch.cuda.is_available():
+        try:
+            return importlib.import_module("transformer_engine.pytorch.optimizers").FusedAdam
+        except ImportError as error:
+            obstacle = "it cannot be imported: " + " ".join(str(error).split())
+    raise UserError(
+        "optimizer.state_dtype (bf16): adam needs Transformer Engine for it, and "
+        f"{obstacle}. Use fp32, or optimizer.name rmsprop, which needs nothing"
+    )
 
 
 def mend_norm_recompute() -> None:
@@ -177,12 +237,15 @@ def initialize_inner_state(optimizer: Any, config: OptimizerConfig | None = None
             if state:
                 continue
             if not isinstance(optimizer, torch.optim.Adam):
-                optimizer.initialize_state(param)
+                # Transformer Engine's, which holds no weights of its own here.
+                optimizer.initialize_state(param, store_param_remainders=False)
                 continue
             if _STATE_HOLDS_STEP:
                 state["step"] = torch.zeros((), dtype=torch.float32)
-            if not isinstance(optimizer, RMSprop):
-                state["exp_avg"] = torch.zeros_like(param.data)
+            if isinstance(optimizer, RMSprop):
+                state["exp_avg_sq"] = torch.zeros_like(param.data, dtype=optimizer.state_dtype)
+                continue
+            state["exp_avg"] = torch.zeros_like(param.data)
             state["exp_avg_sq"] = torch.zeros_like(param.data)
 
 

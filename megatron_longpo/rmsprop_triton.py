@@ -25,7 +25,8 @@ def update(
 ) -> None:
     """v = alpha v + (1 - alpha) g^2;  p = p - lr g / (sqrt(v) + eps), with g += weight_decay p.
 
-    All three are fp32 and contiguous; `param` and `square_average` are changed.
+    All three are contiguous and fp32, but `square_average` may be bf16: it is rounded where it is
+    stored. `param` and `square_average` are changed.
     """
     count = param.numel()
     if count:
@@ -43,7 +44,7 @@ def _update(  # type: ignore[no-untyped-def]
     mask = places < count
     p = tl.load(param + places, mask=mask)
     g = tl.load(grad + places, mask=mask) + weight_decay * p
-    v = tl.load(square_average + places, mask=mask)
+    v = tl.load(square_average + places, mask=mask).to(tl.float32)
     v = alpha * v + (1 - alpha) * g * g
     tl.store(square_average + places, v, mask=mask)
     # IEEE root and division, as torch's.

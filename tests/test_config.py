@@ -84,6 +84,7 @@ CONTRACT_DEFAULTS: dict[str, Any] = {
     "optimizer.min_lr": 0,
     "optimizer.distributed": True,
     "optimizer.grad_dtype": "fp32",
+    "optimizer.state_dtype": "fp32",
     "optimizer.overlap_grad_reduce": False,
     "optimizer.overlap_param_gather": False,
     "train.global_batch_pairs": 8,
@@ -410,6 +411,13 @@ def test_what_is_required_is_asked_for() -> None:
         (
             ["--train.recompute=none", "--train.recompute_layers=2"],
             "train.recompute_layers (2) says in how many layers something is recomputed",
+        (
+            ["--optimizer.state_dtype=bf16", "--optimizer.alpha=0.999"],
+            "optimizer.alpha (0.999) is too slow a decay for optimizer.state_dtype bf16",
+        ),
+        (
+            ["--optimizer.name=adam", "--optimizer.state_dtype=bf16", "--optimizer.beta2=0.999"],
+            "optimizer.beta2 (0.999) is too slow a decay",
         ),
         (["--lora.targets=[]"], "lora.targets ([]): nothing is left to train"),
         (["--lora.targets=[linear_fc1,linear_fc1]"], "lora.targets (linear_fc1, linear_fc1): a"),

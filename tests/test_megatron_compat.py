@@ -21,6 +21,7 @@ from megatron_longpo.training.optimizer import make_scheduler
 from tests.model.test_norm import TINY
 
 LR, ALPHA, EPS = 1e-2, 0.9, 1e-6
+PLAIN: dict[str, float] = {"lr": LR, "weight_decay": 0.0}
 
 
 def gradients(step: int, parameters: Sequence[Tensor]) -> list[Tensor]:
@@ -48,6 +49,38 @@ def test_updates_are_those_of_torch(weight_decay: float) -> None:
     for one, other, before in zip(ours, theirs, start, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
         assert not torch.equal(one, before)
+
+
+def test_a_state_in_bf16_is_rounded_once_a_step() -> None:
+    """Against the equation in fp32, with the state rounded where it is kept and nowhere else."""
+    start = torch.randn(50, 3)
+    ours, expected, square = start.clone().requires_grad_(), start.clone(), torch.zeros(50, 3)
+    optimizer = RMSprop([ours], alpha=ALPHA, eps=EPS, state_dtype=torch.bfloat16, **PLAIN)
+    for step in range(6):
+        (gradient,) = gradients(step, [start])
+        ours.grad = gradient
+        optimizer.step()
+        square = ALPHA * square + (1 - ALPHA) * gradient**2
+        expected -= LR * gradient / (square.sqrt() + EPS)
+        square = square.bfloat16().float()
+        assert optimizer.state[ours]["exp_avg_sq"].dtype == torch.bfloat16
+    torch.testing.assert_close(ours.detach(), expected, rtol=1e-6, atol=1e-6)
+    assert torch.equal(optimizer.state[ours]["exp_avg_sq"].float(), square)
+
+
+def test_a_square_average_in_bf16_falls_without_gradients() -> None:
+    """At the slowest decay that the settings allow."""
+    moved = torch.ones(512, requires_grad=True)
+    optimizer = RMSprop([moved], alpha=0.996, eps=EPS, state_dtype=torch.bfloat16, **PLAIN)
+    moved.grad = torch.linspace(1, 30, 512)
+    optimizer.step()
+    first = optimizer.state[moved]["exp_avg_sq"].clone()
+    moved.grad = torch.zeros(512)
+    for _ in range(200):
+        before = optimizer.state[moved]["exp_avg_sq"].clone()
+        optimizer.step()
+        assert optimizer.state[moved]["exp_avg_sq"].lt(before).all()
+    assert optimizer.state[moved]["exp_avg_sq"].lt(first * 0.6).all()
 
 
 def test_parameters_without_a_gradient_stay() -> None:

@@ -37,6 +37,7 @@ from megatron_longpo.training.metrics import (
     peak_memory_gib,
 )
 from megatron_longpo.training.optimizer import (
+    check_optimizer,
     current_learning_rate,
     make_optimizer,
     make_scheduler,
@@ -99,6 +100,7 @@ def prepare(
     """
     run_folder.check_writable(config)
     check_trackers(config.logging)
+    check_optimizer(config.optimizer)
     if config.checkpoint.resume == "never":
         run_folder.check_is_new(config)
     check_world(config, int(os.environ.get("WORLD_SIZE", 1)))

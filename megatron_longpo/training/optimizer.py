@@ -11,7 +11,14 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_longpo import config as settings
-from megatron_longpo.megatron_compat import build_optimizer
+from megatron_longpo.megatron_compat import build_optimizer, transformer_engine_adam
+from megatron_longpo.model.spec import DTYPES
+
+
+def check_optimizer(config: settings.OptimizerConfig) -> None:
+    """Refuses what this machine lacks the means for, before anything is built."""
+    if config.name == "adam" and config.state_dtype != "fp32":
+        transformer_engine_adam()
 
 
 def make_optimizer(
@@ -36,7 +43,9 @@ def make_optimizer(
         clip_grad=config.clip_grad or math.inf,
     )
     rmsprop_alpha = config.alpha if config.name == "rmsprop" else None
-    return build_optimizer(megatron_config, model, rmsprop_alpha=rmsprop_alpha)
+    return build_optimizer(
+        megatron_config, model, rmsprop_alpha=rmsprop_alpha, state_dtype=DTYPES[config.state_dtype]
+    )
 
 
 def make_scheduler(

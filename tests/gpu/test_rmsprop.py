@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from megatron_longpo.megatron_compat import RMSprop
 
 pytestmark = pytest.mark.gpu
+
+
+def test_a_state_in_bf16_gives_the_cpus_update() -> None:
+    shapes = [(3,), (1000, 17)]
+    start = [torch.randn(shape) for shape in shapes]
+    there = [torch.nn.Parameter(tensor.cuda()) for tensor in start]
+    here = [torch.nn.Parameter(tensor.clone()) for tensor in start]
+    settings: Any = {"alpha": 0.9, "eps": 1e-8, "lr": 0.01, "weight_decay": 0.1}
+    optimizers = [RMSprop(p, state_dtype=torch.bfloat16, **settings) for p in (there, here)]
+    for _ in range(3):
+        for a, b in zip(there, here, strict=True):
+            b.grad = torch.randn(b.shape)
+            a.grad = b.grad.cuda()
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b in zip(there, here, strict=True):
+        # A square on the edge between two bf16 numbers may be rounded to either.
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-2, atol=1e-4)
+        assert optimizers[0].state[a]["exp_avg_sq"].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])

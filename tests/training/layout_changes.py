@@ -25,6 +25,7 @@ from tests.training.short_runs import CASE, metric_rows, short_config
 
 TWO_LAYERS = replace(CASE, name="two_layers", policy=replace(CASE.policy, layers=2, tied=True))
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+ROUNDED = {"state_dtype": "bf16"}
 STEPS, SAVED = 4, 2
 
 
@@ -39,8 +40,12 @@ INTERLEAVED = Layout(
     name="PP2xVPP2", parallel=ParallelConfig(pipeline=2, pipeline_layout="E|t|t|L")
 )
 OVERLAPPED = Layout(name="DP2 overlapped", parallel=ParallelConfig(), optimizer=OVERLAP)
-TP2_PP2 = Layout(name="TP2xPP2", parallel=ParallelConfig(tensor=2, pipeline=2, sequence=True))
-CP2_DP2 = Layout(name="CP2xDP2", parallel=ParallelConfig(context=2))
+TP2_PP2 = Layout(
+    name="TP2xPP2",
+    parallel=ParallelConfig(tensor=2, pipeline=2, sequence=True),
+    optimizer=ROUNDED,
+)
+CP2_DP2 = Layout(name="CP2xDP2", parallel=ParallelConfig(context=2), optimizer=ROUNDED)
 CHANGES = {
     2: (
         (INTERLEAVED, INTERLEAVED),

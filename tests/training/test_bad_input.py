@@ -98,6 +98,11 @@ def with_a_turn_too_few() -> Lines:
         (good_lines, ["--model.hf_path", "nowhere"], "nowhere: no such folder"),
         (good_lines, ["--reference.hf_path", "nowhere"], "nowhere: no such folder"),
         (good_lines, ["--checkpoint.resume", "nowhere"], "nowhere: no torch_dist checkpoint"),
+        (
+            good_lines,
+            ["--optimizer.name=adam", "--optimizer.state_dtype=bf16"],
+            "optimizer.state_dtype (bf16): adam needs Transformer Engine for it, and it needs a",
+        ),
         (good_lines, ["--logging.dir", "{rows}/run"], "logging.dir"),
         (good_lines, ["--checkpoint.dir", "{rows}/run"], "checkpoint.dir"),
     ],

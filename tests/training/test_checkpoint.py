@@ -19,6 +19,7 @@ from checkpoints_convert.torch_dist import TRACKER_NAME
 from megatron_longpo import stop
 from megatron_longpo.config import TrainConfig
 from megatron_longpo.errors import StopRequested, UserError
+from megatron_longpo.model.spec import DTYPES
 from megatron_longpo.training import checkpoint, loop
 from tests.parity.cases import TinyModel
 from tests.parity.harness import Shelf, load_hf, policy_parameters
@@ -43,6 +44,11 @@ def run_until_stopped(config: TrainConfig, step: int, monkeypatch: pytest.Monkey
     return run
 
 
+def square_average_dtypes(run: loop.Run) -> set[torch.dtype]:
+    parts = getattr(run.optimizer, "chained_optimizers", [run.optimizer])
+    return {state["exp_avg_sq"].dtype for part in parts for state in part.optimizer.state.values()}
+
+
 def checkpoints(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "checkpoints").iterdir())
 
@@ -54,20 +60,21 @@ def assert_bitwise(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> No
 
 
 @pytest.mark.parametrize(
-    ("name", "distributed", "dtype"),
+    ("name", "distributed", "dtype", "state_dtype"),
     [
-        ("rmsprop", True, "fp32"),
-        ("rmsprop", False, "fp32"),
-        ("adam", True, "fp32"),
-        ("adam", False, "fp32"),
-        ("rmsprop", True, "bf16"),
-        ("adam", False, "bf16"),
+        ("rmsprop", True, "fp32", "fp32"),
+        ("rmsprop", False, "fp32", "bf16"),
+        ("adam", True, "fp32", "fp32"),
+        ("adam", False, "fp32", "fp32"),
+        ("rmsprop", True, "bf16", "bf16"),
+        ("adam", False, "bf16", "fp32"),
     ],
 )
 def test_stopped_and_resumed_is_the_same_run(
     name: str,
     distributed: bool,
     dtype: str,
+    state_dtype: str,
     shelf: Shelf,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -78,7 +85,12 @@ def test_stopped_and_resumed_is_the_same_run(
             tmp_path / folder,
             steps=5,
             case=replace(CASE, dtype=dtype),  # type: ignore[arg-type]
-            optimizer={"name": name, "distributed": distributed, "weight_decay": 0.01},
+            optimizer={
+                "name": name,
+                "distributed": distributed,
+                "weight_decay": 0.01,
+                "state_dtype": state_dtype,
+            },
         )
 
     straight = run_to_end(config("straight"))
@@ -91,6 +103,7 @@ def test_stopped_and_resumed_is_the_same_run(
     assert checkpoints(tmp_path / "resumed") == ["iter_0000002", TRACKER_NAME]
     resumed = loop.prepare(config("resumed"))
     assert resumed.step == 2
+    assert square_average_dtypes(resumed) == {DTYPES[state_dtype]}
     loop.train(resumed)
     assert metric_rows(tmp_path / "resumed") == expected_rows
     assert_bitwise(policy_parameters(resumed), policy_parameters(straight))
@@ -331,6 +344,19 @@ def test_another_optimizers_state_is_refused(
         loop.prepare(config)
     without = short_config(shelf, tmp_path, optimizer=changed, checkpoint={"load_optimizer": False})
     assert loop.prepare(without).step == 2
+
+
+def test_a_run_goes_on_with_its_averages_in_another_type(shelf: Shelf, tmp_path: Path) -> None:
+    def run(folder: str, steps: int, state_dtype: str) -> loop.Run:
+        steady = {"lr_schedule": "constant", "warmup_ratio": 0.0, "state_dtype": state_dtype}
+        return run_to_end(short_config(shelf, tmp_path / folder, steps=steps, optimizer=steady))
+
+    run("run", 2, "fp32")
+    assert square_average_dtypes(run("run", 3, "bf16")) == {torch.bfloat16}
+    assert square_average_dtypes(run("run", 4, "fp32")) == {torch.float32}
+    run("straight", 4, "fp32")
+    last, expected = (metric_rows(tmp_path / folder)[-1]["loss"] for folder in ("run", "straight"))
+    assert last == pytest.approx(expected, rel=1e-3)
 
 
 def test_other_rows_in_equal_number_are_refused(shelf: Shelf, tmp_path: Path) -> None:
