@@ -218,6 +218,8 @@ class RunConfig:
     recompute_layers: int | None = field(default=None, metadata=limits(at_least=1))
     """Layers of each pipeline stage, the first ones, that train.recompute is for; the others store
     everything. null = all."""
+    offload_activations: bool = False
+    """Keep what the policy's layers store for backward in CPU memory; not with selective."""
     eval_interval: int = field(default=0, metadata=limits(at_least=0))
     """Steps between evaluations, of data.eval_path and of the section evaluation; 0 = off."""
     eval_at_start: bool = True

@@ -188,6 +188,11 @@ def _check_rest(config: TrainConfig) -> None:
             "train.recompute_modules ([]) leaves nothing to recompute. Name a module, or use "
             "train.recompute none"
         )
+    if train.offload_activations and train.recompute == "selective":
+        raise UserError(
+            "train.offload_activations (true) is not for train.recompute selective, which drops "
+            "tensors that it would still be moving. Use all_but_attention, full or none"
+        )
     check_evaluation(config.evaluation)
     if train.eval_interval and data.eval_path is None and config.evaluation.is_off:
         raise UserError(

@@ -39,6 +39,8 @@ MEGATRON_FLAGS = {
     "recompute_modules": "train.recompute_modules",
     "recompute_num_layers": "train.recompute_layers",
     "recompute_method": "train.recompute_layers",
+    "cpu_offloading": "train.offload_activations",
+    "fine_grained_activation_offloading": "train.offload_activations",
     "optimizer": "optimizer.name",
     "use_distributed_optimizer": "optimizer.distributed",
     "use_precision_aware_optimizer": "optimizer.state_dtype",

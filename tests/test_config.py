@@ -94,6 +94,7 @@ CONTRACT_DEFAULTS: dict[str, Any] = {
     "train.recompute": "selective",
     "train.recompute_modules": None,
     "train.recompute_layers": None,
+    "train.offload_activations": False,
     "train.eval_interval": 0,
     "train.eval_at_start": True,
     "train.dry_run": False,
@@ -418,6 +419,10 @@ def test_what_is_required_is_asked_for() -> None:
         (
             ["--optimizer.name=adam", "--optimizer.state_dtype=bf16", "--optimizer.beta2=0.999"],
             "optimizer.beta2 (0.999) is too slow a decay",
+        ),
+        (
+            ["--train.offload_activations"],
+            "train.offload_activations (true) is not for train.recompute selective",
         ),
         (["--lora.targets=[]"], "lora.targets ([]): nothing is left to train"),
         (["--lora.targets=[linear_fc1,linear_fc1]"], "lora.targets (linear_fc1, linear_fc1): a"),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from megatron_longpo.model.activation_offload import ActivationOffload, Offloaded
 from megatron_longpo.model.kernels import AttentionKernel
 from megatron_longpo.parallel.context import ContextExchange, QueryKeyValue
 from megatron_longpo.parallel.layout import AttentionPlan, QueryPiece, Span
@@ -24,11 +25,13 @@ Attended = tuple[Tensor, Tensor]
 class TreeAttention(nn.Module):
     """Each token attends its ancestors and, causally, its own segment (design.md section 2).
 
-    Built and called as Megatron builds and calls any core attention, but for `kernel`, `exchange`
-    and `keeps_results`; the `AttentionPlan` comes as `packed_seq_params`, and no mask is read.
+    Built and called as Megatron builds and calls any core attention, but for `kernel`, `exchange`,
+    `keeps_results` and `offload`; the `AttentionPlan` comes as `packed_seq_params`, and no mask is
+    read.
 
     With `keeps_results`, a layer that is recomputed in backward gets its attention's results from
-    memory: they are small beside what computing them again would cost in a long row.
+    memory: they are small beside what computing them again would cost in a long row. `offload`
+    has the output until then, where there is one.
     """
 
     def __init__(
@@ -37,6 +40,7 @@ class TreeAttention(nn.Module):
         kernel: AttentionKernel,
         exchange: ContextExchange,
         keeps_results: bool = False,
+        offload: ActivationOffload | None = None,
         config: Any,
         layer_number: int,
         attn_mask_type: Any = None,
@@ -52,7 +56,8 @@ class TreeAttention(nn.Module):
         self.keeps_results = keeps_results
         # By the plan's id: of the microbatches whose backward is still to come. A plan is kept
         # too, lest another one get its id.
-        self._kept: dict[int, tuple[AttentionPlan, Attended]] = {}
+        self._kept: dict[int, tuple[AttentionPlan, Tensor | Offloaded, Tensor]] = {}
+        self.offload = offload
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
 
     def forward(
@@ -68,9 +73,7 @@ class TreeAttention(nn.Module):
         """[t,1,H,D], [t,1,G,D], [t,1,G,D] -> [t,1,H*D]."""
         assert packed_seq_params is not None, "tree attention needs an AttentionPlan"
         plan = packed_seq_params
-        kept: Attended | None = None
-        if torch.is_grad_enabled():
-            _, kept = self._kept.pop(id(plan), (plan, None))
+        kept = self._take(plan) if torch.is_grad_enabled() else None
         output, logsumexp = _TreeAttentionFunction.apply(
             query.squeeze(1),
             key.squeeze(1),
@@ -83,8 +86,18 @@ class TreeAttention(nn.Module):
         )
         if self.keeps_results and self.training and not torch.is_grad_enabled():
             # The first pass of a layer that will run once more, with gradients.
-            self._kept[id(plan)] = plan, (output, logsumexp)
+            kept_output = output if self.offload is None else self.offload.put(output)
+            self._kept[id(plan)] = plan, kept_output, logsumexp
         return output.flatten(1).unsqueeze(1)
+
+    def _take(self, plan: AttentionPlan) -> Attended | None:
+        if id(plan) not in self._kept:
+            return None
+        _, output, logsumexp = self._kept.pop(id(plan))
+        if self.offload is not None:
+            output = self.offload.fetch(output)
+        assert isinstance(output, Tensor)
+        return output, logsumexp
 
 
 class _TreeAttentionFunction(torch.autograd.Function):

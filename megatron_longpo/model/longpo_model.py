@@ -22,6 +22,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from megatron_longpo.model.activation_offload import ActivationOffload
 from megatron_longpo.model.divergence import reverse_kl
 from megatron_longpo.model.logprob_head import VocabularyShard, edge_logps
 from megatron_longpo.model.lora import adapter_state, adapters, adapters_off, load_adapter_state
@@ -59,7 +60,9 @@ class LongPOModel(MegatronModule):
         reference: ChunkModel | None,
         tensor_group: ProcessGroup,
         context_group: ProcessGroup,
+        activations: ActivationOffload | None = None,
     ) -> None:
+        """`activations` has what the policy's layers keep for backward; None = the device has."""
         super().__init__(config=policy.gpt.config)
         self.policy = policy.gpt
         self.reference: GPTModel | None = None
@@ -68,6 +71,7 @@ class LongPOModel(MegatronModule):
         self._chunks = {"policy": policy, "reference": reference}
         self._tensor_group = tensor_group
         self._context_group = context_group
+        self._activations = activations
         self._received: Tensor | None = None
         self._offloaded: OffloadedWeights | None = None
         self.model_type = policy.gpt.model_type
@@ -168,12 +172,20 @@ class LongPOModel(MegatronModule):
             )
         else:
             gpt.set_input_tensor(received)
-        return gpt.decoder(
-            hidden_states=embedded,
-            attention_mask=None,
-            rotary_pos_emb=rotary_angles(chunk.inv_freq, tokens.position_ids),
-            packed_seq_params=tokens.attention,
-        )
+        angles = rotary_angles(chunk.inv_freq, tokens.position_ids)
+        with self._offloading(gpt, angles):
+            return gpt.decoder(
+                hidden_states=embedded,
+                attention_mask=None,
+                rotary_pos_emb=angles,
+                packed_seq_params=tokens.attention,
+            )
+
+    def _offloading(self, gpt: GPTModel, angles: Tensor) -> AbstractContextManager[None]:
+        if self._activations is None or not torch.is_grad_enabled():
+            return nullcontext()
+        # All layers keep the same angles.
+        return self._activations.forward_pass(gpt, keep=[angles])
 
     def _whole(self, chunk: ChunkModel, hidden: Tensor) -> Tensor:
         """Final states of all this context rank's tokens, [t, h], on every tensor rank.

@@ -19,6 +19,7 @@ from megatron.core.utils import unwrap_model
 
 from checkpoints_convert.hf_weights import load_hf_weights
 from megatron_longpo.config import TrainConfig
+from megatron_longpo.model.activation_offload import ActivationOffload
 from megatron_longpo.model.architectures import Architecture
 from megatron_longpo.model.attention import TreeAttention
 from megatron_longpo.model.kernel_choice import choose_kernel
@@ -54,6 +55,7 @@ def build_model(
     `write_weights` fills every parameter of a model.
     """
     split = stage_split(config, sources.policy)
+    activations = ActivationOffload(groups.device) if config.train.offload_activations else None
     policies = _chunks(
         config,
         sources.policy,
@@ -61,6 +63,7 @@ def build_model(
         groups,
         split=split,
         trainable=True,
+        activations=activations,
         say=say,
         write_weights=write_weights,
     )
@@ -87,7 +90,7 @@ def build_model(
             write_weights=write_weights,
         )
     return [
-        _wrapped(config, policy, reference, groups, is_first=index == 0)
+        _wrapped(config, policy, reference, groups, activations, is_first=index == 0)
         for index, (policy, reference) in enumerate(zip(policies, references, strict=True))
     ]
 
@@ -97,12 +100,17 @@ def _wrapped(
     policy: ChunkModel,
     reference: ChunkModel | None,
     groups: Groups,
+    activations: ActivationOffload | None,
     *,
     is_first: bool,
 ) -> Any:
     """A chunk of both models in Megatron's DDP."""
     model: Any = LongPOModel(
-        policy=policy, reference=reference, tensor_group=groups.tensor, context_group=groups.context
+        policy=policy,
+        reference=reference,
+        tensor_group=groups.tensor,
+        context_group=groups.context,
+        activations=activations,
     )
     model = _placed(config, model, groups)
     ddp_config = DistributedDataParallelConfig(
@@ -227,6 +235,7 @@ def _chunks(
     split: Split,
     trainable: bool,
     write_weights: WeightsWriter,
+    activations: ActivationOffload | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[ChunkModel]:
     """This rank's pipeline chunks of one model, with their weights."""
@@ -269,6 +278,8 @@ def _chunks(
         kernel=kernel.kernel,
         exchange=exchange,
         keeps_results=trainable and recompute == "all_but_attention",
+        keeps_results=trainable and config.train.recompute == "all_but_attention",
+        offload=activations,
     )
     chunks = []
     for index in range(sizes.virtual_pipeline or 1):
