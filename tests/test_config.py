@@ -412,6 +412,7 @@ def test_what_is_required_is_asked_for() -> None:
         (
             ["--train.recompute=none", "--train.recompute_layers=2"],
             "train.recompute_layers (2) says in how many layers something is recomputed",
+        ),
         (
             ["--optimizer.state_dtype=bf16", "--optimizer.alpha=0.999"],
             "optimizer.alpha (0.999) is too slow a decay for optimizer.state_dtype bf16",

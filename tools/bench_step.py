@@ -152,6 +152,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     run.add_argument("--recompute", choices=get_args(Recompute), default="none")
     run.add_argument("--recompute-layers", type=int, help="train.recompute_layers")
     run.add_argument("--reference-offload", action="store_true", help="reference.offload")
+    run.add_argument("--offload-activations", action="store_true")
+    run.add_argument("--state-dtype", choices=("fp32", "bf16"), default="fp32")
     run.add_argument("--grad-dtype", choices=("fp32", "bf16"), default="fp32")
     run.add_argument("--warmup", type=int, default=1, help="steps that are not counted")
     run.add_argument("--repeats", type=int, default=5, help="counted steps of each mode")
@@ -242,6 +244,7 @@ def settings(arguments: argparse.Namespace, folder: Path, mode: Mode) -> TrainCo
             optimizer=OptimizerConfig(
                 warmup_ratio=0.0,
                 grad_dtype=arguments.grad_dtype,
+                state_dtype=arguments.state_dtype,
                 overlap_grad_reduce=arguments.overlap_grad_reduce,
                 overlap_param_gather=arguments.overlap_param_gather,
             ),
@@ -249,6 +252,7 @@ def settings(arguments: argparse.Namespace, folder: Path, mode: Mode) -> TrainCo
                 global_batch_pairs=pairs_a_step(arguments),
                 steps=arguments.warmup + arguments.repeats + 1,
                 recompute=arguments.recompute,
+                offload_activations=arguments.offload_activations,
                 recompute_layers=arguments.recompute_layers,
             ),
             checkpoint=CheckpointConfig(interval=0),

@@ -278,7 +278,6 @@ def _chunks(
         kernel=kernel.kernel,
         exchange=exchange,
         keeps_results=trainable and recompute == "all_but_attention",
-        keeps_results=trainable and config.train.recompute == "all_but_attention",
         offload=activations,
     )
     chunks = []

@@ -66,9 +66,10 @@ def run_step(
     *,
     layout: str | None = None,
     optimizer: Any = None,
+    train: Any = None,
     **model: Any,
 ) -> CaseResult:
-    """One step of `longpo train`; `optimizer` and `model` are settings of the sections."""
+    """One step of `longpo train`; `optimizer`, `train` and `model` are settings of the sections."""
     config = train_config(
         case,
         shelf,
@@ -76,7 +77,10 @@ def run_step(
     )
     settings: ModelConfig = replace(config.model, **model)
     config = replace(
-        config, model=settings, optimizer=replace(config.optimizer, **(optimizer or {}))
+        config,
+        model=settings,
+        optimizer=replace(config.optimizer, **(optimizer or {})),
+        train=replace(config.train, **(train or {})),
     )
     run = loop.prepare(config)
     metrics = loop.train_step(run)

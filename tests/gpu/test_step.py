@@ -14,6 +14,7 @@ from megatron_longpo.model.layer_specs import choose_layers
 from megatron_longpo.parallel.groups import Groups
 from megatron_longpo.training import loop
 from tests.gpu.steps import CASES, TOLERANCE, Bf16Shelf, check_step, gradient_error, run_step
+from tests.model.offloaded_steps import small_blocks
 from tests.parity.cases import Case
 from tests.parity.harness import oracle_for, policy_parameters, train_config
 
@@ -68,6 +69,18 @@ def test_recomputation_changes_little(
         replace(case, recompute=recompute, recompute_layers=layers), bf16_shelf, single_process
     )
     assert gradient_error(again.gradients, kept.gradients) <= 5e-3
+
+
+@pytest.mark.parametrize("recompute", ["none", "all_but_attention", "full"])
+def test_offloaded_activations_change_nothing(
+    recompute: Any, bf16_shelf: Bf16Shelf, single_process: Groups
+) -> None:
+    case = replace(CASES[1], recompute=recompute)
+    kept = run_step(case, bf16_shelf, single_process)
+    with small_blocks():
+        moved = run_step(case, bf16_shelf, single_process, train={"offload_activations": True})
+    assert moved.metrics["loss"] == kept.metrics["loss"]
+    assert gradient_error(moved.gradients, kept.gradients) <= 1e-3
 
 
 @pytest.mark.parametrize(("first", "second"), [("te", "local"), ("local", "te")])

@@ -38,7 +38,7 @@ def small_blocks() -> Iterator[None]:
     """Even a tiny model's tensors leave, in several pieces."""
     with (
         mock.patch.object(activation_offload, "SMALLEST_BYTES", 1),
-        mock.patch.object(activation_offload, "BLOCK_BYTES", 1000),
+        mock.patch.object(activation_offload, "BLOCK_BYTES", 1024),
     ):
         yield
 
