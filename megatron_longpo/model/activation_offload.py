@@ -7,8 +7,9 @@ and again: the host's allocator would round every tensor up to a power of two.
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,14 +42,15 @@ class Offloaded:
     Its blocks are free again when nobody holds it: autograd lets go of it after its backward.
     """
 
-    shape: torch.Size
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
     dtype: torch.dtype
     blocks: list[_Block]
     pool: list[_Block]
     before: Offloaded | None
     """The one that left before it in the same pass: backward wants it next."""
     on_device: Tensor | None
-    """It, or its copy that came back, as long as there is one."""
+    """Its elements, or their copy that came back, as long as there is one; see `_elements`."""
     is_home: Any = None
     """When the copy that is under way, out or back, is done."""
 
@@ -98,25 +100,26 @@ class ActivationOffload:
 
     def put(self, tensor: Tensor) -> Tensor | Offloaded:
         """Sends a tensor on its way, where it is large enough, inside of `forward_pass`."""
-        size = tensor.numel() * tensor.element_size()
+        size = math.prod(_once(tensor.shape, tensor.stride())) * tensor.element_size()
         passing = self._current
         if passing is None or tensor.device.type != self._device.type or size < SMALLEST_BYTES:
             return tensor
-        source = tensor.detach().contiguous()
+        elements = _elements(tensor.detach())
         taken = Offloaded(
-            shape=tensor.shape,
+            shape=tuple(tensor.shape),
+            strides=tensor.stride(),
             dtype=tensor.dtype,
             blocks=[self._block() for _ in range(-(-size // BLOCK_BYTES))],
             pool=self._free,
             before=passing.last,
-            on_device=source,
+            on_device=elements,
         )
         passing.last = taken
         with self._stream(self._out):
             for block in taken.blocks:
                 if block.last_use is not None:
                     block.last_use.wait()
-            for host, device in _pieces(taken.blocks, source):
+            for host, device in _pieces(taken.blocks, elements):
                 host.copy_(device, non_blocking=True)
             taken.is_home = self._event()
         passing.leaving.append(taken)
@@ -129,7 +132,10 @@ class ActivationOffload:
         return taken
 
     def fetch(self, saved: Tensor | Offloaded) -> Tensor:
-        """The tensor that was `put`, on the device; those before it set out on their way back."""
+        """The tensor that was `put`, on the device; those before it set out on their way back.
+
+        It has the strides that it had: some kernels sum in another order where they differ.
+        """
         if isinstance(saved, Tensor):
             return saved
         ahead: Offloaded | None = saved
@@ -140,18 +146,19 @@ class ActivationOffload:
             ahead = ahead.before
         assert saved.on_device is not None, "it was sent back"
         _wait(saved.is_home)
-        return saved.on_device
+        return _laid_out(saved.on_device, saved.shape, saved.strides)
 
     def _send_back(self, taken: Offloaded) -> None:
         if taken.on_device is not None:
             return
         # Made on the stream that computes, whose memory it is.
-        tensor = torch.empty(taken.shape, dtype=taken.dtype, device=self._device)
+        count = math.prod(_once(taken.shape, taken.strides))
+        elements = torch.empty(count, dtype=taken.dtype, device=self._device)
         with self._stream(self._back):
-            for host, device in _pieces(taken.blocks, tensor):
+            for host, device in _pieces(taken.blocks, elements):
                 device.copy_(host, non_blocking=True)
             taken.is_home = self._event()
-        taken.on_device = tensor
+        taken.on_device = elements
 
     def _block(self) -> _Block:
         if self._free:
@@ -181,8 +188,41 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def _pieces(blocks: list[_Block], tensor: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pairs of equally many bytes: of the blocks, and of a contiguous tensor."""
-    whole = tensor.view(-1).view(torch.uint8)
+def _once(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...]:
+    """The shape without what `expand` repeats."""
+    return tuple(1 if step == 0 else size for size, step in zip(shape, strides, strict=True))
+
+
+def _has_gaps(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether the elements lie otherwise than side by side, in whichever order."""
+    count = 1
+    for step, size in sorted(zip(strides, shape, strict=True)):
+        if size > 1 and step != count:
+            return True
+        count *= size
+    return False
+
+
+def _elements(tensor: Tensor) -> Tensor:
+    """Each element of a tensor once, [n]: in the order of memory where there are no gaps."""
+    shape, strides = _once(tensor.shape, tensor.stride()), tensor.stride()
+    once = tensor.as_strided(shape, strides)
+    if _has_gaps(shape, strides):
+        return once.contiguous().view(-1)
+    return once.as_strided((once.numel(),), (1,))
+
+
+def _laid_out(elements: Tensor, shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
+    """The tensor of this shape and these strides whose `_elements` they are."""
+    once = _once(shape, strides)
+    if not _has_gaps(once, strides):
+        return elements.as_strided(once, strides).expand(shape)
+    tensor = elements.new_empty_strided(once, strides)
+    return tensor.copy_(elements.view(once)).expand(shape)
+
+
+def _pieces(blocks: list[_Block], elements: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pairs of equally many bytes: of the blocks, and of the elements."""
+    whole = elements.view(torch.uint8)
     for block, piece in zip(blocks, whole.split(BLOCK_BYTES), strict=True):
         yield block.memory[: len(piece)], piece

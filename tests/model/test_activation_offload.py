@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from megatron_longpo.config import LoraConfig
 from megatron_longpo.model import activation_offload
 from megatron_longpo.model.activation_offload import ActivationOffload, Offloaded
 from megatron_longpo.parallel.groups import Groups
 from megatron_longpo.training import loop
-from tests.model.offloaded_steps import CASE, small_blocks, steps
+from tests.model.offloaded_steps import CASE, compare, small_blocks, steps
 from tests.parity.harness import Shelf
 from tests.torchrun import torchrun
 
@@ -83,20 +84,54 @@ def test_what_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(offload.fetch(taken), large.T)
 
 
-@pytest.mark.parametrize("recompute", ["none", "all_but_attention", "full"])
-def test_a_run_is_the_same_bit_for_bit(
-    recompute: Any, shelf: Shelf, single_process: Groups, tmp_path: Path
+def test_strides_come_back() -> None:
+    offload = ActivationOffload(torch.device("cpu"))
+    base = torch.randn(6, 8, 10)
+    views = [
+        base,
+        base.permute(2, 0, 1),
+        base[2:],
+        base[..., :5],
+        base[:, 3:6].transpose(0, 2),
+        base[:, :1].expand(6, 4, 10),
+        base[:, :1, :1],
+        base[:0],
+    ]
+    with offload.forward_pass(nn.Identity()):
+        taken = [offload.put(view) for view in views]
+    # The last ones have not left when they are asked for, the first ones have.
+    for kept, view in zip(taken, views, strict=True):
+        assert isinstance(kept, Offloaded) or not view.numel()
+        back = offload.fetch(kept)
+        assert torch.equal(back, view) and back.stride() == view.stride()
+    sizes = [len(kept.blocks) for kept in taken if isinstance(kept, Offloaded)]
+    assert sizes == [2, 2, 2, 1, 1, 1, 1], "what an expanded tensor repeats is not moved"
+
+
+@pytest.mark.parametrize(
+    ("recompute", "settings"),
+    [
+        ("none", {}),
+        ("all_but_attention", {}),
+        ("full", {}),
+        ("full", {"recompute_layers": 1}),
+        ("none", {"lora": LoraConfig(rank=2)}),
+        ("all_but_attention", {"lora": LoraConfig(rank=2), "recompute_layers": 1}),
+    ],
+)
+def test_a_run_is_the_same(
+    recompute: Any, settings: Any, shelf: Shelf, single_process: Groups, tmp_path: Path
 ) -> None:
-    expected, _ = steps(shelf, tmp_path / "plain", recompute=recompute)
-    ours, run = steps(shelf, tmp_path / "offloaded", recompute=recompute, offload=True)
-    assert ours == expected
-    offload = run.model[0].module._activations
+    expected = steps(shelf, tmp_path / "plain", recompute=recompute, **settings)
+    ours = steps(shelf, tmp_path / "offloaded", recompute=recompute, offload=True, **settings)
+    compare(ours, expected)
+    offload = ours.run.model[0].module._activations
     # A layer's input and, where it is kept, its attention's output, cut into blocks.
     assert len(offload._free) > 2 * CASE.policy.layers
 
 
 def test_evaluation_moves_nothing(shelf: Shelf, single_process: Groups, tmp_path: Path) -> None:
-    _, run = steps(shelf, tmp_path, recompute="full", offload=True, count=1)
+    run = steps(shelf, tmp_path, recompute="full", offload=True, count=1).run
     offload = run.model[0].module._activations
     offload._free.clear()
     run.eval_pairs = run.pairs
@@ -104,14 +139,14 @@ def test_evaluation_moves_nothing(shelf: Shelf, single_process: Groups, tmp_path
     assert not offload._free
 
 
-def test_pipelines_and_context_ranks(shelf: Shelf) -> None:
+def test_ranks(shelf: Shelf) -> None:
     """Interleaved stages have several passes under way."""
     shelf.rows_file(CASE)
     for model in (CASE.policy, replace(CASE.reference or CASE.policy)):
         shelf.hf_folder(model)
     result = torchrun("tests/model/offloaded_steps.py", str(shelf.root), ranks=2)
     assert result.returncode == 0, result.stderr[-4000:]
-    assert result.stdout.count("same: ") == 4, result.stdout[-4000:]
+    assert result.stdout.count("same: ") == 6, result.stdout[-4000:]
 
 
 @pytest.mark.gpu
