@@ -49,6 +49,8 @@ def test_a_signal_to_the_job_saves_and_exits_with_75(
         process.kill()
     step = metric_rows(folder)[-1]["step"]
     assert process.returncode == EXIT_STOPPED_ON_REQUEST, errors
-    assert errors == f"longpo: stopped at step {step} of 100000, checkpoint saved\n"
+    # Libraries may have warned before.
+    assert errors.splitlines()[-1] == f"longpo: stopped at step {step} of 100000, checkpoint saved"
+    assert "Traceback" not in errors
     tracker = folder / "checkpoints" / "latest_checkpointed_iteration.txt"
     assert tracker.read_text() == f"{step}\n"
