@@ -14,7 +14,6 @@ from megatron_longpo.config import LoraConfig
 from megatron_longpo.model import activation_offload
 from megatron_longpo.model.activation_offload import ActivationOffload, Offloaded
 from megatron_longpo.parallel.groups import Groups
-from megatron_longpo.training import loop
 from tests.model.offloaded_steps import CASE, compare, small_blocks, steps
 from tests.parity.harness import Shelf
 from tests.torchrun import torchrun
@@ -134,8 +133,8 @@ def test_evaluation_moves_nothing(shelf: Shelf, single_process: Groups, tmp_path
     run = steps(shelf, tmp_path, recompute="full", offload=True, count=1).run
     offload = run.model[0].module._activations
     offload._free.clear()
-    run.eval_pairs = run.pairs
-    loop.evaluate(run)
+    evaluation = replace(run.evaluation, pairs=run.pairs)
+    evaluation.run(run.model, budget_tokens=run.budget_tokens)
     assert not offload._free
 
 
