@@ -109,8 +109,12 @@ def bench(arguments: argparse.Namespace) -> None:
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    return with_defaults(make_parser(__doc__).parse_args(argv))
+
+
+def make_parser(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     model = parser.add_argument_group("model")
     model.add_argument("--shape", choices=SHAPES, default="small")
@@ -162,7 +166,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     run.add_argument("--profile", type=Path, help="folder for a trace of each mode's last step")
     run.add_argument("--json", type=Path, help="file to write the numbers to")
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def with_defaults(arguments: argparse.Namespace) -> argparse.Namespace:
+    """Fills in what depends on other arguments."""
     if arguments.shortest is None:
         arguments.shortest = arguments.context
     if arguments.answer is None:
@@ -242,6 +250,7 @@ def settings(arguments: argparse.Namespace, folder: Path, mode: Mode) -> TrainCo
                 context_inner=arguments.context_inner,
             ),
             optimizer=OptimizerConfig(
+                lr_schedule="constant",
                 warmup_ratio=0.0,
                 grad_dtype=arguments.grad_dtype,
                 state_dtype=arguments.state_dtype,

@@ -1,4 +1,4 @@
-"""Under torchrun on two GPUs: bf16 steps of every two-rank layout against the fp32 oracle.
+"""Under torchrun on two or four GPUs: bf16 steps of every layout against the fp32 oracle.
 
     torchrun --nproc-per-node 2 tests/gpu/ranks.py FOLDER
 
@@ -21,7 +21,7 @@ from tests.gpu.steps import CASES, Bf16Shelf, check_step, run_step
 from tests.parity.harness import oracle_for
 
 OVERLAP = {"overlap_grad_reduce": True}
-LAYOUTS: dict[str, tuple[ParallelSizes, dict[str, Any]]] = {
+TWO: dict[str, tuple[ParallelSizes, dict[str, Any]]] = {
     "data 2": (ParallelSizes(), {}),
     "data 2 overlapped": (ParallelSizes(), {"optimizer": OVERLAP}),
     "context 2 all_gather": (ParallelSizes(context=2), {}),
@@ -33,15 +33,27 @@ LAYOUTS: dict[str, tuple[ParallelSizes, dict[str, Any]]] = {
         {"layout": "E|t|t|L"},
     ),
 }
+FOUR: dict[str, tuple[ParallelSizes, dict[str, Any]]] = {
+    "tensor 2, pipeline 2": (ParallelSizes(tensor=2, pipeline=2, sequence=True), {}),
+    "tensor 2, context 2 a2a": (
+        ParallelSizes(tensor=2, sequence=True, context=2, context_inner=2),
+        {},
+    ),
+    "context 4 all_gather": (ParallelSizes(context=4), {}),
+    "context 4 a2a+all_gather": (ParallelSizes(context=4, context_inner=2), {}),
+    "data 2, tensor 2": (ParallelSizes(tensor=2, sequence=True), {}),
+}
+LAYOUTS = {2: TWO, 4: FOUR}
+"""By world size."""
 
 
 def main() -> None:
     shelf = Bf16Shelf(Path(sys.argv[1]))
-    groups.initialize(ParallelSizes(), timeout_minutes=5)
+    world_size = groups.initialize(ParallelSizes(), timeout_minutes=5).world_size
     failed = False
     for case in CASES[:2]:
         oracle = oracle_for(case, shelf)
-        for name, (sizes, settings) in LAYOUTS.items():
+        for name, (sizes, settings) in LAYOUTS[world_size].items():
             ranks = groups.initialize(sizes, timeout_minutes=5)
             # The distributed optimizer leaves each rank a part of the summed gradient.
             whole = replace(case, distributed_optimizer=False)

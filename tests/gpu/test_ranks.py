@@ -1,4 +1,4 @@
-"""Layouts of two GPUs, through NCCL, give the oracle's step."""
+"""Layouts of two and four GPUs, through NCCL, give the oracle's step."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from tests.torchrun import torchrun
 pytestmark = pytest.mark.gpu
 
 
-def test_layouts_give_the_oracles_step(tmp_path: Path) -> None:
-    if torch.cuda.device_count() < 2:
-        pytest.skip(f"needs 2 GPUs, and there are {torch.cuda.device_count()}")
+@pytest.mark.parametrize("world_size", LAYOUTS)
+def test_layouts_give_the_oracles_step(world_size: int, tmp_path: Path) -> None:
+    if torch.cuda.device_count() < world_size:
+        pytest.skip(f"needs {world_size} GPUs, and there are {torch.cuda.device_count()}")
     shelf = Bf16Shelf(tmp_path)
     for case in CASES[:2]:
         # Made here: ranks that made the same folder at once would get in each other's way.
@@ -24,6 +25,6 @@ def test_layouts_give_the_oracles_step(tmp_path: Path) -> None:
         assert case.reference is not None
         shelf.hf_folder(case.reference)
         shelf.rows_file(case)
-    result = torchrun("tests/gpu/ranks.py", str(tmp_path), ranks=2)
+    result = torchrun("tests/gpu/ranks.py", str(tmp_path), ranks=world_size)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
-    assert result.stdout.count("same: ") == 2 * len(LAYOUTS), result.stdout[-4000:]
+    assert result.stdout.count("same: ") == 2 * len(LAYOUTS[world_size]), result.stdout[-4000:]

@@ -200,6 +200,7 @@ EXTRA = {
         (CP4_A2A, CASES[0]),
         *((layout, ANSWERS_OF_ONE_TOKEN) for layout in (CP4, CP4_BOTH)),
         (_layout("TP2xCP2 a2a", tensor=2, context=2, context_inner=2), CASES[2]),
+        (TP2_DP2, CASES[0]),
     ),
 }
 """Further pairs of a layout and a case, by world size."""
