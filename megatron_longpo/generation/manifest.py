@@ -28,6 +28,7 @@ WITHOUT_EFFECT = frozenset(
         "report",
         "overwrite",
         "num_threads",
+        "documents_at_once",
         "batch_size",
         "batch_tokens",
         "server.endpoints",

@@ -48,11 +48,15 @@ class BackendConfig:
     """Most tokens of a prompt with its answer; null = the positions in the model's config."""
     rope_theta: float | None = field(default=None, metadata=limits(above=0))
     """RoPE base of the model, for transformers; null = its own."""
+    documents_at_once: int | None = field(default=None, metadata=limits(at_least=1))
+    """Documents under way at the same time, whose answers transformers writes together; null = 1 on
+    a CPU, and on a GPU as many of 8,192 tokens as fit into batch_tokens, at most 32. With more than
+    one, bf16 answers may differ from run to run."""
     batch_size: int = field(default=8, metadata=limits(at_least=1))
     """Most requests of a document that transformers answers together."""
     batch_tokens: int | None = field(default=None, metadata=limits(at_least=1))
     """Most tokens whose keys and values transformers holds together, where a batch is of more than
-    one request; null = half of the GPU's memory, no bound on a CPU."""
+    one request; null = what 0.6 of the GPU memory beside the model holds, no bound on a CPU."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Number format of the model, for transformers."""
     device: str = "auto"

@@ -17,6 +17,11 @@ def make_backend(config: BackendConfig) -> Backend:
         from megatron_longpo.generation.backends.transformers import TransformersBackend
 
         return TransformersBackend(config)
+    if config.documents_at_once is not None:
+        raise UserError(
+            f"documents_at_once ({config.documents_at_once}): is for backend: transformers; a "
+            "server has server.concurrency"
+        )
     if config.rope_theta is not None:
         raise UserError(
             f"rope_theta ({config.rope_theta:g}): a server has its own; set it where the server "

@@ -1,11 +1,11 @@
-"""A model of `transformers` in this process; a document's requests are answered together."""
+"""A model of `transformers` in this process; requests of one or more documents are answered
+together."""
 
 from __future__ import annotations
 
 import asyncio
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,42 +15,37 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 from megatron_longpo.data.chat import prompt_ids
 from megatron_longpo.data.tokenizers import load_tokenizer
 from megatron_longpo.errors import UserError
-from megatron_longpo.generation.backends.base import BackendError, Completion, Request, Sampling
+from megatron_longpo.generation.backends.base import BackendError, Completion, Request
 from megatron_longpo.generation.backends.config import BackendConfig
-from megatron_longpo.generation.backends.kv_cache import ATTENTION, RowCache, row_attention
+from megatron_longpo.generation.backends.kv_cache import (
+    ATTENTION,
+    RowCache,
+    forward,
+    row_attention,
+)
+from megatron_longpo.generation.backends.rows import (
+    BLOCK,
+    Row,
+    batches,
+    capacity,
+    common_length,
+    shared_length,
+)
 from megatron_longpo.generation.backends.sampling import next_tokens
+from megatron_longpo.generation.backends.together import WriteTogether
 
-BLOCK = 2048
-"""Prompts are read in blocks of so many tokens, which bounds the memory of activations.
+GPU_SHARE = 0.6
+"""Of the GPU's memory that the model leaves, what keys and values may take together."""
 
-Keys and values of whole blocks are kept between calls. A block's are bit for bit the same whether
-it was read in this call or in an earlier one, so what is kept never changes an answer."""
+MOST_DOCUMENTS = 32
+"""At once, where the settings do not say how many."""
 
-GPU_SHARE = 0.5
-"""Of the GPU's memory that keys and values may take together."""
-
-
-@dataclass(kw_only=True, slots=True)
-class _Row:
-    """A request under way."""
-
-    prompt: list[int]
-    sampling: Sampling
-    generator: torch.Generator
-    start: int = 0
-    """Where the row's own part of the prompt stands in the cache."""
-    written: list[int] = field(default_factory=list)
-    finished: bool = False
-
-    @property
-    def most_tokens(self) -> int:
-        return len(self.prompt) + self.sampling.max_new_tokens
+DOCUMENT_TOKENS = 8192
+"""Of such documents as many are taken as there is memory for; longer ones wait for theirs."""
 
 
 class TransformersBackend:
     """`AutoModelForCausalLM`; what a call's prompts begin with is read once."""
-
-    documents_at_once = 1
 
     def __init__(self, config: BackendConfig) -> None:
         self.tokenizer = load_tokenizer(config.model, chat_template=config.chat_template)
@@ -61,68 +56,73 @@ class TransformersBackend:
         model_config = self._model.config
         self._eos_ids = self._end_tokens()
         self.context_length = config.context_length or int(model_config.max_position_embeddings)
-        self._group = model_config.num_attention_heads // model_config.num_key_value_heads
         self._batch_size = config.batch_size
         self._batch_tokens = config.batch_tokens or self._tokens_that_fit()
         self._cache = RowCache(0)
         self._kept: list[int] = []
         """Ids whose keys and values begin the cache: whole blocks."""
         self._busy = asyncio.Lock()
-        self._check()
+        like = self._check()
+        self.documents_at_once = self._documents_at_once(config)
+        self._together: WriteTogether | None = None
+        if self.documents_at_once > 1:
+            self._together = WriteTogether(
+                self._model,
+                eos_ids=self._eos_ids,
+                like=like,
+                most_documents=self.documents_at_once,
+                most_tokens=self._batch_tokens,
+            )
 
     async def complete(self, requests: Sequence[Request]) -> list[Completion | BackendError]:
-        async with self._busy:  # there is one cache
-            rows = [self._row(request) for request in requests]
-            answers: list[Completion | BackendError] = []
-            for batch in self._batches(rows):
-                answers += await self._answer(batch)
-            return answers
+        parts = self._batches([self._row(request) for request in requests])
+        if self._together is not None:
+            answers = await asyncio.gather(*(self._answer(part) for part in parts))
+        else:
+            async with self._busy:  # there is one cache
+                answers = [await self._answer(part) for part in parts]
+        return [answer for part in answers for answer in part]
 
     async def close(self) -> None:
         self._forget()
+        if self._together is not None:
+            self._together.forget()
 
     # ------------------------------------------------------------ batches
 
-    def _row(self, request: Request) -> _Row:
+    def _row(self, request: Request) -> Row:
         generator = torch.Generator(device=self._device).manual_seed(request.seed)
-        return _Row(
+        return Row(
             prompt=prompt_ids(self.tokenizer, request.messages),
             sampling=request.sampling,
             generator=generator,
+            seed=request.seed,
         )
 
-    def _batches(self, rows: Sequence[_Row]) -> list[list[_Row]]:
-        """Consecutive rows within both bounds; a row over them is alone."""
-        batches: list[list[_Row]] = []
-        for row in rows:
-            if (
-                batches
-                and len(batches[-1]) < self._batch_size
-                and _capacity([*batches[-1], row]) <= (self._batch_tokens or sys.maxsize)
-            ):
-                batches[-1].append(row)
-            else:
-                batches.append([row])
-        return batches
+    def _batches(self, rows: Sequence[Row]) -> list[list[Row]]:
+        return batches(rows, most_rows=self._batch_size, most_tokens=self._batch_tokens)
 
     async def _answer(
-        self, rows: list[_Row], *, may_split: bool = True
+        self, rows: list[Row], *, may_split: bool = True
     ) -> list[Completion | BackendError]:
         """Answers a batch; where GPU memory is short, in two halves."""
         try:
-            await self._write(rows)
+            if self._together is not None:
+                await self._together.write(rows)
+            else:
+                await self._write(rows)
         except torch.OutOfMemoryError:
             self._forget()
             torch.cuda.empty_cache()
             if not may_split or len(rows) == 1:
                 return [BackendError("prompt that does not fit in GPU memory") for _ in rows]
             print(
-                f"warning: {len(rows)} requests of {_capacity(rows):,} tokens do not fit in GPU "
+                f"warning: {len(rows)} requests of {capacity(rows):,} tokens do not fit in GPU "
                 "memory together and are answered in two halves; set batch_tokens lower",
                 file=sys.stderr,
             )
             for row in rows:
-                row.written.clear()
+                row.restart()
             half = len(rows) // 2
             answers: list[Completion | BackendError] = []
             for part in (rows[:half], rows[half:]):
@@ -138,25 +138,20 @@ class TransformersBackend:
 
     # ------------------------------------------------------------ reading and writing
 
-    async def _write(self, rows: list[_Row]) -> None:
+    async def _write(self, rows: list[Row]) -> None:
         """Fills `written` and `finished` of each row."""
-        shared = _shared_length(rows)
-        await self._read_prefix(rows[0].prompt[:shared], _capacity(rows))
+        shared = shared_length(rows)
+        await self._read_prefix(rows[0].prompt[:shared], capacity(rows))
         logits_NV = torch.stack(await self._read_rests(rows, shared))
-        mask = _Mask(rows, shared, self._cache.capacity, self._group, like=logits_NV)
+        mask = _Mask(rows, shared, self._cache.capacity, like=logits_NV)
         active = list(rows)
         while active:
             tokens = next_tokens(
                 logits_NV, [row.sampling for row in active], [row.generator for row in active]
             )
             for row, token in zip(active, tokens, strict=True):
-                row.written.append(token)
-                row.finished = token in self._eos_ids
-            going = [
-                index
-                for index, row in enumerate(active)
-                if not row.finished and len(row.written) < row.sampling.max_new_tokens
-            ]
+                row.write(token, self._eos_ids)
+            going = [index for index, row in enumerate(active) if row.is_active]
             if len(going) < len(active):
                 active = [active[index] for index in going]
                 mask.keep(going)
@@ -167,7 +162,7 @@ class TransformersBackend:
 
     async def _read_prefix(self, prefix: list[int], capacity: int) -> None:
         """Makes the cache hold `prefix` and room for `capacity` tokens in all."""
-        kept = min(_common_length(prefix, self._kept), len(prefix)) // BLOCK * BLOCK
+        kept = min(common_length(prefix, self._kept), len(prefix)) // BLOCK * BLOCK
         if kept == 0:
             self._forget()  # before the next is allocated
         if self._cache.capacity < capacity:
@@ -177,7 +172,7 @@ class TransformersBackend:
         await self._read(prefix[kept:], kept)
         self._kept = prefix[: len(prefix) // BLOCK * BLOCK]
 
-    async def _read_rests(self, rows: list[_Row], shared: int) -> list[torch.Tensor]:
+    async def _read_rests(self, rows: list[Row], shared: int) -> list[torch.Tensor]:
         """Reads what each prompt has after the prefix; returns the logits [V] of its last token.
 
         Each is read right behind the prefix, so that no mask is needed, and moved to its place
@@ -206,27 +201,19 @@ class TransformersBackend:
             await asyncio.sleep(0)
         return logits_V
 
-    def _write_one(self, active: list[_Row], mask: _Mask) -> torch.Tensor:
+    def _write_one(self, active: list[Row], mask: _Mask) -> torch.Tensor:
         """Reads the last written token of each row; returns logits [N, V]."""
         tokens = [row.written[-1] for row in active]
         positions = [len(row.prompt) + len(row.written) - 1 for row in active]
         attended = mask.with_new_tokens(self._cache.length)
         return self._forward(tokens, positions, attended, num_logits=len(tokens))
 
-    @torch.inference_mode()
     def _forward(
         self, ids: list[int], positions: list[int], mask: torch.Tensor | None, *, num_logits: int
     ) -> torch.Tensor:
-        output = self._model(
-            input_ids=torch.tensor([ids], device=self._device),
-            position_ids=torch.tensor([positions], device=self._device),
-            attention_mask=mask,
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=num_logits,
-        )
+        ids_n, positions_n = torch.tensor([ids, positions], device=self._device)
+        logits_NV = forward(self._model, self._cache, ids_n, positions_n, mask, logits=num_logits)
         self._cache.length += len(ids)
-        logits_NV: torch.Tensor = output.logits[0]
         return logits_NV
 
     @torch.inference_mode()
@@ -259,11 +246,27 @@ class TransformersBackend:
             config.hidden_size // config.num_attention_heads
         )
         values = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim
-        memory = torch.cuda.get_device_properties(self._device).total_memory
-        return int(GPU_SHARE * memory / (values * self._model.dtype.itemsize))
+        free, _ = torch.cuda.mem_get_info(self._device)
+        return int(GPU_SHARE * free / (values * self._model.dtype.itemsize))
 
-    def _check(self) -> None:
-        """Reads two tokens, so that a model whose attention is another is told before work."""
+    def _documents_at_once(self, config: BackendConfig) -> int:
+        number = config.documents_at_once
+        if _rope_type(self._model.config) in ("dynamic", "longrope"):
+            if number is not None and number > 1:
+                raise UserError(
+                    f"documents_at_once ({number}): must be 1 for {self.tokenizer.name}, whose "
+                    "RoPE depends on the longest text that is read at once"
+                )
+            return 1
+        if number is not None:
+            return number
+        if self._device.type != "cuda" or self._batch_tokens is None:
+            return 1
+        return min(MOST_DOCUMENTS, max(1, self._batch_tokens // DOCUMENT_TOKENS))
+
+    def _check(self) -> RowCache:
+        """Reads two tokens, so that a model whose attention is another is told before work; the
+        cache that has them."""
         try:
             self._cache = RowCache(2)
             self._forward([0, 0], [0, 1], None, num_logits=1)
@@ -273,60 +276,36 @@ class TransformersBackend:
                 f"backend: transformers does not know ({error}); serve it with vLLM, SGLang or "
                 "llama.cpp, and set backend: server"
             ) from error
+        cache = self._cache
         self._forget()
+        return cache
 
 
 class _Mask:
-    """Which tokens of the cache each row attends: 0 or minus infinity, [G, N, capacity]."""
+    """Which tokens of the cache each row attends: 0 or minus infinity, [N, capacity]."""
 
-    def __init__(
-        self, rows: list[_Row], shared: int, capacity: int, group: int, *, like: torch.Tensor
-    ) -> None:
+    def __init__(self, rows: list[Row], shared: int, capacity: int, *, like: torch.Tensor) -> None:
         self._alone = len(rows) == 1
         if self._alone:
             return
-        shape = (group, len(rows), capacity)
+        shape = (len(rows), capacity)
         self._mask = torch.full(shape, float("-inf"), dtype=like.dtype, device=like.device)
-        self._mask[:, :, :shared] = 0
+        self._mask[:, :shared] = 0
         for index, row in enumerate(rows):
-            self._mask[:, index, row.start : row.start + len(row.prompt) - shared] = 0
+            self._mask[index, row.start : row.start + len(row.prompt) - shared] = 0
 
     def keep(self, indices: list[int]) -> None:
         """Leaves the rows that are not in `indices` out from now on."""
         if not self._alone:
-            self._mask = self._mask[:, indices]
+            self._mask = self._mask[indices]
 
     def with_new_tokens(self, length: int) -> torch.Tensor | None:
-        """[1, 1, G * N, length + N] where each row has one more token behind `length`."""
+        """[1, 1, N, length + N] where each row has one more token behind `length`."""
         if self._alone:
             return None
-        group, num_rows, _ = self._mask.shape
-        self._mask[:, :, length : length + num_rows].diagonal(dim1=1, dim2=2).zero_()
-        return self._mask[:, :, : length + num_rows].reshape(1, 1, group * num_rows, -1)
-
-
-def _shared_length(rows: list[_Row]) -> int:
-    """How many tokens all prompts begin with, less at least one of each that is still to be read.
-
-    Less than a block is not worth it: the few tokens of a template's opening.
-    """
-    first = rows[0].prompt
-    length = min(_common_length(first, row.prompt) for row in rows)
-    length = min(length, min(len(row.prompt) for row in rows) - 1)
-    return length if length >= BLOCK or len(rows) == 1 else 0
-
-
-def _common_length(left: list[int], right: list[int]) -> int:
-    longest = min(len(left), len(right))
-    if left[:longest] == right[:longest]:
-        return longest
-    return next(i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b)
-
-
-def _capacity(rows: list[_Row]) -> int:
-    """Tokens that the cache must hold for these rows."""
-    shared = _shared_length(rows)
-    return shared + sum(row.most_tokens - shared for row in rows)
+        end = length + len(self._mask)
+        self._mask[:, length:end].fill_diagonal_(0)
+        return self._mask[None, None, :, :end]
 
 
 def _load_model(config: BackendConfig) -> Any:
@@ -350,6 +329,15 @@ def _load_model(config: BackendConfig) -> Any:
     except Exception as error:  # transformers raises many kinds for a folder it cannot read
         reason = " ".join(str(error).split())
         raise UserError(f"model ({config.model}): cannot be loaded ({reason[:200]})") from error
+
+
+def _rope_type(model_config: Any) -> str:
+    """As transformers 5 and 4 spell it; `default` where nothing is said."""
+    for key in ("rope_parameters", "rope_scaling"):
+        parameters = getattr(model_config, key, None)
+        if isinstance(parameters, dict):
+            return str(parameters.get("rope_type") or parameters.get("type") or "default")
+    return "default"
 
 
 def set_rope_theta(model_config: Any, theta: float) -> None:

@@ -14,6 +14,8 @@ import torch
 
 from megatron_longpo.data.chat import prompt_ids
 from megatron_longpo.errors import UserError
+from megatron_longpo.generation.backends import rows as rows_module
+from megatron_longpo.generation.backends import together
 from megatron_longpo.generation.backends import transformers as backend_module
 from megatron_longpo.generation.backends.base import BackendError, Completion, Request, Sampling
 from megatron_longpo.generation.backends.config import BackendConfig
@@ -53,7 +55,8 @@ def complete(
 
 @pytest.fixture
 def backend(model: str, monkeypatch: pytest.MonkeyPatch) -> TransformersBackend:
-    monkeypatch.setattr(backend_module, "BLOCK", 32)
+    for module in (backend_module, rows_module, together):
+        monkeypatch.setattr(module, "BLOCK", 32)
     return TransformersBackend(config(model))
 
 
@@ -146,7 +149,7 @@ def test_samples_do_not_depend_on_neighbours_or_batches(
     together = complete(backend, requests)
     assert together == [complete(backend, [one])[0] for one in requests]
     assert together == complete(backend, requests[::-1])[::-1]
-    two = backend_module._capacity([backend._row(one) for one in requests[:2]])
+    two = rows_module.capacity([backend._row(one) for one in requests[:2]])
     for bounds, sizes in (
         ({"batch_size": 3}, [3, 1]),
         ({"batch_tokens": 10}, [1, 1, 1, 1]),
