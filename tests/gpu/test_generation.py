@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_longpo.data.chat import prompt_ids
-from megatron_longpo.generation.backends.base import Completion, Request, Sampling
+from megatron_longpo.generation.backends.base import (
+    BackendError,
+    Completion,
+    Request,
+    Sampling,
+)
 from megatron_longpo.generation.backends.config import BackendConfig
 from megatron_longpo.generation.backends.transformers import TransformersBackend
 
 pytestmark = pytest.mark.gpu
 
 GREEDY = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=32)
+SAMPLED = Sampling(temperature=1.0, top_p=0.9, max_new_tokens=45)
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +89,55 @@ def test_fp32_answers_are_those_of_generate(model: str, num_words: int) -> None:
     assert [answer.text for answer in answers if isinstance(answer, Completion)] == expected
 
 
-def test_bf16_answers_do_not_depend_on_what_was_asked_before(model: str) -> None:
+def test_documents_written_together_answer_as_one_by_one(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Some with prefixes of several blocks, some short, joining at different times."""
+    documents = [
+        requests_of(f"harbour {n} ledger tide " * n)[: 1 + n % 3] for n in range(1, 1300, 149)
+    ]
+    for index, requests in enumerate(documents):
+        requests[0] = replace(requests[0], sampling=SAMPLED, seed=index)
+
+    def answers(documents_at_once: int) -> list[list[Completion | BackendError]]:
+        backend = TransformersBackend(
+            BackendConfig(
+                model=model, dtype="fp32", device="cuda", documents_at_once=documents_at_once
+            )
+        )
+
+        async def ask(number: int) -> list[Completion | BackendError]:
+            for _ in range(3 * number):
+                await asyncio.sleep(0)
+            return await backend.complete(documents[number])
+
+        async def all_ask() -> list[list[Completion | BackendError]]:
+            return list(await asyncio.gather(*(ask(n) for n in range(len(documents)))))
+
+        written = asyncio.run(all_ask())
+        if documents_at_once > 1:
+            assert backend._together is not None and backend._together._graphs is not None
+            assert backend._together._graphs._graphs  # steps were captured
+        return written
+
+    assert answers(4) == answers(1)
+    assert "without CUDA graphs" not in capsys.readouterr().err
+
+
+def test_a_gpu_takes_several_documents_unless_told_otherwise(model: str) -> None:
     backend = TransformersBackend(BackendConfig(model=model, device="cuda"))
+    assert backend.documents_at_once == 32
+    documents = [requests_of(f"harbour {n} ledger tide " * 50) for n in range(40)]
+
+    async def all_ask() -> list[list[Completion | BackendError]]:
+        return list(await asyncio.gather(*(backend.complete(one) for one in documents)))
+
+    answers = asyncio.run(all_ask())
+    assert all(isinstance(answer, Completion) for one in answers for answer in one)
+
+
+def test_bf16_answers_do_not_depend_on_what_was_asked_before(model: str) -> None:
+    backend = TransformersBackend(BackendConfig(model=model, device="cuda", documents_at_once=1))
     requests = requests_of("harbour ledger barrel tide " * 2000)
     first = asyncio.run(backend.complete(requests))
     assert asyncio.run(backend.complete(requests)) == first  # from kept keys

@@ -59,7 +59,8 @@ class Backend(Protocol):
     async def complete(self, requests: Sequence[Request]) -> list[Completion | BackendError]:
         """Answers one document's requests, in order.
 
-        Greedy answers depend on these requests alone, so a resumed run writes the same text.
+        Greedy answers depend on these requests alone, rounding aside, so a resumed run writes the
+        same text.
 
         Raises:
             UserError: nothing can be answered any more, as when a server stays away.
