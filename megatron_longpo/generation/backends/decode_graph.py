@@ -34,11 +34,13 @@ class GraphedSteps:
         unit = max(LEAST_LENGTH, -(-capacity // GRAPHS))
         length = min(-(-length // unit) * unit, capacity)
         if self._works and length not in self._graphs:
-            self._capture(length)
+            with torch.cuda.device(self._model.device):  # a thread begins with the first GPU
+                self._capture(length)
         if not self._works:
             return self._slots.step(self._model, length)
         graph, logits_NV = self._graphs[length]
-        graph.replay()
+        with torch.cuda.device(self._model.device):
+            graph.replay()
         return logits_NV
 
     @torch.inference_mode()

@@ -2,6 +2,7 @@
 
 A document's requests wait until a slot is free, their prompts are read into it, and they join those
 that are being written; when the last of them has ended, the slot is free for the next document.
+The model runs in a thread, so that meanwhile others are tokenised and their answers checked.
 """
 
 from __future__ import annotations
@@ -106,12 +107,11 @@ class WriteTogether:
                 try:
                     await self._admit()
                     if self._active:
-                        self._write_some()
+                        await asyncio.to_thread(self._write_some)
                 except torch.OutOfMemoryError as error:
                     self._make_room(str(error))
-                # So that others may ask, and a request to stop is seen.
-                await asyncio.sleep(0)
                 self._leave()
+                await asyncio.sleep(0)  # so that those who are answered may ask again
         except Exception as error:
             self._give_up(error)
         finally:
@@ -133,7 +133,7 @@ class WriteTogether:
                 return
             group = self._waiting.popleft()
             self._active[min(free)] = group
-            await self._read(self._slots, min(free), group)
+            await asyncio.to_thread(self._read, self._slots, min(free), group)
             self._leave()
 
     def _wanted_shape(self) -> tuple[SlotShape, int]:
@@ -193,14 +193,14 @@ class WriteTogether:
 
     # ------------------------------------------------------------ reading and writing
 
-    async def _read(self, slots: SlotCache, number: int, group: _Group) -> None:
+    def _read(self, slots: SlotCache, number: int, group: _Group) -> None:
         """Reads a document's prompts, and writes the first token of each row."""
         cache, shared = slots.slot(number), group.shared
         end = shared
         for row in group.rows:
             row.start = end
             end += row.most_tokens - shared
-        await self._read_behind(cache, group.rows[0].prompt[:shared])
+        self._read_behind(cache, group.rows[0].prompt[:shared])
         if sum(len(row.prompt) - shared for row in group.rows) * end <= MOST_MASKED:
             logits_RV = slots.read_rests(self._model, cache, group.rows, shared)
         else:
@@ -209,7 +209,7 @@ class WriteTogether:
             logits = []
             for row in reversed(group.rows):
                 cache.length = shared
-                logits.append(await self._read_behind(cache, row.prompt[shared:]))
+                logits.append(self._read_behind(cache, row.prompt[shared:]))
                 if row.start > shared:
                     cache.move(shared, len(row.prompt) - shared, row.start)
             logits_RV = torch.stack(logits[::-1])
@@ -217,7 +217,7 @@ class WriteTogether:
         for row, token in zip(group.rows, tokens, strict=True):
             row.write(token, self._eos_ids)
 
-    async def _read_behind(self, cache: RowCache, ids: list[int]) -> torch.Tensor:
+    def _read_behind(self, cache: RowCache, ids: list[int]) -> torch.Tensor:
         """Reads ids behind the cache in blocks; the logits [V] of the last."""
         logits_V = torch.empty(0)
         for start in range(0, len(ids), BLOCK):
@@ -225,13 +225,13 @@ class WriteTogether:
             positions = torch.arange(len(block), device=self._device) + cache.length
             logits_V = forward(self._model, cache, block, positions, None, logits=1)[0]
             cache.length += len(block)
-            await asyncio.sleep(0)
         return logits_V
 
     def _write_some(self) -> None:
         """A token a row, or as many as can be written before they are looked at."""
-        assert self._slots is not None
-        shape = self._slots.shape
+        slots, graphs = self._slots, self._graphs
+        assert slots is not None
+        shape = slots.shape
         rows = {
             slot * shape.num_rows + index: row
             for slot, group in self._active.items()
@@ -239,23 +239,19 @@ class WriteTogether:
         }
         left = min(row.sampling.max_new_tokens - len(row.written) for row in rows.values())
         steps = min(self._steps, left)
-        self._slots.place(rows, {slot: group.shared for slot, group in self._active.items()})
+        slots.place(rows, {slot: group.shared for slot, group in self._active.items()})
         length = max(group.capacity for group in self._active.values())
         sampled = _sampled(rows)
         written = []
         for _ in range(steps):
-            if self._graphs is not None:
-                logits_NV = self._graphs.step(length)
-            else:
-                logits_NV = self._slots.step(self._model, length)
+            logits_NV = graphs.step(length) if graphs else slots.step(self._model, length)
             written.append(draw(logits_NV, sampled))
-            self._slots.advance(written[-1])
+            slots.advance(written[-1])
         tokens = torch.stack(written).tolist()  # the one place where the GPU is waited for
         for number, row in rows.items():
             for step in range(steps):
                 if row.is_active:
                     row.write(tokens[step][number], self._eos_ids)
-        self._leave()
 
 
 def _serves(there: SlotShape, wanted: SlotShape, num_groups: int) -> bool:
