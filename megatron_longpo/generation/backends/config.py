@@ -49,9 +49,8 @@ class BackendConfig:
     rope_theta: float | None = field(default=None, metadata=limits(above=0))
     """RoPE base of the model, for transformers; null = its own."""
     documents_at_once: int | None = field(default=None, metadata=limits(at_least=1))
-    """Documents under way at the same time, whose answers transformers writes together; null = 1 on
-    a CPU, and on a GPU as many of 8,192 tokens as fit into batch_tokens, at most 32. With more than
-    one, bf16 answers may differ from run to run."""
+    """Documents under way at the same time, whose answers transformers writes together, on a GPU by
+    CUDA graphs; null = 1. With more than one, bf16 answers may differ from run to run."""
     batch_size: int = field(default=8, metadata=limits(at_least=1))
     """Most requests of a document that transformers answers together."""
     batch_tokens: int | None = field(default=None, metadata=limits(at_least=1))

@@ -37,12 +37,6 @@ from megatron_longpo.generation.backends.together import WriteTogether
 GPU_SHARE = 0.6
 """Of the GPU's memory that the model leaves, what keys and values may take together."""
 
-MOST_DOCUMENTS = 32
-"""At once, where the settings do not say how many."""
-
-DOCUMENT_TOKENS = 8192
-"""Of such documents as many are taken as there is memory for; longer ones wait for theirs."""
-
 
 class TransformersBackend:
     """`AutoModelForCausalLM`; what a call's prompts begin with is read once."""
@@ -250,19 +244,13 @@ class TransformersBackend:
         return int(GPU_SHARE * free / (values * self._model.dtype.itemsize))
 
     def _documents_at_once(self, config: BackendConfig) -> int:
-        number = config.documents_at_once
-        if _rope_type(self._model.config) in ("dynamic", "longrope"):
-            if number is not None and number > 1:
-                raise UserError(
-                    f"documents_at_once ({number}): must be 1 for {self.tokenizer.name}, whose "
-                    "RoPE depends on the longest text that is read at once"
-                )
-            return 1
-        if number is not None:
-            return number
-        if self._device.type != "cuda" or self._batch_tokens is None:
-            return 1
-        return min(MOST_DOCUMENTS, max(1, self._batch_tokens // DOCUMENT_TOKENS))
+        number = config.documents_at_once or 1
+        if number > 1 and _rope_type(self._model.config) in ("dynamic", "longrope"):
+            raise UserError(
+                f"documents_at_once ({number}): must be 1 for {self.tokenizer.name}, whose "
+                "RoPE depends on the longest text that is read at once"
+            )
+        return number
 
     def _check(self) -> RowCache:
         """Reads two tokens, so that a model whose attention is another is told before work; the
