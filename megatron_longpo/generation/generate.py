@@ -23,6 +23,7 @@ from megatron_longpo.generation.backends.base import BackendError
 from megatron_longpo.generation.backends.factory import make_backend
 from megatron_longpo.generation.config import GenerateConfig
 from megatron_longpo.generation.documents import Document, DocumentSet, open_documents
+from megatron_longpo.generation.failures import GO_ON, FailuresInARow
 from megatron_longpo.generation.instructions import Instructions
 from megatron_longpo.generation.locks import hold
 from megatron_longpo.generation.manifest import (
@@ -41,9 +42,6 @@ from megatron_longpo.generation.writer import ExampleWriter, Written
 
 POLL_SECONDS = 1.0
 """How soon a stop signal is seen while documents are being written."""
-
-FAILURES_IN_A_ROW = 20
-"""Documents put aside one after the other, at least, before the run is given up."""
 
 
 def run_generate(config: GenerateConfig) -> GenerateSummary:
@@ -86,9 +84,6 @@ def run_generate(config: GenerateConfig) -> GenerateSummary:
     merged.num_resumed = summary.num_resumed
     print(f"{output}: {merged}")
     return merged
-
-
-GO_ON = "what is finished is kept, and the same command goes on"
 
 
 def _name(output: Path, shard: Shard) -> str:
@@ -145,7 +140,7 @@ class _ShardRun:
         self._writer = writer
         self._file = file
         self._under_way: dict[asyncio.Task[Written], Document] = {}
-        self._failures = 0
+        self._failures = FailuresInARow(writer.backend.documents_at_once)
         self.started = time.monotonic()
         self.num_resumed = 0
         self.put_aside: Counter[str] = Counter()
@@ -212,18 +207,13 @@ class _ShardRun:
         )
         self._file.append(record, written.example)
         if written.num_tokens:  # it was asked about
-            self._failures = 0
+            self._failures.succeeded()
         num_turns = 0 if written.lengths is None else written.lengths.num_turns
         self._progress.finished(num_turns=num_turns, num_tokens=written.num_tokens)
 
     def _put_aside(self, document: Document, reason: str) -> None:
         self.put_aside[reason] += 1
-        self._failures += 1
-        if self._failures >= max(FAILURES_IN_A_ROW, 2 * self._writer.backend.documents_at_once):
-            raise UserError(
-                f"{self._failures} documents in a row failed, the last ({document.source}) with: "
-                f"{reason}; {GO_ON}"
-            )
+        self._failures.failed(document.source, reason)
         self._progress.finished(num_turns=0, num_tokens=0)
 
 

@@ -10,7 +10,6 @@ import asyncio
 import dataclasses
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from typing import Any
 
 from megatron_longpo.data.chat import prompt_ids
 from megatron_longpo.data.examples import Example, ExampleFile, Turn, write_examples
-from megatron_longpo.data.jsonl import JsonlFile, dump_line, refuse_existing
+from megatron_longpo.data.jsonl import refuse_existing
 from megatron_longpo.data.progress import format_counts, track
 from megatron_longpo.data.prompt_layout import opening_messages
 from megatron_longpo.errors import UserError
@@ -31,19 +30,12 @@ from megatron_longpo.generation.backends.base import (
     Sampling,
 )
 from megatron_longpo.generation.backends.factory import make_backend
+from megatron_longpo.generation.failures import FailuresInARow
 from megatron_longpo.generation.judge_config import JudgeConfig
+from megatron_longpo.generation.judge_scores import ScoreFile, TurnScores
+from megatron_longpo.generation.manifest import model_fingerprint
 from megatron_longpo.generation.prompts import BETTER_REQUEST, SUPPORT_REQUEST
 from megatron_longpo.generation.verdicts import read_preference, read_score
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TurnScores:
-    """What the judge says of a turn; None where it said nothing that can be read."""
-
-    support: int | None
-    """How far the chunk supports the chosen answer, 1 to 5."""
-    better: float | None
-    """How often chosen beat rejected over both orders: 1, 0.75 (once, and once neither) ... 0."""
 
 
 @dataclass(kw_only=True)
@@ -75,57 +67,44 @@ def run_judge(config: JudgeConfig) -> JudgeSummary:
     """Writes the examples with their scores, and prints what became of them."""
     refuse_existing(config.output, overwrite=config.overwrite, key="output")
     examples = ExampleFile(config.examples)
-    path = Path(config.output)
-    scores_path = path.with_name(path.name + ".scores")
-    if config.overwrite:
-        scores_path.unlink(missing_ok=True)
+    output = Path(config.output)
     fingerprint = _fingerprint(config, examples)
-    scores = _read_scores(scores_path, fingerprint)
-    missing = [index for index in range(len(examples)) if index not in scores]
-    failed: Counter[str] = Counter()
-    if missing:
-        backend = make_backend(config)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        work = _Judging(config, examples, backend, scores_path, fingerprint)
-        asyncio.run(work.run(missing))
-        scores.update(work.scores)
-        failed = work.failed
-    if failed and not config.skip_failed:
-        raise UserError(
-            f"{config.examples}: {failed.total()} of {len(examples)} examples could not be judged "
-            f"({format_counts(failed)}); scores are kept in {scores_path}, and the same command "
-            "asks again for the rest. --skip_failed true leaves them out"
-        )
-    summary = JudgeSummary(dropped=Counter({f"example: {k}": n for k, n in failed.items()}))
-    kept = list(_kept(config, examples, scores, summary))
-    if not kept:
-        raise UserError(
-            f"{config.examples}: no example is left ({format_counts(summary.dropped)}); set "
-            f"least_support or least_better lower. Scores are kept in {scores_path}"
-        )
-    write_examples(config.output, kept)
-    scores_path.unlink()
-    print(f"{config.output}: {summary}")
+    with ScoreFile.opened(output, fingerprint, overwrite=config.overwrite) as file:
+        failed = _judge_missing(config, examples, file)
+        if failed and not config.skip_failed:
+            raise UserError(
+                f"{config.examples}: {failed.total()} of {len(examples)} examples could not be "
+                f"judged ({format_counts(failed)}); scores are kept in {file.path}, and the same "
+                "command asks again for the rest. --skip_failed true leaves them out"
+            )
+        summary = JudgeSummary(dropped=Counter({f"example: {k}": n for k, n in failed.items()}))
+        write_examples(output, _kept(config, examples, file, summary))
+        file.remove()
+    print(f"{output}: {summary}")
     return summary
+
+
+def _judge_missing(config: JudgeConfig, examples: ExampleFile, file: ScoreFile) -> Counter[str]:
+    """Scores what has no scores yet; how many could not be scored, by reason."""
+    missing = [index for index in range(len(examples)) if index not in file.scores]
+    if not missing:
+        return Counter()
+    work = _Judging(config, examples, make_backend(config), file)
+    asyncio.run(work.run(missing))
+    return work.failed
 
 
 class _Judging:
     """Asks about the examples, several at a time, and appends the scores of each when done."""
 
     def __init__(
-        self,
-        config: JudgeConfig,
-        examples: ExampleFile,
-        backend: Backend,
-        path: Path,
-        fingerprint: str,
+        self, config: JudgeConfig, examples: ExampleFile, backend: Backend, file: ScoreFile
     ) -> None:
         self._config = config
         self._examples = examples
         self._backend = backend
-        self._path = path
-        self._fingerprint = fingerprint
-        self.scores: dict[int, list[TurnScores]] = {}
+        self._file = file
+        self._failures = FailuresInARow(backend.documents_at_once)
         self.failed: Counter[str] = Counter()
 
     async def run(self, indices: Sequence[int]) -> None:
@@ -142,18 +121,18 @@ class _Judging:
 
     async def _work(self, queue: Iterator[int]) -> None:
         for index in queue:
-            turns = self._examples[index].turns
-            document = self._examples[index].document
+            example = self._examples[index]
             scores = []
-            for turn in turns:
-                judged = await self._judge(turn, document)
+            for turn in example.turns:
+                judged = await self._judge(turn, example.document)
                 if isinstance(judged, BackendError):
                     self.failed[str(judged)] += 1
+                    self._failures.failed(example.source, str(judged))
                     break
                 scores.append(judged)
             else:
-                self.scores[index] = scores
-                self._append(index, scores)
+                self._file.append(index, scores)
+                self._failures.succeeded()
 
     async def _judge(self, turn: Turn, document: str) -> TurnScores | BackendError:
         context = document if turn.chunk is None else turn.chunk
@@ -194,31 +173,24 @@ class _Judging:
             messages=tuple(opening_messages(None, context, text)), sampling=sampling, seed=0
         )
 
-    def _append(self, index: int, scores: Sequence[TurnScores]) -> None:
-        line = {
-            "settings": self._fingerprint,
-            "example": index,
-            "turns": [dataclasses.asdict(score) for score in scores],
-        }
-        with open(self._path, "a", encoding="utf-8", newline="\n") as file:
-            file.write(dump_line(line))
-
 
 def _kept(
-    config: JudgeConfig,
-    examples: ExampleFile,
-    scores: dict[int, list[TurnScores]],
-    summary: JudgeSummary,
+    config: JudgeConfig, examples: ExampleFile, file: ScoreFile, summary: JudgeSummary
 ) -> Iterator[Example]:
-    """Examples with their scores, without turns below the thresholds; counts both."""
+    """Examples with their scores, without turns below the thresholds; counts both.
+
+    Raises:
+        UserError: at the end, where there was none.
+    """
     for index, example in enumerate(examples):
         summary.num_examples += 1
         summary.num_turns += len(example.turns)
-        if index not in scores:
+        if index not in file.scores:
             continue
-        summary.scores += scores[index]
+        scores = file.scores[index]
+        summary.scores += scores
         keep = []
-        for number, score in enumerate(scores[index]):
+        for number, score in enumerate(scores):
             reason = _fault(config, score)
             if reason is None:
                 keep.append(number)
@@ -227,7 +199,12 @@ def _kept(
         if keep:
             summary.num_kept += 1
             summary.num_kept_turns += len(keep)
-            yield _with_scores(example, scores[index], keep, Path(config.model).name)
+            yield _with_scores(example, scores, keep, Path(config.model).name)
+    if summary.num_kept == 0:
+        raise UserError(
+            f"{config.examples}: no example is left ({format_counts(summary.dropped)}); set "
+            f"least_support or least_better lower. Scores are kept in {file.path}"
+        )
 
 
 def _fault(config: JudgeConfig, score: TurnScores) -> str | None:
@@ -266,7 +243,7 @@ def _fingerprint(config: JudgeConfig, examples: ExampleFile) -> str:
     """A hash of the examples and of all settings that change a score."""
     settings = {
         "examples": examples.fingerprint,
-        "model": config.model,
+        "model": model_fingerprint(config.model),
         "backend": config.backend,
         "server": [config.server.model, config.server.api, config.server.extra_body],
         "chat_template": config.chat_template,
@@ -277,24 +254,3 @@ def _fingerprint(config: JudgeConfig, examples: ExampleFile) -> str:
         "prompts": [SUPPORT_REQUEST, BETTER_REQUEST],
     }
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _read_scores(path: Path, fingerprint: str) -> dict[int, list[TurnScores]]:
-    """Scores of an unfinished run by the example's index; a last line cut short is taken off."""
-    if not path.exists():
-        return {}
-    data = path.read_bytes()
-    complete = data.rfind(b"\n") + 1
-    if complete < len(data):
-        os.truncate(path, complete)
-    scores = {}
-    lines = JsonlFile(path)
-    for index in range(len(lines)):
-        line = lines[index]
-        if line.get("settings") != fingerprint:
-            raise UserError(
-                f"{lines.where(index)}: was scored with other examples or settings; give "
-                "--overwrite to begin anew or choose another output"
-            )
-        scores[int(line["example"])] = [TurnScores(**turn) for turn in line["turns"]]
-    return scores

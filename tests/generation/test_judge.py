@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +14,10 @@ from megatron_longpo.cli import main
 from megatron_longpo.data.examples import Example, ExampleFile, Turn, write_examples
 from megatron_longpo.data.tokenizers import HuggingFaceTokenizer
 from megatron_longpo.errors import UserError
-from megatron_longpo.generation import judge
+from megatron_longpo.generation import failures, judge, judge_scores
 from megatron_longpo.generation.backends.base import BackendError, Completion, Request
 from megatron_longpo.generation.judge_config import JudgeConfig
+from megatron_longpo.generation.locks import hold
 from megatron_longpo.generation.verdicts import read_preference, read_score
 from tests import small_tokenizers as small
 
@@ -183,9 +187,72 @@ def test_scores_of_other_settings_are_refused(examples: str, backend: Judge) -> 
     backend.broken = lambda text: False
     scores = Path(config(examples).output + ".scores")
     scores.write_text('{"settings":"other","example":0,"turns":[]}\n')
-    with pytest.raises(UserError, match=r"scores:1: was scored with other examples or settings"):
+    with pytest.raises(UserError, match=r"scores:1: was scored with another model, examples or"):
         judge.run_judge(config(examples))
     assert judge.run_judge(config(examples, overwrite=True)).num_kept == 3
+
+
+def test_damaged_scores_are_named(
+    examples: str, backend: Judge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(judge, "_fingerprint", lambda *_: "f")
+    scores = Path(config(examples).output + ".scores")
+    for line in ('{"settings":"f"}', '{"settings":"f","example":0,"turns":[{"good":1}]}'):
+        scores.write_text(line + "\n")
+        with pytest.raises(UserError, match=r"scores:1: is damaged \(.*remove the line"):
+            judge.run_judge(config(examples))
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+from megatron_longpo.errors import UserError
+from megatron_longpo.generation.judge_scores import ScoreFile, TurnScores
+resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, 5_000))
+with ScoreFile.opened(Path(sys.argv[1]), "f", overwrite=False) as file:
+    try:
+        for index in range(1000):
+            file.append(index, [TurnScores(support=5, better=1.0)])
+    except UserError as error:
+        print(error)
+"""
+
+
+def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
+    output = tmp_path / "judged.jsonl"
+    command = [sys.executable, "-c", FULL_DISK, str(output)]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "judged.jsonl.scores: cannot be written (File too large); what is finished is" in told
+    assert [one.name for one in tmp_path.iterdir()] == ["judged.jsonl.scores"]
+    data = (tmp_path / "judged.jsonl.scores").read_bytes()
+    assert data.endswith(b"\n") and len(data) > 4_900
+    with judge_scores.ScoreFile.opened(output, "f", overwrite=False) as file:
+        assert sorted(file.scores) == list(range(data.count(b"\n")))
+
+
+def test_two_judges_of_one_output(examples: str, backend: Judge) -> None:
+    lock = Path(config(examples).output + ".lock")
+    with (
+        hold(lock, what="x"),
+        pytest.raises(UserError, match=rf"process {os.getpid()} on \S+; wai"),
+    ):
+        judge.run_judge(config(examples, overwrite=True))
+    assert backend.asked == []
+    assert judge.run_judge(config(examples)).num_kept == 3
+    assert not lock.exists()
+
+
+def test_a_judge_that_fails_on_everything_is_given_up(
+    examples: str, backend: Judge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(failures, "MOST_IN_A_ROW", 2)
+    write_examples(examples, [*ExampleFile(examples)] * 3)
+    backend.broken = lambda text: True
+    with pytest.raises(
+        UserError, match=r"4 documents in a row failed, the last \(.*:4\) with: serv"
+    ):
+        judge.run_judge(config(examples, skip_failed=True))
+    assert len(backend.asked) < 6 * 3  # the others under way end
 
 
 def test_examples_that_failed_can_be_left_out(examples: str, backend: Judge) -> None:

@@ -18,7 +18,7 @@ import pytest
 from megatron_longpo import stop
 from megatron_longpo.data.examples import ExampleFile
 from megatron_longpo.errors import StopRequested, UserError
-from megatron_longpo.generation import generate
+from megatron_longpo.generation import failures, generate
 from megatron_longpo.generation.backends.base import BackendError
 from megatron_longpo.generation.shards import Record, ShardWriter
 from tests.generation.scripted import Install, by_length, settings, whole_file
@@ -225,7 +225,7 @@ def test_a_lost_server_keeps_what_is_finished(
 def test_a_backend_that_fails_on_everything_is_given_up(
     many_documents: str, tmp_path: Path, scripted: Install, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generate, "FAILURES_IN_A_ROW", 3)
+    monkeypatch.setattr(failures, "MOST_IN_A_ROW", 3)
     backend = scripted(lambda _: BackendError("HTTP 401"))
     with pytest.raises(UserError, match=r"3 documents in a row failed, .* with: HTTP 401"):
         generate.run_generate(settings("m", many_documents, tmp_path))
