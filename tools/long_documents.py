@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import os
 import re
 import shutil
 import subprocess
@@ -29,7 +28,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 from examples.quickstart.documents import standard_library_files
-from megatron_longpo.data.jsonl import dump_line, partial_path
+from megatron_longpo.data.jsonl import dump_line, replacing
 from megatron_longpo.data.tokenizers import ChatTokenizer, load_tokenizer
 from megatron_longpo.errors import UserError
 from megatron_longpo.generation.chunking import chunk_document
@@ -164,14 +163,12 @@ def choose(by_source: dict[str, list[LongDocument]], max_bytes: int) -> Iterator
 
 def write_corpus(path: Path, documents: list[LongDocument]) -> None:
     """Writes a file that is there when it is whole; the same documents give the same bytes."""
-    partial = partial_path(path)
     with (
-        open(partial, "wb") as file,
+        replacing(path) as file,
         gzip.GzipFile(fileobj=file, mode="wb", filename="", mtime=0) as packed,
     ):
         for document in documents:
             packed.write(dump_line(asdict(document)).encode())
-    os.replace(partial, path)
     sources = Counter(document.source for document in documents)
     print(f"{path}: {len(documents)} documents, {path.stat().st_size / 1e6:.1f} MB")
     print("  by source: " + ", ".join(f"{name} {number}" for name, number in sources.items()))

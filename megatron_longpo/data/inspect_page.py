@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import resources
@@ -15,7 +14,7 @@ import numpy as np
 
 from megatron_longpo.data.inspect_samples import Sample
 from megatron_longpo.data.inspect_statistics import Series, Statistics
-from megatron_longpo.data.jsonl import partial_path
+from megatron_longpo.data.jsonl import write_whole
 
 TEMPLATE = "inspect_page.html"
 
@@ -52,14 +51,8 @@ def write_page(
     template = resources.files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8")
     before, after = template.split("{{ data }}")
     page = before.replace("{{ title }}", html.escape(title)) + _script_json(data) + after
-    partial = partial_path(path)
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        # Half of a surrogate pair, which a JSON text may hold, has no UTF-8.
-        partial.write_text(page, encoding="utf-8", errors="replace")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    # Half of a surrogate pair, which a JSON text may hold, has no UTF-8.
+    write_whole(path, page.encode("utf-8", errors="replace").decode("utf-8"))
 
 
 def _script_json(data: Any) -> str:

@@ -6,12 +6,13 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_longpo.data.jsonl import partial_path
+from megatron_longpo.data.jsonl import disk_errors, partial_path
 from megatron_longpo.data.rows import (
     LONG_COLUMNS,
     REFERENCE_COLUMNS,
@@ -68,29 +69,48 @@ def write_rows_dataset(folder: Path, tables: Iterable[Any]) -> None:
     The columns of short rows are left out where no row has any.
     """
     import datasets
-    from datasets.arrow_writer import ArrowWriter
 
     partial = partial_path(folder)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    with disk_errors(folder):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
     try:
-        digest = hashlib.blake2b(digest_size=8)
-        has_reference = False
-        # A row may hold a million integers, so few are kept in memory at a time.
-        with ArrowWriter(path=str(partial / "rows.arrow"), writer_batch_size=16) as writer:
-            for table in tables:
-                _update(digest, table)
-                has_reference |= table.column(REFERENCE_COLUMNS[0]).null_count == 0
-                writer.write_row(table)
-            writer.finalize()
-        written = datasets.Dataset.from_file(str(partial / "rows.arrow"))
-        if not has_reference:
-            written = written.remove_columns(list(REFERENCE_COLUMNS))
-        # By default the fingerprint follows the file's time; ours follows the rows.
-        dataset = datasets.Dataset(written.data, info=written.info, fingerprint=digest.hexdigest())
-        dataset.save_to_disk(str(partial / "dataset"))
-        if folder.exists():
-            shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
-        os.replace(partial / "dataset", folder)
+        rows = partial / "rows.arrow"
+        fingerprint, has_reference = _write_rows(rows, tables, folder)
+        with disk_errors(folder):
+            written = datasets.Dataset.from_file(str(rows))
+            if not has_reference:
+                written = written.remove_columns(list(REFERENCE_COLUMNS))
+            # By default the fingerprint follows the file's time; ours follows the rows.
+            dataset = datasets.Dataset(written.data, info=written.info, fingerprint=fingerprint)
+            dataset.save_to_disk(str(partial / "dataset"))
+            if folder.exists():
+                shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
+            os.replace(partial / "dataset", folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_rows(path: Path, tables: Iterable[Any], folder: Path) -> tuple[str, bool]:
+    """Writes an Arrow file for `folder`; returns a hash of its rows, and whether any has short
+    rows."""
+    from datasets.arrow_writer import ArrowWriter
+
+    digest = hashlib.blake2b(digest_size=8)
+    has_reference = False
+    # A row may hold a million integers, so few are kept in memory at a time.
+    with disk_errors(folder):
+        writer = ArrowWriter(path=str(path), writer_batch_size=16)
+    try:
+        for table in tables:
+            _update(digest, table)
+            has_reference |= table.column(REFERENCE_COLUMNS[0]).null_count == 0
+            with disk_errors(folder):
+                writer.write_row(table)
+        with disk_errors(folder):
+            writer.finalize()
+    finally:
+        # What a full disk refused has been said, and would be refused once more.
+        with suppress(OSError):
+            writer.close()
+    return digest.hexdigest(), has_reference

@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +220,41 @@ def test_existing_output_is_refused(tmp_path: Path, model: str) -> None:
     with pytest.raises(UserError, match=r"output \(.*rows\): exists and is not empty"):
         run_tokenize(make(tmp_path, model, output=str(tmp_path / "rows")))
     assert (tmp_path / "rows.jsonl").read_text() == "precious\n"
+
+
+@contextmanager
+def files_up_to(num_bytes: int) -> Iterator[None]:
+    """Files get no larger in this process, as on a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("name", ["full", "full.jsonl"])
+@pytest.mark.parametrize("num_bytes", [500, 30_000])
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    name: str, num_bytes: int, tmp_path: Path, model: str
+) -> None:
+    write(tmp_path / "e.jsonl", *(example(id=str(number)) for number in range(60)))
+    before = sorted(tmp_path.iterdir())
+    with (
+        files_up_to(num_bytes),
+        pytest.raises(UserError, match=rf"{name}: cannot be written \(.*File too large"),
+    ):
+        run_tokenize(make(tmp_path, model, output=str(tmp_path / name)))
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_disk_too_full_for_the_page(tmp_path: Path) -> None:
+    write(tmp_path / "e.jsonl", example())
+    page = tmp_path / "page.html"
+    config = InspectConfig(rows=str(tmp_path / "e.jsonl"), html=str(page), max_chars=10)
+    with files_up_to(5_000), pytest.raises(UserError, match=r"page.html: cannot be written"):
+        run_inspect(config)
+    assert [one.name for one in tmp_path.iterdir()] == ["e.jsonl"]
 
 
 def test_inspect_shows_segments_and_statistics(
