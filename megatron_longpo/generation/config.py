@@ -19,6 +19,8 @@ class GenerateConfig(BackendConfig):
     code, JSONL and Parquet; a `save_to_disk` folder; or a hub id, which is streamed."""
     text_column: str = "text"
     """The column of JSONL, Parquet and data sets that holds the text."""
+    subset: str | None = None
+    """Configuration of a hub id that has several, such as a language; null = its default."""
     split: str | None = None
     """Split of a data set; null = the only one, or `train`."""
     encoding: str | None = None

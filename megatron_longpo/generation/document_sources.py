@@ -28,6 +28,7 @@ class ReadOptions:
     """How texts are found in what is read."""
 
     text_column: str = "text"
+    subset: str | None = None
     split: str | None = None
     encoding: str | None = None
     max_bytes: int = 16_000_000
@@ -262,6 +263,8 @@ def open_sources(path: str, options: ReadOptions) -> tuple[list[Source], list[Re
             sources.append(_open_file(one, options))
     if options.split is not None and not any(isinstance(one, HubDataset) for one in sources):
         raise UserError(f"split ({options.split}): {path} has no splits; leave split out")
+    if options.subset is not None:
+        raise UserError(f"subset ({options.subset}): {path} is no hub id; leave subset out")
     return sources, faults
 
 
@@ -322,9 +325,13 @@ def _from_hub(hub_id: str, options: ReadOptions) -> Any:
     import datasets
 
     try:
-        loaded = datasets.load_dataset(hub_id, streaming=True)
+        loaded = datasets.load_dataset(hub_id, options.subset, streaming=True)
     except Exception as error:
         reason = " ".join(str(error).split())
+        # It has several, and the reason names them.
+        if reason.startswith(("Config name is missing", "BuilderConfig")):
+            subset = options.subset or "null"
+            raise UserError(f"subset ({subset}): {hub_id}: {reason[:300]}") from error
         raise UserError(
             f"{options.key} ({hub_id}): no such file or folder here, and the hub did not give it "
             f"({reason[:300]})"

@@ -159,6 +159,7 @@ def open_documents(config: GenerateConfig, *, shard: tuple[int, int] = (0, 1)) -
         config.documents,
         options=ReadOptions(
             text_column=config.text_column,
+            subset=config.subset,
             split=config.split,
             encoding=config.encoding,
             max_bytes=config.max_document_bytes,

@@ -271,18 +271,24 @@ def test_hub_datasets_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "rows.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
     load = datasets.load_dataset
 
-    def local(name: str, *, streaming: bool) -> Any:
+    def local(name: str, subset: str | None, *, streaming: bool) -> Any:
         assert (name, streaming) == ("owner/name", True)
+        if subset != "en":
+            raise ValueError("Config name is missing. Please pick one among ['en', 'de']")
         return load("json", data_files=str(tmp_path / "rows.jsonl"), streaming=True)
 
     monkeypatch.setattr(datasets, "load_dataset", local)
-    documents, _ = read("owner/name")
+    documents, _ = read("owner/name", options={"subset": "en"})
     assert [(d.text, d.source) for d in documents] == [
         ("one", "owner/name[0]"),
         ("two", "owner/name[1]"),
     ]
     with pytest.raises(UserError, match=r"owner/name: has no column body, only text"):
-        DocumentSet("owner/name", options=ReadOptions(text_column="body"))
+        DocumentSet("owner/name", options=ReadOptions(text_column="body", subset="en"))
+    with pytest.raises(UserError, match=r"subset \(null\): owner/name: Config name is missing"):
+        DocumentSet("owner/name")
+    with pytest.raises(UserError, match=r"subset \(en\): .* is no hub id; leave subset out"):
+        DocumentSet(str(tmp_path / "rows.jsonl"), options=ReadOptions(subset="en"))
 
 
 # ---------------------------------------------------------------- duplicates and shards
