@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -28,6 +29,8 @@ class Loopback:
     most_at_once: int = 0
     seconds: float = 0.0
     """How long a good answer takes."""
+    die: Callable[[], None] = lambda: None
+    """Ends the server; until the end of the block its port is nobody else's."""
     _at_once: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _over: threading.Event = field(default_factory=threading.Event)
@@ -124,6 +127,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
+    request_queue_size = 128  # a test's requests come at once, and a busy machine takes them slowly
     block_on_close = False
 
     def handle_error(self, *_: Any) -> None:
@@ -136,13 +140,33 @@ def loopback(**more: Any) -> Iterator[Loopback]:
     state = Loopback(**more)
     handler = type("Handler", (_Handler,), {"state": state})
     server = _Server(("127.0.0.1", 0), handler)
-    state.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+    port = server.server_address[1]
+    state.url = f"http://127.0.0.1:{port}/v1"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        yield state
-    finally:
+
+    def end() -> None:
         state._over.set()
         server.shutdown()
         server.server_close()
         thread.join()
+
+    with contextlib.ExitStack() as ends:
+        ends.callback(end)
+
+        def die() -> None:
+            ends.pop_all().close()
+            ends.enter_context(refusing_port(port))
+
+        state.die = die
+        thread.start()
+        yield state
+
+
+@contextlib.contextmanager
+def refusing_port(port: int = 0) -> Iterator[int]:
+    """A port (a free one for 0) where connections are refused: taken, so that nobody listens."""
+    with socket.socket() as taken:
+        if port:  # connections to its last owner may linger
+            taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind(("127.0.0.1", port))
+        yield taken.getsockname()[1]

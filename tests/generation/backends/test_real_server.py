@@ -126,7 +126,8 @@ def test_generate_is_stopped_by_a_lost_server_and_resumed(
         url = stack.enter_context(serving(port, tmp_path / "log"))
 
         def end_after_the_first_example() -> None:
-            while not any(p.stat().st_size for p in tmp_path.rglob("*.partial*") if p.is_file()):
+            shard = tmp_path / "examples.jsonl.partial" / "shard-0-of-1.jsonl"
+            while not (shard.exists() and shard.stat().st_size):
                 time.sleep(0.05)
             stack.close()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ from megatron_longpo.generation.backends.base import BackendError, Completion, R
 from megatron_longpo.generation.backends.config import BackendConfig, ServerConfig
 from megatron_longpo.generation.backends.factory import make_backend
 from megatron_longpo.generation.backends.server import ServerBackend
-from tests.generation.backends.loopback import Loopback, loopback
+from tests.generation.backends.loopback import Loopback, loopback, refusing_port
 
 SAMPLING = Sampling(temperature=0.7, top_p=0.9, max_new_tokens=50)
 SECRET = "sk-very-secret-4711"
@@ -175,18 +174,18 @@ def test_several_endpoints_share_the_work(model: str) -> None:
         assert min(len(one.bodies), len(two.bodies)) >= 4
 
 
-def free_url() -> str:
-    with contextlib.closing(socket.socket()) as taken:
-        taken.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{taken.getsockname()[1]}/v1"
+@pytest.fixture
+def dead_url() -> Iterator[str]:
+    with refusing_port() as port:
+        yield f"http://127.0.0.1:{port}/v1"
 
 
 def test_a_dead_endpoint_is_left_out(
-    model: str, server: Loopback, capsys: pytest.CaptureFixture[str]
+    model: str, server: Loopback, dead_url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    dead = free_url()
-    backend = make(model, dead, server.url, retries=0)
-    assert f"warning: server endpoints not reached, tried later: {dead}" in capsys.readouterr().err
+    backend = make(model, dead_url, server.url, retries=0)
+    told = f"warning: server endpoints not reached, tried later: {dead_url}"
+    assert told in capsys.readouterr().err
     assert complete(backend, *[request(str(n), n) for n in range(20)]) == [GOOD] * 20
 
 
@@ -194,32 +193,31 @@ def test_an_endpoint_that_dies_midway_is_left(model: str, server: Loopback) -> N
     with loopback() as dying:
         backend = make(model, dying.url, server.url, retries=0)
         server.behaviours = ["500"]  # a failure is no outage, and counts
-    answers = complete(backend, *[request(str(n), n) for n in range(10)])
+        dying.die()
+        answers = complete(backend, *[request(str(n), n) for n in range(10)])
     assert sum(answer == GOOD for answer in answers) == 9
 
 
 def test_a_server_that_stays_away_ends_the_run(model: str) -> None:
     with loopback() as dying:
         backend = make(model, dying.url, retries=0, outage_minutes=0.005)
-    started = time.monotonic()
-    with pytest.raises(UserError) as caught:
-        complete(backend, request(), request())
+        dying.die()
+        started = time.monotonic()
+        with pytest.raises(UserError) as caught:
+            complete(backend, request(), request())
     assert time.monotonic() - started >= 0.3
     assert str(caught.value).startswith(f"server ({dying.url}): no answer for 0.0 minutes (")
     assert "finished samples are kept, and the same command resumes" in str(caught.value)
 
 
-def test_an_endpoint_at_work_is_no_outage(model: str, server: Loopback) -> None:
+def test_an_endpoint_at_work_is_no_outage(model: str, server: Loopback, dead_url: str) -> None:
     server.seconds = 0.5
-    backend = make(model, free_url(), server.url, retries=0, outage_minutes=0.003, concurrency=2)
+    backend = make(model, dead_url, server.url, retries=0, outage_minutes=0.003, concurrency=2)
     assert complete(backend, request("One?"), request("Two?")) == [GOOD, GOOD]
 
 
 def test_a_server_that_comes_back_is_used(model: str) -> None:
-    with loopback() as first:
-        backend = make(model, first.url, retries=0)
-
-    async def run() -> list[Completion | BackendError]:
+    async def run(backend: ServerBackend) -> list[Completion | BackendError]:
         task = asyncio.create_task(backend.complete([request()]))
         await asyncio.sleep(0.1)
         assert not task.done()
@@ -228,7 +226,10 @@ def test_a_server_that_comes_back_is_used(model: str) -> None:
                 endpoint.client.base_url = second.url
             return await task
 
-    assert asyncio.run(run()) == [GOOD]
+    with loopback() as first:
+        backend = make(model, first.url, retries=0)
+        first.die()
+        assert asyncio.run(run(backend)) == [GOOD]
 
 
 def test_stopping_leaves_nothing_under_way(model: str, server: Loopback) -> None:
@@ -249,10 +250,12 @@ def test_stopping_leaves_nothing_under_way(model: str, server: Loopback) -> None
 # ---------------------------------------------------------------- before work
 
 
-def test_no_endpoint_reached(model: str) -> None:
-    one, two = free_url(), free_url()
-    with pytest.raises(UserError, match=rf"server \({one}: .*; {two}: .*\): cannot be reached"):
-        make(model, one, two)
+def test_no_endpoint_reached(model: str, dead_url: str) -> None:
+    other = dead_url.replace("127.0.0.1", "127.0.0.2")
+    with pytest.raises(
+        UserError, match=rf"server \({dead_url}: .*; {other}: .*\): cannot be reached"
+    ):
+        make(model, dead_url, other)
 
 
 def test_which_model_is_served(model: str, server: Loopback) -> None:
@@ -317,7 +320,7 @@ def test_the_key_is_sent_and_never_told(
 
 
 def test_generate_without_a_server_is_one_line(
-    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: str, tmp_path: Path, dead_url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "documents.txt").write_text("Words. " * 500)
     options = [
@@ -325,7 +328,7 @@ def test_generate_without_a_server_is_one_line(
         f"--documents={tmp_path / 'documents.txt'}",
         f"--output={tmp_path / 'out.jsonl'}",
         "--backend=server",
-        f"--server.endpoints=[{free_url()}]",
+        f"--server.endpoints=[{dead_url}]",
     ]
     assert main(["generate", *options]) == 2
     error = capsys.readouterr().err
