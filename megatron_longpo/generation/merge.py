@@ -129,7 +129,8 @@ def merge(
                 shutil.rmtree(folder)
             raise UserError(
                 f"{output}: the documents gave no example (dropped: "
-                f"{format_counts(summary.dropped)}); see chunk_min_tokens and chunk_max_tokens"
+                f"{format_counts(summary.dropped)}); see documents, chunk_min_tokens and "
+                "chunk_max_tokens, or filters, by what was dropped"
             )
         summary.write(summary_path(output))
         if report:

@@ -41,8 +41,10 @@ class Endpoint:
         self.num_unreachable = 0
 
     def unreachable(self) -> None:
-        self.num_unreachable += 1
-        self.pause(backoff(self.num_unreachable))
+        """Leaves it alone for a while; requests that fail together count once."""
+        if self.ready_at <= time.monotonic():
+            self.num_unreachable += 1
+            self.pause(backoff(self.num_unreachable))
 
     def pause(self, seconds: float) -> None:
         self.ready_at = max(self.ready_at, time.monotonic() + seconds)

@@ -210,6 +210,16 @@ def test_a_server_that_stays_away_ends_the_run(model: str) -> None:
     assert "finished samples are kept, and the same command resumes" in str(caught.value)
 
 
+def test_requests_that_fail_together_are_one_failure(model: str) -> None:
+    with loopback() as dying:
+        backend = make(model, dying.url, retries=0, outage_minutes=0.001)
+        dying.die()
+        with pytest.raises(UserError, match="no answer for"):
+            complete(backend, *[request(str(n), n) for n in range(16)])
+    # Waits double from a hundredth of a second; sixteen in a row would be a minute.
+    assert backend._pool.endpoints[0].num_unreachable < 10
+
+
 def test_an_endpoint_at_work_is_no_outage(model: str, server: Loopback, dead_url: str) -> None:
     server.seconds = 0.5
     backend = make(model, dead_url, server.url, retries=0, outage_minutes=0.003, concurrency=2)
