@@ -58,7 +58,8 @@ class GenerateConfig(BackendConfig):
     """With `model`: take a chunk where at least so many questions parse; null = exactly the four
     that were asked for, as in the paper."""
     fact_kinds: list[str] | None = None
-    """With `template` or `planted`: kinds of facts to ask for (docs/generate.md); null = all."""
+    """With `template` or `planted`: kinds of facts to ask for (docs/generate.md); null = all
+    but, with `planted`, those that small models seldom answer."""
     fact_split: Literal["train", "test"] = "train"
     """With `planted`: `test` has other kinds, wordings and names, for evaluation."""
     require_fact: bool = False
@@ -77,8 +78,9 @@ class GenerateConfig(BackendConfig):
     max_new_tokens: int = 1024
     """Most tokens of an answer."""
     filters: list[FilterName] = field(default_factory=lambda: list(DEFAULT_FILTERS))
-    """Answers to drop, by name (docs/generate.md); `unfinished`, which is not among the default,
-    drops those that reached max_new_tokens before their end."""
+    """Answers to drop, by name (docs/generate.md). Not among the default: `loop` drops rejected
+    answers that repeat themselves too, `unfinished` and `chosen_unfinished` those that reached
+    max_new_tokens before their end."""
     chosen_temperature: float = 0.0
     """Sampling temperature of chosen answers; 0 = greedy."""
     chosen_top_p: float = 1.0

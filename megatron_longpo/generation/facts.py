@@ -56,9 +56,18 @@ def choose_fact(
 
 
 def holds_fact(text: str, answer: tuple[str, ...]) -> bool:
-    """Whether a text holds every word of the answer, letter case and spacing aside."""
-    squeezed = re.sub(r"\s+", "", text).lower()
-    return all(re.sub(r"\s+", "", word).lower() in squeezed for word in answer)
+    """Whether a text holds every word of the answer, letter case and spacing aside.
+
+    A number counts by itself alone: 37 is not in 1837, nor in 37.5.
+    """
+    return all(re.search(_pattern(word), text, re.IGNORECASE) for word in answer)
+
+
+def _pattern(word: str) -> str:
+    marks = "".join(word.split())
+    before = r"(?<!\d)(?<!\d[.,])" if marks[:1].isdigit() else ""
+    after = r"(?!\d)(?![.,]\d)" if marks[-1:].isdigit() else ""
+    return before + r"\s*".join(map(re.escape, marks)) + after
 
 
 # ---------------------------------------------------------------- Python

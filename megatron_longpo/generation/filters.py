@@ -7,6 +7,8 @@ import re
 from collections.abc import Callable, Collection
 from typing import Any, Literal, get_args
 
+from megatron_longpo.generation.near_duplicates import SPACELESS
+
 FilterName = Literal[
     "empty",
     "wordless",
@@ -15,11 +17,18 @@ FilterName = Literal[
     "thinking",
     "language",
     "same",
+    "chosen_loop",
+    "loop",
+    "chosen_unfinished",
     "unfinished",
 ]
+"""`chosen_loop` is `loop` for chosen answers alone, and so on."""
 
 DEFAULT_FILTERS: tuple[FilterName, ...] = tuple(
-    name for name in get_args(FilterName) if name != "unfinished"
+    name
+    for name in get_args(FilterName)
+    # Loops are what short-context models write after long documents: a preference worth learning.
+    if name not in ("loop", "chosen_unfinished", "unfinished")
 )
 
 REFUSALS = (
@@ -69,6 +78,11 @@ REFUSAL_CHARS = 160
 MOST_REPEATED = {"chosen": 0.90, "rejected": 0.95}
 """Largest share of words that occurred before in the answer."""
 
+LOOP_WORDS = 4
+MOST_LOOPING = 0.5
+"""Largest share of runs of LOOP_WORDS words that occurred before in an answer. What is said twice
+stays below, what is said three times over is above; prose of any length is far below."""
+
 LEAST_WORDS = 2
 
 LEAST_LETTERS = 20
@@ -78,6 +92,7 @@ LANGUAGE_CONFIDENCE = 0.8
 """Least probability at which a text's language counts as known."""
 
 _WORD = re.compile(r"\w*[^\W\d_]\w*")
+_SPACED = re.compile(rf"[{SPACELESS}]|[^\s{SPACELESS}]+")
 _CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`", re.DOTALL)
 _THINKING = re.compile(r"</?(?:think|thinking|thought|reasoning)>|\[/?THINK\]")
 
@@ -107,10 +122,11 @@ class Filters:
             "repetition": lambda: repeated_ratio(_words(answer)) > MOST_REPEATED[branch],
             "thinking": lambda: _THINKING.search(answer) is not None,
             "language": lambda: other_language(answer, question, context),
+            "loop": lambda: is_loop(answer),
             "unfinished": lambda: not finished,
         }
         for name, fails in checks.items():
-            if name in self.names and fails():
+            if (name in self.names or f"{branch}_{name}" in self.names) and fails():
                 return f"{branch} answer: {name}"
         return None
 
@@ -129,6 +145,13 @@ def is_refusal(answer: str) -> bool:
 def repeated_ratio(words: list[str]) -> float:
     """The share of words that occurred before: 0 for all different, near 1 for one word over."""
     return 1 - len(set(words)) / len(words) if words else 0.0
+
+
+def is_loop(answer: str) -> bool:
+    """Whether most of an answer says again, word by word, what it has said; marks count too."""
+    words = _SPACED.findall(answer.lower())
+    runs = list(zip(*(words[start:] for start in range(LOOP_WORDS)), strict=False))
+    return bool(runs) and 1 - len(set(runs)) / len(runs) > MOST_LOOPING
 
 
 def same_answer(chosen: str, rejected: str) -> bool:

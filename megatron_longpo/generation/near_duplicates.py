@@ -21,10 +21,10 @@ _LEAST_RECALL = 0.999
 _SEED = 42
 _BATCH = 10_000
 
-_WORD = re.compile(
-    # Scripts without spaces: a character counts as a word.
-    r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af]|[^\W_]+"
-)
+SPACELESS = r"\u0e00-\u0e7f\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"
+"""Scripts without spaces, for a class of a regular expression: a character counts as a word."""
+
+_WORD = re.compile(rf"[{SPACELESS}]|[^\W_]+")
 
 
 class NearDuplicates:

@@ -2,6 +2,9 @@
 
 Every kind belongs to training or to tests, and so does every name, so that an evaluation asks for
 nothing that a model was trained on: neither kinds, nor wordings, nor names.
+
+Training's sentences say first what they are about, in the words of the question, and some say it
+twice: small models find little else, and a wrong chosen answer teaches nothing.
 """
 
 from __future__ import annotations
@@ -24,6 +27,8 @@ class PlantedKind:
     questions: tuple[str, ...]
     answer: tuple[str, ...]
     """Fields that a right answer holds, all of them."""
+    hard: bool = False
+    """Asked for only by name: small models seldom answer it even from a short chunk."""
 
 
 PLANTED_KINDS: Mapping[str, PlantedKind] = {
@@ -31,48 +36,65 @@ PLANTED_KINDS: Mapping[str, PlantedKind] = {
         split="train",
         statements=(
             ("The access code of the {thing} is {code}.",),
-            ("Whoever opens the {thing} has to enter the code {code}.",),
-            ("Note: {code} is the code that unlocks the {thing}.",),
+            (
+                "The access code of the {thing} is {code}. "
+                "Remember it: {code} is the access code of the {thing}.",
+            ),
         ),
         questions=(
             "What is the access code of the {thing}?",
-            "Which code opens the {thing}?",
-            "Which code does one need for the {thing}?",
+            "Which access code does the {thing} have?",
         ),
         answer=("code",),
     ),
     "role_holder": PlantedKind(
         split="train",
         statements=(
-            ("In that year {person} was the {role}.",),
-            ("The office of the {role} was held by {person}.",),
-            ("{person}, the {role}, signed the list.",),
+            ("The name of the {role} is {person}.",),
+            ("The {role} is {person}. Remember it: {person} is the {role}.",),
         ),
-        questions=("Who was the {role}?", "What is the name of the {role}?"),
+        questions=("Who is the {role}?", "What is the name of the {role}?"),
         answer=("person",),
     ),
     "event_date": PlantedKind(
         split="train",
         statements=(
             ("The {event} took place on {date}.",),
-            ("On {date} the {event} was held for the first time.",),
-            ("The records give {date} as the day of the {event}.",),
+            ("The {event} was held on {date}.",),
         ),
-        questions=("On which day was the {event}?", "When did the {event} take place?"),
+        questions=("On which day did the {event} take place?", "When was the {event} held?"),
         answer=("date",),
     ),
     "object_place": PlantedKind(
         split="train",
         statements=(
             ("The {thing} is kept in the {place}.",),
-            ("Visitors find the {thing} in the {place}.",),
-            ("Since the move, the {place} has housed the {thing}.",),
+            ("The {thing} stands in the {place}.",),
         ),
-        questions=("Where is the {thing} kept?", "In which place is the {thing}?"),
+        questions=("Where is the {thing} kept?", "Where does the {thing} stand?"),
         answer=("place",),
+    ),
+    "maker": PlantedKind(
+        split="train",
+        statements=(
+            ("The {thing} was made by {person}.",),
+            ("The {thing} was made by {person}. Remember it: {person} made the {thing}.",),
+        ),
+        questions=("Who made the {thing}?", "By whom was the {thing} made?"),
+        answer=("person",),
+    ),
+    "weight": PlantedKind(
+        split="train",
+        statements=(
+            ("The {thing} weighs {more} kilograms.",),
+            ("The weight of the {thing} is {more} kilograms.",),
+        ),
+        questions=("How much does the {thing} weigh?", "What is the weight of the {thing}?"),
+        answer=("more",),
     ),
     "item_list": PlantedKind(
         split="train",
+        hard=True,
         statements=(
             ("The {thing} holds {item1}, {item2}, {item3} and {item4}.",),
             ("Four goods lay in the {thing}: {item1}, {item2}, {item3} and {item4}.",),
@@ -85,6 +107,7 @@ PLANTED_KINDS: Mapping[str, PlantedKind] = {
     ),
     "two_hop_place": PlantedKind(
         split="train",
+        hard=True,
         statements=(
             ("{person} looks after the {thing}.", "{person} works in the {place}."),
             ("The {thing} is in the care of {person}.", "The {place} is where {person} works."),
@@ -97,6 +120,7 @@ PLANTED_KINDS: Mapping[str, PlantedKind] = {
     ),
     "heavier": PlantedKind(
         split="train",
+        hard=True,
         statements=(
             ("The {thing} weighs {more} kilograms.", "The {thing2} weighs {less} kilograms."),
             (
@@ -240,7 +264,7 @@ def made_up_fields(rng: random.Random, split: Split) -> dict[str, str]:
         "role": f"{rng.choice(pool('office'))} of the {rng.choice(pool('duty'))}",
         "place": f"{rng.choice(pool('quarter'))} {rng.choice(pool('building'))}",
         "event": f"{rng.choice(pool('town'))} {rng.choice(pool('gathering'))}",
-        "date": f"{rng.randint(1, 28)} {rng.choice(pool('month'))} {rng.randint(1801, 1989)}",
+        "date": f"{rng.choice(pool('month'))} {rng.randint(1, 28)}, {rng.randint(1801, 1989)}",
         "code": "".join(rng.choices("BCDFGHJKLMNPQRSTVWXZ", k=2)) + f"-{rng.randint(1000, 9999)}",
         "number": str(rng.randint(10000, 99999)),
         "less": str(less),

@@ -57,12 +57,12 @@ def plant(
         index: which of them the fact goes to.
         rng: decides kind, names, wording and place.
         split: `train` or `test`: kinds, wordings and names of the two have nothing in common.
-        kinds: names in `PLANTED_KINDS`, of that split; None = all of it.
+        kinds: names in `PLANTED_KINDS`, of that split; None = all of it that is not `hard`.
     """
     names = sorted(
         name
         for name, kind in PLANTED_KINDS.items()
-        if kind.split == split and (kinds is None or name in kinds)
+        if kind.split == split and (not kind.hard if kinds is None else name in kinds)
     )
     made = _make_up(document, rng.choice(names), split, rng)
     if made is None:

@@ -7,28 +7,32 @@ import random
 import re
 
 PHRASINGS = (
-    "{question} Answer as the text above describes it.",
-    "{question} Answer from the text above.",
+    "{question}\nAnswer from the text above.",
     "{question} Base your answer on the text above.",
     "{question} Keep to what the text above says.",
-    "{question} The answer is in the text above.",
-    "{question} Use only the text above.",
-    "{question} Refer to the text above.",
-    "{question} Rely on the text given above.",
-    "{question} Answer with what you have read above.",
-    "{question} Look it up in the text above.",
+    "{question} Take the answer from the text above.",
     "Going by the text above: {question}",
     "According to the text above: {question}",
     "As described in the text above: {question}",
     "With the text above in mind: {question}",
     "From what is written above: {question}",
-    "A question about the text above: {question}",
-    "Judging by the text above: {question}",
     "Given the text above: {question}",
     "Having read the text above: {question}",
-    "The text above answers this question: {question}",
+    "Question about the text above: {question}",
+    "Here is a question about the text above. {question}",
+    "Read the text above and answer: {question}",
+    "Answer from the text above: {question}",
+    "Answer this question from the text above: {question}",
+    "Please answer from the text above: {question}",
+    "Based on the text above, answer the question: {question}",
+    "Use the text above to answer this question: {question}",
+    "Find the answer in the text above: {question}",
 )
-"""Ways to tie a question to the text before it."""
+"""Ways to tie a question to the text before it.
+
+Of 49 tried on SmolLM2-135M with planted facts in 14 chunks of prose of 700 to 1,400 tokens, these
+were among the best: each had 71 to 86 % right. Those that go on about the answer after the question
+("The answer is in the text above.") are taken up in place of it, and had 43 to 64 %."""
 
 NUM_QUESTIONS = 4
 

@@ -93,3 +93,10 @@ def test_choice_of_a_fact() -> None:
 def test_answers_that_hold_a_fact() -> None:
     assert holds_fact("It is\n`Nine  to FIVE`.", ("nine to five",))
     assert not holds_fact("At nine.", ("nine", "five"))
+
+
+def test_numbers_count_by_themselves() -> None:
+    assert holds_fact("It weighs 37 kilograms, or **37**.", ("37",))
+    assert holds_fact("In 37.", ("37",)) and holds_fact("37,5 or 37, 5", ("37",))
+    for text in ("1837", "370", "37.5", "1,037", "0.37"):
+        assert not holds_fact(f"It weighs {text} kilograms.", ("37",))

@@ -9,6 +9,7 @@ from megatron_longpo.generation.filters import (
     MOST_REPEATED,
     FilterName,
     Filters,
+    is_loop,
     language,
     other_language,
     same_answer,
@@ -39,7 +40,7 @@ CASES: list[tuple[str, str | None]] = [
     ("42.", "wordless"),
     ("Yes.", "wordless"),
     ("I\u2019m sorry, but that is not given.", "refusal"),
-    ("The letter of 1843 ends so: " + "and he went on " * 12 + "I am sorry, he wrote.", None),
+    (f"The letter of 1843 ends so. {ENGLISH} {ENGLISH[:-1]}, he says. I am sorry, he wrote.", None),
     ("no " * 100, "repetition"),
     ("<think>Twelve?</think> Twelve barrels.", "thinking"),
     ("Twelve.</think> Twelve barrels.", "thinking"),
@@ -61,9 +62,49 @@ def test_unfinished_answers_are_kept_unless_told() -> None:
     assert fault(ENGLISH, names=("unfinished",)) is None
 
 
+SAID = "It is kept in the old mill."  # 7 words
+
+
+@pytest.mark.parametrize(
+    ("answer", "loops"),
+    [
+        (SAID, False),
+        (f"{SAID} {SAID}", False),
+        (f"{SAID} {SAID} {SAID} {SAID}", True),
+        ("The answer is:\n\n" * 16, True),
+        ("The lid is red.\n```\n" + "#\n" * 30, True),
+        (f"{ENGLISH} {SAID} " + "The end came soon. " * 4, False),  # it ends so, but says more
+        ("那是一个木箱。" * 5, True),
+        ("这本账簿上写着一共有十二桶货物上岸,但是没有一桶付过钱。", False),
+        ("no " * 3, False),
+        ("", False),
+    ],
+)
+def test_loops(answer: str, loops: bool) -> None:
+    assert is_loop(answer) == loops
+    assert fault(answer, names=("chosen_loop",)) == ("chosen answer: loop" if loops else None)
+    assert fault(answer, "rejected", names=("chosen_loop",)) is None
+    assert fault(answer, "rejected", names=("loop",)) == (
+        "rejected answer: loop" if loops else None
+    )
+
+
+def test_rejected_answers_may_loop_unless_told() -> None:
+    text = f"{SAID} " * 4
+    assert fault(text) == "chosen answer: loop"
+    assert fault(text, "rejected") is None
+
+
+def test_unfinished_chosen_answers_alone() -> None:
+    names: tuple[FilterName, ...] = ("chosen_unfinished",)
+    assert fault(ENGLISH, finished=False, names=names) == "chosen answer: unfinished"
+    assert fault(ENGLISH, "rejected", finished=False, names=names) is None
+
+
 def test_every_filter_can_be_switched() -> None:
     failing = {reason: answer for answer, reason in CASES if reason}
-    assert {*failing, "same", "unfinished"} == set(get_args(FilterName))
+    by_branch = {"loop", "chosen_loop", "unfinished", "chosen_unfinished"}
+    assert {*failing, "same", *by_branch} == set(get_args(FilterName))
     for name, answer in failing.items():
         others = tuple(other for other in get_args(FilterName) if other != name)
         assert fault(answer, names=(name,)) == f"chosen answer: {name}"
@@ -75,8 +116,9 @@ def test_every_filter_can_be_switched() -> None:
 def test_rejected_answers_may_repeat_more() -> None:
     text = "one two three four " * 15  # 60 words, 4 different: 0.933 repeated
     assert MOST_REPEATED["chosen"] < 1 - 4 / 60 < MOST_REPEATED["rejected"]
-    assert fault(text, "chosen") == "chosen answer: repetition"
-    assert fault(text, "rejected") is None
+    names: tuple[FilterName, ...] = ("repetition",)
+    assert fault(text, "chosen", names=names) == "chosen answer: repetition"
+    assert fault(text, "rejected", names=names) is None
 
 
 def test_same_answer() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+import re
 import string
 
 import pytest
@@ -113,6 +114,31 @@ def test_kinds(name: str) -> None:
         assert not holds_fact(PROSE, planting.fact.answer)
         hidden = [word for word in planting.fact.answer if word not in planting.fact.question]
         assert hidden, "the question gives the whole answer away"
+
+
+def test_hard_kinds_are_planted_by_name_alone() -> None:
+    hard = {name for name, kind in PLANTED_KINDS.items() if kind.hard}
+    assert hard == {"item_list", "two_hop_place", "heavier"}
+    span = [(0, len(PROSE))]
+
+    def planted(kinds: list[str] | None) -> set[str]:
+        plantings = [plant(PROSE, span, 0, random.Random(seed), kinds=kinds) for seed in range(200)]
+        return {planting.fact.kind for planting in plantings if planting}
+
+    train = {name for name, kind in PLANTED_KINDS.items() if kind.split == "train"}
+    assert planted(None) == train - hard
+    assert planted(["heavier", "weight"]) == {"heavier", "weight"}
+
+
+def test_questions_have_the_words_of_their_sentences() -> None:
+    """But for the hard kinds; small models find little else."""
+    for kind in PLANTED_KINDS.values():
+        if kind.split == "train" and not kind.hard:
+            for wording in kind.statements:
+                assert len(wording) == 1
+                subject = re.match(r"The (?:\w+ )*?(?:of the )?(\{\w+\})", wording[0])
+                assert subject, "the sentence begins with what it is about"
+                assert all(subject[1] in question for question in kind.questions)
 
 
 def test_train_and_test_have_nothing_in_common() -> None:
