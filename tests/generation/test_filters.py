@@ -105,7 +105,8 @@ def test_every_filter_can_be_switched() -> None:
     failing = {reason: answer for answer, reason in CASES if reason}
     by_branch = {"loop", "chosen_loop", "unfinished", "chosen_unfinished"}
     assert {*failing, "same", *by_branch} == set(get_args(FilterName))
-    for name, answer in failing.items():
+    for name in (name for name in get_args(FilterName) if name in failing):
+        answer = failing[name]
         others = tuple(other for other in get_args(FilterName) if other != name)
         assert fault(answer, names=(name,)) == f"chosen answer: {name}"
         assert fault(answer, names=others) != f"chosen answer: {name}"
