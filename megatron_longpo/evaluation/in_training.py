@@ -25,6 +25,9 @@ from megatron_longpo.training.metrics import Metrics, mean_metrics
 from megatron_longpo.training.schedule import MetricSums, run_microbatches
 from megatron_longpo.training.sources import ModelSources
 
+BASE_BUDGET_TOKENS = 8192
+"""Of a microbatch of retention's short prompts: few microbatches, and they fit anywhere."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingEvaluation:
@@ -123,7 +126,8 @@ def prepare_evaluation(
 def ask_base(suite: Suite, model: list[Any], groups: Groups) -> KeptBase:
     """What retention must know of a base model, which is dropped then."""
     assert suite.retention is not None
-    kept = Scorer(model=model, groups=groups, budget_tokens=1).keep_base(suite.retention)
+    scorer = Scorer(model=model, groups=groups, budget_tokens=BASE_BUDGET_TOKENS)
+    kept = scorer.keep_base(suite.retention)
     model.clear()
     gc.collect()
     if torch.cuda.is_available():

@@ -58,6 +58,8 @@ class KeptBase:
     """By the rows of a microbatch, on the last stage alone."""
     weight: Tensor | None
     """This rank's rows of the output weight, in CPU memory; None on other stages."""
+    budget_tokens: int
+    """Of the microbatches that it was asked in. Whoever is compared is packed alike."""
 
     def of(self, rows: Rows) -> BaseStates | None:
         if self.weight is None:
@@ -83,7 +85,8 @@ class Scorer:
             len(probes), 2 * num_groups + 2, dtype=torch.float64, device=self.groups.device
         )
         read = partial(_sums, num_groups=num_groups, groups=self.groups)
-        for microbatches, packs in self._parts(probes, track):
+        budget = self.budget_tokens if base is None else base.budget_tokens
+        for microbatches, packs in self._parts(probes, track, budget_tokens=budget):
             asked = [
                 ProbePack.of(
                     pack if base is None else replace(pack, reference=None),
@@ -106,7 +109,7 @@ class Scorer:
         """What `score` needs of this model as a base, so that the model need not stay."""
         states: dict[Rows, Tensor] = {}
         read = partial(_whole_states, groups=self.groups)
-        for microbatches, packs in self._parts(probes, iter):
+        for microbatches, packs in self._parts(probes, iter, budget_tokens=self.budget_tokens):
             asked = [
                 ProbePack.of(replace(pack, reference=None), wants_states=True) for pack in packs
             ]
@@ -115,15 +118,15 @@ class Scorer:
         weight = None
         if self.groups.is_last_stage():
             weight = unwrap_model(self.model[-1]).output_weight().detach().to("cpu", copy=True)
-        return KeptBase(states=states, weight=weight)
+        return KeptBase(states=states, weight=weight, budget_tokens=self.budget_tokens)
 
     def _parts(
-        self, probes: ProbeSet, track: Track
+        self, probes: ProbeSet, track: Track, *, budget_tokens: int
     ) -> Iterator[tuple[list[Microbatch], list[RankPack]]]:
         """This rank's microbatches, a part at a time, as rows of the whole set."""
         for chunk in self.model:
             chunk.eval()
-        budget = max(self.budget_tokens, probes.largest_row_tokens)
+        budget = max(budget_tokens, probes.largest_row_tokens)
         sizes = [size.policy_tokens for size in probes.sizes]
         parts = split_parts(range(len(probes)), sizes, self.groups, budget_tokens=budget)
         with torch.no_grad():
