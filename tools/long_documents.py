@@ -4,7 +4,8 @@
 
 Sources are Python's own standard library and documentation packages of Debian, which are downloaded
 and unpacked into a temporary folder, without root and without being installed; where there is no
-apt, the standard library alone is used. Documents over --max-tokens are divided at their sections.
+apt, the standard library alone is used. Documents over --max-tokens are divided at their sections;
+with --join, files under --min-tokens are put together first, as chapters of a manual are in a book.
 
 Writes documents.jsonl.gz, and held_out.jsonl.gz with the documents of the held-out sources, to be
 read by `longpo generate --documents`. Every line has `text`, `source`, `file`, `license` and
@@ -22,7 +23,7 @@ import sys
 import sysconfig
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -49,6 +50,8 @@ PACKAGES = {
     "vim-doc": (r"vim-doc", "usr/share/doc/vim/html/*.html"),
 }
 APT_SECONDS = 300
+LEAST_JOINED_BYTES = 2048
+"""Smaller files are mostly tables of contents and stubs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,26 +119,29 @@ def _run(*command: str, folder: Path | None = None) -> str:
 
 
 def long_documents(
-    source: str, tokenizer: ChatTokenizer, min_tokens: int, max_tokens: int
+    source: str, tokenizer: ChatTokenizer, min_tokens: int, max_tokens: int, *, join: bool
 ) -> Iterator[LongDocument]:
     """The documents of a source that are long enough, in parts where they are too long."""
+    min_bytes = LEAST_JOINED_BYTES if join else min_tokens
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         if source == STANDARD_LIBRARY:
-            license_name: str | None = copy_standard_library(folder, min_tokens)
+            license_name: str | None = copy_standard_library(folder, min_bytes)
         else:
-            license_name = unpack_package(source, folder, min_tokens)
+            license_name = unpack_package(source, folder, min_bytes)
         if license_name is None or not any(folder.iterdir()):
             print(f"{source}: not offered here, left out", file=sys.stderr)
             return
         documents = DocumentSet(str(folder), html="extract", near_duplicates=0.8)
-        for document in documents:
-            tokens = find_token_spans(document.text, tokenizer.spans)
-            file = Path(document.source).name
+        texts = (
+            (Path(document.source).name, document.name.removesuffix(".txt"), document.text)
+            for document in documents
+        )
+        for file, name, text in join_short(texts, tokenizer, min_tokens) if join else texts:
             parts = chunk_document(
-                document.text,
-                tokens=tokens,
-                kind=find_kind(document.text, document.name.removesuffix(".txt")),
+                text,
+                tokens=find_token_spans(text, tokenizer.spans),
+                kind=find_kind(text, name),
                 min_tokens=min_tokens,
                 max_tokens=max_tokens,
             )
@@ -149,6 +155,27 @@ def long_documents(
                 )
         for reason, count in documents.dropped.items():
             print(f"{source}: {count} x {reason}, for one {documents.first_dropped[reason]}")
+
+
+def join_short(
+    texts: Iterable[tuple[str, str, str]], tokenizer: ChatTokenizer, min_tokens: int
+) -> Iterator[tuple[str, str, str]]:
+    """Files (file, name, text) as they are where they are long enough; else joined with those that
+    follow until they are, under the first one's names. What is left at the end is dropped."""
+    waiting: list[tuple[str, str, str]] = []
+    num_tokens = 0
+    for item in texts:
+        length = len(find_token_spans(item[2], tokenizer.spans))
+        if length >= min_tokens:
+            yield item
+            continue
+        waiting.append(item)
+        num_tokens += length
+        if num_tokens >= min_tokens:
+            file, name, _ = waiting[0]
+            joined = "\n\n".join(text.strip("\n") for *_, text in waiting)
+            yield f"{file}+{len(waiting) - 1}", name, joined
+            waiting, num_tokens = [], 0
 
 
 def choose(by_source: dict[str, list[LongDocument]], max_bytes: int) -> Iterator[LongDocument]:
@@ -185,6 +212,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", required=True, help="what tokens are counted with")
     parser.add_argument("--min-tokens", type=int, default=8192)
     parser.add_argument("--max-tokens", type=int, default=65536)
+    parser.add_argument("--join", action="store_true", help="put files under --min-tokens together")
     parser.add_argument("--max-mb", type=float, default=60.0, help="most MB of text in each file")
     names = [STANDARD_LIBRARY, *PACKAGES]
     parser.add_argument("--sources", nargs="+", choices=names, default=names, metavar="SOURCE")
@@ -194,7 +222,13 @@ def main() -> None:
         tokenizer = load_tokenizer(arguments.tokenizer)
         found = {
             source: list(
-                long_documents(source, tokenizer, arguments.min_tokens, arguments.max_tokens)
+                long_documents(
+                    source,
+                    tokenizer,
+                    arguments.min_tokens,
+                    arguments.max_tokens,
+                    join=arguments.join,
+                )
             )
             for source in arguments.sources
         }

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_longpo.data.tokenizers import load_tokenizer
+from megatron_longpo.generation.token_spans import find_token_spans
 from tests import small_tokenizers as small
 from tools import long_documents
 
@@ -71,6 +73,18 @@ def test_corpus(tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch)
         (f"x-doc-10-long.md#{n}", "GPL-2+, GFDL-1.3") for n in (1, 2)
     ]
     assert all(3000 <= int(str(d["num_tokens"])) <= 5000 for d in documents + held_out)
+
+
+def test_short_files_are_joined(tmp_path: Path, tokenizer: str) -> None:
+    tokens = load_tokenizer(tokenizer)
+    files = {"a": "one " * 40, "b": "two " * 400, "c": "six\n" * 60, "d": "ten " * 10}
+    lengths = {name: len(find_token_spans(text, tokens.spans)) for name, text in files.items()}
+    least = lengths["a"] + lengths["c"]
+    assert lengths["b"] > least > max(lengths["a"], lengths["c"])
+    texts = [(f"{name}.txt", name, text) for name, text in files.items()]
+    joined = list(long_documents.join_short(texts, tokens, least))
+    # The long one as it is; the first and third together; the last one is too short alone.
+    assert joined == [texts[1], ("a.txt+1", "a", files["a"] + "\n\n" + files["c"].strip())]
 
 
 def test_sources_that_are_not_offered(
