@@ -1,0 +1,120 @@
+"""Runs commands: shown before, with a log each, ended in time."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+GRACE_SECONDS = 30
+"""Between being told to stop, when commands save what they have, and being killed."""
+
+
+class OutOfTime(Exception):
+    """The time given to the study is over; the same command goes on."""
+
+
+class CommandFailed(Exception):
+    """A command ended with another exit code than 0; its log says why."""
+
+
+class Commands:
+    """Runs the commands of one study, one or several at a time."""
+
+    def __init__(self, logs: Path, *, minutes: float | None) -> None:
+        self._logs = logs
+        self._deadline = None if minutes is None else time.monotonic() + 60 * minutes
+
+    @property
+    def seconds_left(self) -> float:
+        return float("inf") if self._deadline is None else self._deadline - time.monotonic()
+
+    def longpo(self, name: str, *arguments: Any) -> None:
+        self.together({name: longpo(*arguments)})
+
+    def python(self, name: str, *arguments: Any) -> None:
+        self.together({name: [sys.executable, *map(str, arguments)]})
+
+    def together(self, commands: Mapping[str, Sequence[str]]) -> None:
+        """Runs commands side by side, by the name of their log.
+
+        Raises:
+            OutOfTime: where the time was over before they had ended. They were told to stop.
+            CommandFailed: where one ended with another exit code than 0.
+        """
+        if self.seconds_left <= 0:
+            raise OutOfTime
+        started = time.monotonic()
+        self._logs.mkdir(parents=True, exist_ok=True)
+        first = next(iter(commands.values()))
+        print(f"$ {shown(first)}" + (f"   (and {len(commands) - 1} more)" * (len(commands) > 1)))
+        sys.stdout.flush()
+        processes = {name: self._start(name, command) for name, command in commands.items()}
+        in_time = _wait(processes.values(), self.seconds_left)
+        if not in_time:
+            for process in processes.values():
+                process.send_signal(signal.SIGTERM)
+            if not _wait(processes.values(), GRACE_SECONDS):
+                for process in processes.values():
+                    process.kill()
+                _wait(processes.values(), GRACE_SECONDS)
+        print(f"  {next(iter(commands))}: {time.monotonic() - started:.0f} s", flush=True)
+        if not in_time:
+            raise OutOfTime
+        for name, process in processes.items():
+            if process.returncode:
+                lines = self.log_path(name).read_text("utf-8", "replace").splitlines()
+                print("\n".join(f"  | {line[:300]}" for line in lines[-20:]), flush=True)
+                raise CommandFailed(f"{name}: exit code {process.returncode}")
+
+    def log_path(self, name: str) -> Path:
+        return self._logs / f"{name}.log"
+
+    def _start(self, name: str, command: Sequence[str]) -> subprocess.Popen[bytes]:
+        # Threads that wait by spinning slow everything down on a machine that does other work too.
+        environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+        path = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
+        environment["PYTHONPATH"] = path
+        with open(self.log_path(name), "ab") as log:
+            return subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+            )
+
+
+def longpo(*arguments: Any) -> list[str]:
+    return [sys.executable, "-m", "megatron_longpo", *map(str, arguments)]
+
+
+def shown(command: Sequence[str]) -> str:
+    """A command as a user would type it."""
+    if list(command[1:3]) == ["-m", "megatron_longpo"]:
+        return shlex.join(["longpo", *command[3:]])
+    return shlex.join(["python", *command[1:]])
+
+
+def options(values: Mapping[str, Any]) -> list[str]:
+    """`--key value` for each; lists and truth values as YAML."""
+    found = []
+    for key, value in values.items():
+        is_number_or_text = isinstance(value, (int, float, str)) and not isinstance(value, bool)
+        found += [f"--{key}", str(value) if is_number_or_text else json.dumps(value)]
+    return found
+
+
+def _wait(processes: Iterable[subprocess.Popen[bytes]], seconds: float) -> bool:
+    """Whether all have ended within the time."""
+    end = time.monotonic() + max(seconds, 0)
+    for process in processes:
+        try:
+            process.wait(None if end == float("inf") else max(end - time.monotonic(), 0.01))
+        except subprocess.TimeoutExpired:
+            return False
+    return True

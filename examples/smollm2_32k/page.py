@@ -1,0 +1,222 @@
+"""The page of the study: tables and plots out of the results that there are, as Markdown."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from examples.smollm2_32k.commands import Commands
+from examples.smollm2_32k.pairs import description_of
+from examples.smollm2_32k.plan import Run
+from examples.smollm2_32k.plots import Groups, draw_all, retrieval, tokens
+from examples.smollm2_32k.results import Result, read_results
+from megatron_longpo.data.jsonl import write_whole
+from megatron_longpo.evaluation.output import FILE_NAME
+
+EARLIER = (
+    # Seen on an H100 before this study, with plain PyTorch, AdamW and 175 documents.
+    ("base, theta 1e5", (None, None, 0.95, 0.50, 0.00, 0.00), 0.0),
+    ("base, theta 4e5", (None, None, 0.70, 0.35, 0.30, 0.00), 0.068),
+    ("base, theta 1e6", (None, None, 0.40, 0.15, 0.05, 0.10), 0.169),
+    ("NLL at 32K, 40 steps", (None, None, 0.90, 0.60, 0.45, 0.30), 0.097),
+    ("NLL at 32K, 160 steps", (None, None, 1.00, 0.80, 0.75, 0.45), 0.145),
+)
+"""Retrieval at 1K to 32K and short KL: the figures to beat."""
+LEAST_RETRIEVAL = {16384: 0.90, 32768: 0.75}
+"""What LongPO is to reach."""
+MOST_EVALUATION_SHARE = 0.03
+EVALUATION_INTERVAL = 50
+
+
+def write_page(results: Path, output: Path, keep: Path, runs: Sequence[Run]) -> None:
+    """Writes README.md and its plots into the folder of results, where there are any."""
+    found = {result.name: result for result in read_results(results)}
+    if not found:
+        return
+    measured = [run for run in runs if run.name in found and found[run.name].numbers]
+    compared = _grouped([run for run in measured if run.is_compared], found)
+    others = _grouped([run for run in measured if not run.is_compared], found)
+    plots = draw_all(compared, results) if compared else []
+    if compared:
+        plots += _compare(compared, results, output)
+    lead = next(run.title for run in runs if run.is_parent)
+    parts = [
+        "# Results",
+        "Written by `python -m examples.smollm2_32k.study`; [what it is](../README.md).",
+        _about(list(found.values())),
+        "## Compared",
+        _table(compared),
+        *_earlier(compared),
+        *(f"![{name}]({name})" for name in plots),
+        *_targets(compared, lead),
+        *(["## Other settings", _table(others)] if others else []),
+        *_evaluation_cost(list(found.values())),
+        *_pairs(keep, results),
+    ]
+    write_whole(results / "README.md", "\n\n".join(parts) + "\n")
+    print(results / "README.md")
+
+
+def _grouped(runs: Sequence[Run], found: Mapping[str, Result]) -> Groups:
+    """Results by title, in the order of the plan."""
+    groups: dict[str, list[Result]] = {}
+    for run in runs:
+        groups.setdefault(run.title, []).append(found[run.name])
+    return groups
+
+
+def _about(results: Sequence[Result]) -> str:
+    devices = sorted({result.device for result in results})
+    seeds = sorted({result.seed for result in results if result.curves})
+    seconds = sum(sum(result.seconds.values()) for result in results)
+    return (
+        f"{len(results)} runs on {', '.join(devices)}, {seconds / 60:.0f} minutes together; seeds "
+        f"{', '.join(map(str, seeds)) or 'none'}. Of several seeds: mean ± standard deviation."
+    )
+
+
+def _table(groups: Groups) -> str:
+    """A line a group: retrieval by length, NLL at the longest positions, retention."""
+    lengths = sorted({length for found in groups.values() for length in retrieval(found[0])})
+    buckets = [key for found in groups.values() for key in found[0].numbers if key[:4] == "nll/"]
+    last = list(dict.fromkeys(buckets))[-1:]
+    keys = [f"retrieval/{length}" for length in lengths] + last
+    keys += ["retention/kl", "retention/agreement"]
+    heads = [*map(tokens, lengths), *(f"NLL at {key[4:]}" for key in last), "short KL", "agreement"]
+    lines = [_line(["", "seeds", *heads]), "|---|" + "---:|" * (len(heads) + 1)]
+    for title, found in groups.items():
+        cells = [_spread([result.numbers.get(key) for result in found]) for key in keys]
+        lines.append(_line([title, str(len(found)), *cells]))
+    return "\n".join(lines)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _spread(values: Sequence[float | None]) -> str:
+    numbers = [value for value in values if value is not None]
+    if not numbers:
+        return ""
+    mean = statistics.mean(numbers)
+    digits = 2 if mean >= 0.1 else 3
+    spread = f" ± {statistics.stdev(numbers):.{digits}f}" if len(numbers) > 1 else ""
+    return f"{mean:.{digits}f}{spread}"
+
+
+def _earlier(compared: Groups) -> Iterator[str]:
+    lengths = [1024 << power for power in range(6)]
+    if not any(lengths == list(retrieval(found[0])) for found in compared.values()):
+        return
+    lines = [_line(["", *map(tokens, lengths), "short KL"]), "|---|" + "---:|" * 7]
+    for title, values, kl in EARLIER:
+        cells = ["" if value is None else f"{value:.2f}" for value in values]
+        lines.append(_line([title, *cells, f"{kl:.3f}"]))
+    yield (
+        "The figures to beat, seen before with plain PyTorch on one H100 (175 documents of 34,000 "
+        "tokens, AdamW, lr 3e-5, the same questions in kind and number):"
+    )
+    yield "\n".join(lines)
+
+
+def _targets(compared: Groups, lead: str) -> Iterator[str]:
+    """Whether LongPO does what it is to do, where its lengths were measured."""
+    if lead not in compared or "base" not in compared:
+        return
+    found, base = compared[lead], compared["base"][0]
+    lines = []
+    for length, least in LEAST_RETRIEVAL.items():
+        values = [value for r in found if (value := retrieval(r).get(length)) is not None]
+        if values:
+            mean = statistics.mean(values)
+            what = f"retrieval at {tokens(length)} at least {least:.2f}"
+            lines.append(_line([what, f"{mean:.2f}", "met" if mean >= least else "missed"]))
+    for length, before in retrieval(base).items():
+        if length <= 4096:
+            mean = statistics.mean(retrieval(result)[length] for result in found)
+            what = f"retrieval at {tokens(length)} not below the base's {before:.2f}"
+            lines.append(_line([what, f"{mean:.2f}", "met" if mean >= before else "missed"]))
+    plain = compared.get("NLL of the chosen row")
+    if plain is not None:
+        before, after = (
+            statistics.mean(result.numbers["retention/kl"] for result in group)
+            for group in (plain, found)
+        )
+        what = f"short KL below plain NLL's {before:.3f}"
+        lines.append(_line([what, f"{after:.3f}", "met" if after < before else "missed"]))
+    yield f"## Targets\n\n{lead}:"
+    yield "\n".join([_line(["target", "seen", ""]), "|---|---:|---|", *lines])
+
+
+def _evaluation_cost(results: Sequence[Result]) -> Iterator[str]:
+    """What evaluations in training take of the training time."""
+    lines = []
+    for result in results:
+        # The first one of a run pays for kernels that are used for the first time.
+        times = [row["eval/time_s"] for row in result.evaluations[1:] if "eval/time_s" in row]
+        if times and result.seconds_per_step:
+            mean = statistics.mean(times)
+            share = mean / (EVALUATION_INTERVAL * result.seconds_per_step)
+            verdict = "met" if share < MOST_EVALUATION_SHARE else "missed"
+            step = f"{result.seconds_per_step:.3f} s"
+            lines.append(_line([result.name, step, f"{mean:.2f} s", f"{share:.1%}", verdict]))
+    if lines:
+        yield "## What evaluation in training costs"
+        heads = ["run", "step", "evaluation", f"share, every {EVALUATION_INTERVAL} steps", "3 %"]
+        yield "\n".join([_line(heads), "|---|---:|---:|---:|---|", *lines])
+    unobserved = [result for result in results if result.curves and not result.evaluations]
+    for result in unobserved:
+        yield f"{result.name}: {result.seconds_per_step:.3f} s a step without evaluations."
+
+
+def _pairs(keep: Path, results: Path) -> Iterator[str]:
+    """What the rows look like; descriptions are kept with the results, which are committed."""
+    for path in sorted(keep.glob("pairs-*.jsonl.gz")):
+        described = description_of(path)
+        if described.exists():
+            write_whole(results / described.name, described.read_text(encoding="utf-8"))
+    for path in sorted(results.glob("pairs-*.json")):
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        answers, generated = found["answers"], found["generated"]
+        yield f"## Pairs of iteration {path.stem.removeprefix('pairs-')}"
+        kinds = ", ".join(f"{kind} {number}" for kind, number in found["kinds"].items())
+        yield (
+            f"{generated['num_documents']} documents gave {generated['num_examples']} examples "
+            f"with {answers['turns']} turns; in {answers['rejected_wrong']} of these the rejected "
+            f"answer lacks the fact. Trained on: {found['pairs']} rows with {found['turns']} "
+            f"turns, {kinds}."
+        )
+        dropped = generated["dropped"].items()
+        yield "Dropped: " + ", ".join(f"{reason} {number}" for reason, number in dropped) + "."
+        lines = [_line(["question", "chosen", "rejected"]), "|---|---|---|"]
+        for one in found["shown"]:
+            lines.append(_line([_cell(one[key]) for key in ("question", "chosen", "rejected")]))
+        yield "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    """A text in a table: on one line, without what Markdown would take for its own."""
+    short = " ".join(text.split())
+    short = short if len(short) <= 200 else short[:200] + " ..."
+    return "".join(f"\\{mark}" if mark in "\\|`*_<>[]" else mark for mark in short)
+
+
+def _compare(compared: Groups, results: Path, output: Path) -> list[str]:
+    """`longpo evaluate --compare` of the first seed's runs; returns the plots taken from it."""
+    folders = []
+    for found in compared.values():
+        folder = output / "compared" / found[0].name
+        folder.mkdir(parents=True, exist_ok=True)
+        contents = {"results": found[0].record, "settings": {}}
+        write_whole(folder / FILE_NAME, json.dumps(contents))
+        folders.append(folder)
+    target = output / "comparison"
+    commands = Commands(output / "logs", minutes=None)
+    commands.longpo("compare", "evaluate", "--compare", *folders, "--output", target)
+    names = ["retrieval_heatmap.png", "nll_by_position.png"]
+    for name in names:
+        (results / name).write_bytes((target / name).read_bytes())
+    return names

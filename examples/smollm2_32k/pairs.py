@@ -1,0 +1,100 @@
+"""Chooses the pairs that are trained on, and says what they look like."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from megatron_longpo.data.examples import Example, ExampleFile, example_columns
+from megatron_longpo.data.jsonl import dump_line, replacing, write_whole
+from megatron_longpo.generation.facts import holds_fact
+
+NUM_SHOWN = 6
+
+
+def choose_pairs(
+    examples_path: Path, pairs_path: Path, *, number: int, keep_all: bool, seed: int
+) -> dict[str, Any]:
+    """Writes up to `number` examples, gzipped, and beside them what they look like as JSON.
+
+    Turns whose rejected answer holds the fact too are left out, since they prefer nothing;
+    `keep_all` keeps them. Examples with more turns come first, others by chance.
+    """
+    examples = list(ExampleFile(examples_path))
+    answers = Counter[str]()
+    kept: list[Example] = []
+    for example in examples:
+        facts = [tuple(fact) for fact in example.meta["facts"]]
+        turns = list(zip(example.turns, facts, strict=True))
+        answers["turns"] += len(turns)
+        answers["chosen_right"] += sum(holds_fact(turn.chosen, fact) for turn, fact in turns)
+        wrong = [not holds_fact(turn.rejected, fact) for turn, fact in turns]
+        answers["rejected_wrong"] += sum(wrong)
+        numbers = [number for number, is_wrong in enumerate(wrong) if is_wrong or keep_all]
+        if numbers:
+            kept.append(_with_turns(example, numbers))
+    random.Random(seed).shuffle(kept)
+    kept.sort(key=lambda example: -len(example.turns))
+    chosen = kept[:number]
+    _write(pairs_path, chosen)
+    summary_path = examples_path.with_suffix(".summary.json")
+    summary = json.loads(summary_path.read_text(encoding="utf-8"))
+    described = {
+        "generated": {key: value for key, value in summary.items() if key != "put_aside"},
+        "answers": dict(answers),
+        "pairs": len(chosen),
+        "turns": sum(len(example.turns) for example in chosen),
+        "kinds": dict(Counter(kind for example in chosen for kind in example.meta["kinds"])),
+        # Questions and answers alone: documents have their own licences.
+        "shown": list(_shown(chosen[:NUM_SHOWN])),
+    }
+    write_whole(description_of(pairs_path), json.dumps(described, indent=1) + "\n")
+    return described
+
+
+def description_of(pairs_path: Path) -> Path:
+    """Where the description of a file of pairs is."""
+    return pairs_path.with_name(pairs_path.name.removesuffix(".jsonl.gz") + ".json")
+
+
+def unpack(pairs_path: Path, target: Path) -> None:
+    """The pairs as plain JSONL, for `longpo tokenize`."""
+    with gzip.open(pairs_path, "rb") as file:
+        write_whole(target, file.read().decode())
+
+
+def _with_turns(example: Example, numbers: Sequence[int]) -> Example:
+    """The example with these turns alone; lists of `meta` with an item a turn follow."""
+    meta = {
+        key: [value[number] for number in numbers]
+        if isinstance(value, list) and len(value) == len(example.turns)
+        else value
+        for key, value in example.meta.items()
+    }
+    return replace(example, turns=tuple(example.turns[number] for number in numbers), meta=meta)
+
+
+def _shown(examples: Sequence[Example]) -> Iterator[dict[str, str]]:
+    for example in examples:
+        turn = example.turns[0]
+        yield {
+            "kind": example.meta["kinds"][0],
+            "question": turn.question,
+            "chosen": turn.chosen,
+            "rejected": turn.rejected,
+        }
+
+
+def _write(path: Path, examples: Sequence[Example]) -> None:
+    with (
+        replacing(path) as file,
+        gzip.GzipFile(fileobj=file, mode="wb", filename="", mtime=0) as packed,
+    ):
+        for example in examples:
+            packed.write(dump_line(example_columns(example)).encode())

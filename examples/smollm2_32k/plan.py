@@ -1,0 +1,234 @@
+"""What is run, in the order of its worth: a study that is cut short has the most telling runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+SEEDS = (42, 43, 44)
+BETA, PREFERENCE_WEIGHT = 0.1, 0.1
+"""LongPO's setting in the comparison; the grid has others."""
+GRID = ((0.1, 1.0), (0.1, 0.01), (0.01, 0.01), (1.0, 0.1))
+"""Other beta and preference weight; (0.1, 0.01) is the paper's, (0.01, 0.01) its code's."""
+THETA = 1e6
+"""RoPE base of all trained models; train.yaml has it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scale:
+    """Sizes of the study: the real one, or a tiny one that a CPU does in minutes."""
+
+    num_pairs: int
+    """Rows that all runs train on."""
+    document_tokens: tuple[int, int]
+    """Least and most tokens of a document."""
+    steps: int
+    is_tiny: bool = False
+    generate: Mapping[str, Any] = field(default_factory=dict)
+    """Options over generate.yaml; likewise the others."""
+    generate_next: Mapping[str, Any] = field(default_factory=dict)
+    """Further ones where the model of the first iteration writes."""
+    tokenize: Mapping[str, Any] = field(default_factory=dict)
+    train: Mapping[str, Any] = field(default_factory=dict)
+    evaluate: Mapping[str, Any] = field(default_factory=dict)
+
+
+FULL = Scale(
+    num_pairs=160,
+    document_tokens=(32768, 33600),
+    steps=160,
+    # The extended model reads longer chunks well, and the whole document for rejected answers.
+    generate_next={"chunk_min_tokens": 1600, "chunk_max_tokens": 3200},
+    tokenize={"max_length": 34816, "short_max_length": 8192},
+)
+
+_TINY_CHUNKS = {"chunk_min_tokens": 150, "chunk_max_tokens": 400}
+
+TINY = Scale(
+    num_pairs=4,
+    document_tokens=(1200, 1500),
+    steps=4,
+    is_tiny=True,
+    generate={
+        **_TINY_CHUNKS,
+        "turns": 2,
+        "max_new_tokens": 12,
+        "max_prompt_tokens": 1000,
+        "dtype": "fp32",
+        # A model of random weights answers nothing right.
+        "require_fact": False,
+        "filters": [],
+    },
+    generate_next={"max_prompt_tokens": 1900},
+    tokenize={"max_length": 2048, "short_max_length": 1024},
+    train={
+        "model.dtype": "fp32",
+        "model.max_position_embeddings": 2048,
+        "data.max_length": 2048,
+        "train.eval_interval": 2,
+        "evaluation.retrieval.lengths": [512, 1024],
+        "evaluation.retrieval.samples": 1,
+        "evaluation.nll.length": 1024,
+        "evaluation.nll.bucket": 512,
+    },
+    evaluate={
+        "dtype": "fp32",
+        "evaluation.retrieval.lengths": [512, 1024],
+        "evaluation.retrieval.samples": 1,
+        "evaluation.nll.length": 1024,
+        "evaluation.nll.samples": 2,
+        "evaluation.nll.bucket": 512,
+    },
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Method:
+    """One way to train on the rows."""
+
+    name: str
+    title: str
+    options: Mapping[str, Any]
+    """Of `longpo train`."""
+    step_seconds: float
+    """Predicted for one H100 and a row of 34K tokens."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """One model: trained and evaluated, or, without a method, the base under another theta."""
+
+    name: str
+    title: str
+    method: Method | None = None
+    theta: float | None = None
+    seed: int = 0
+    iteration: int = 1
+    """2 = starts from the model and the rows that the first iteration has made."""
+    is_parent: bool = False
+    """Whether its model is the one that the second iteration starts from."""
+    is_evaluated: bool = True
+    """Without: shows what the evaluations in training cost; neither they nor others are made."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Beside the method's."""
+    is_compared: bool = True
+    """Whether it is in the main table, not in that of other settings."""
+
+    @property
+    def group(self) -> str:
+        """The line of the table that it belongs to: its name without the seed."""
+        return self.name.removesuffix(f"-s{self.seed}")
+
+
+def longpo(beta: float, weight: float) -> Method:
+    return Method(
+        name=f"longpo-b{beta:g}-w{weight:g}",
+        title=f"LongPO, beta {beta:g}, weight {weight:g}",
+        options={
+            "objective.name": "longpo",
+            "objective.beta": beta,
+            "objective.preference_weight": weight,
+        },
+        step_seconds=0.7,
+    )
+
+
+def methods(beta: float, weight: float) -> list[Method]:
+    """LongPO and what it is compared with, LongPO first."""
+    first = longpo(beta, weight)
+    # The same rows, learning rate and steps for all; only the loss differs.
+    return [
+        first,
+        Method(
+            name="nll",
+            title="NLL of the chosen row",
+            options={"objective.name": "sft", "objective.nll_scope": "chosen_row"},
+            step_seconds=0.6,
+        ),
+        Method(
+            name="sft",
+            title="SFT on chosen answers",
+            options={"objective.name": "sft", "objective.nll_scope": "chosen_answers"},
+            step_seconds=0.6,
+        ),
+        Method(
+            name="dpo",
+            title="DPO, beta 0.1",
+            options={"objective.name": "dpo", "objective.beta": 0.1},
+            step_seconds=0.8,
+        ),
+        Method(
+            name=f"{first.name}-no-nll",
+            title="LongPO without NLL",
+            options={**first.options, "objective.nll_weight": 0},
+            step_seconds=0.7,
+        ),
+        Method(
+            name=f"{first.name}-long-reference",
+            title="LongPO without the short-to-long constraint",
+            options={**first.options, "reference.context": "long"},
+            step_seconds=0.8,
+        ),
+    ]
+
+
+def plan(beta: float, weight: float, *, is_tiny: bool = False) -> list[Run]:
+    """All runs, the most telling first; a tiny study has one seed and no other settings."""
+    compared = methods(beta, weight)
+    main = compared[0]
+    grid = [longpo(*values) for values in GRID if values != (beta, weight) and not is_tiny]
+    first, *further = SEEDS[:1] if is_tiny else SEEDS
+    parent = _trained(main, first, is_parent=True)
+    return [
+        Run(name="base-theta1e5", title="base", theta=1e5),
+        parent,
+        _trained(compared[1], first),
+        *(_trained(method, first, is_compared=False) for method in grid[:2]),
+        *(_trained(method, first) for method in compared[2:]),
+        Run(name="base-theta1e6", title="base, theta 1e6", theta=1e6),
+        Run(name="base-theta4e5", title="base, theta 4e5", theta=4e5),
+        *(_trained(method, seed) for seed in further for method in compared),
+        Run(
+            name=f"{main.name}-second-s{first}",
+            title="LongPO, second iteration",
+            method=main,
+            seed=first,
+            iteration=2,
+        ),
+        Run(
+            name=f"{main.name}-unobserved-s{first}",
+            title="LongPO, not evaluated in training",
+            method=main,
+            seed=first,
+            is_evaluated=False,
+            is_compared=False,
+        ),
+        *(_trained(method, first, is_compared=False) for method in grid[2:]),
+        *([] if is_tiny else _other_rates(main, first)),
+    ]
+
+
+def _trained(
+    method: Method, seed: int, *, is_parent: bool = False, is_compared: bool = True
+) -> Run:
+    return Run(
+        name=f"{method.name}-s{seed}",
+        title=method.title,
+        method=method,
+        seed=seed,
+        is_parent=is_parent,
+        is_compared=is_compared,
+    )
+
+
+def _other_rates(method: Method, seed: int) -> Iterator[Run]:
+    for rate in ("1e-5", "1e-4"):
+        yield Run(
+            name=f"{method.name}-lr{rate}-s{seed}",
+            title=f"{method.title}, lr {rate}",
+            method=method,
+            seed=seed,
+            options={"optimizer.lr": float(rate)},
+            is_compared=False,
+        )

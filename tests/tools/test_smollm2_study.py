@@ -1,0 +1,206 @@
+"""The study in examples/smollm2_32k: its plan, pairs, commands and page; all of it in `slow`."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from examples.smollm2_32k import page, pairs, study
+from examples.smollm2_32k.commands import ROOT, CommandFailed, Commands, OutOfTime, options
+from examples.smollm2_32k.plan import BETA, PREFERENCE_WEIGHT, SEEDS, Run, plan
+from examples.smollm2_32k.results import read_results, result_path, write_result
+from megatron_longpo.config import load_train_config, resolve
+from megatron_longpo.data.examples import Example, ExampleFile, Turn, write_examples
+from megatron_longpo.generation.planted_facts import PLANTED_KINDS
+
+HERE = ROOT / "examples" / "smollm2_32k"
+RUNS = plan(BETA, PREFERENCE_WEIGHT)
+
+
+def test_plan_compares_the_same_rows() -> None:
+    names = [run.name for run in RUNS]
+    assert len(set(names)) == len(names)
+    methods = {run.method.name for run in RUNS if run.method is not None and run.is_compared}
+    for name in methods:
+        assert [run.seed for run in RUNS if run.name.startswith(f"{name}-s4")] == list(SEEDS)
+    # The comparison is of losses alone: nothing else differs between the methods.
+    keys = {key for run in RUNS if run.method is not None for key in run.method.options}
+    assert all(key.startswith("objective.") or key == "reference.context" for key in keys)
+    # The first seed of everything comes before the second of anything.
+    assert names.index("longpo-b0.1-w0.1-s43") > names.index("longpo-b0.1-w0.1-long-reference-s42")
+
+
+@pytest.mark.parametrize("run", [r for r in RUNS if r.method is not None and r.seed == 42])
+def test_training_takes_the_settings(run: Run, tmp_path: Path) -> None:
+    """Every run's settings are understood; nothing of them is a mistake in a key."""
+    assert run.method is not None
+    values = {**run.method.options, **run.options, "train.seed": run.seed}
+    values |= {"model.hf_path": "none", "data.path": "none", "logging.dir": str(tmp_path)}
+    values |= {"evaluation.nll.documents": "none"}
+    values["evaluation.retrieval.haystack"] = "none"
+    config = resolve(load_train_config(["--config", str(HERE / "train.yaml"), *options(values)]))
+    assert config.model.rope_theta == 1e6
+    assert config.train.steps == 160 and config.optimizer.name == "adam"
+    is_plain_nll = run.method.name == "nll"
+    assert (config.objective.nll_scope == "chosen_row") == is_plain_nll or "longpo" in run.name
+    assert (config.reference.mode == "none") == (run.method.name in ("nll", "sft"))
+
+
+def test_questions_in_training_are_not_those_of_the_evaluation() -> None:
+    config = yaml.safe_load((HERE / "generate.yaml").read_text())
+    training = {name for name, kind in PLANTED_KINDS.items() if kind.split == "train"}
+    assert set(config["fact_kinds"]) == training - {"access_code"}
+
+
+@pytest.fixture
+def examples(tmp_path: Path) -> Path:
+    """Five examples of two turns; of number n the first n % 3 rejected answers are right."""
+    path = tmp_path / "examples.jsonl"
+    written = []
+    for n in range(5):
+        answers = [("It is A.", "a" if turn < n % 3 else "It is B.") for turn in range(2)]
+        turns = tuple(
+            Turn(chunk="text", chunk_span=None, question=f"q{turn}?", chosen=chosen, rejected=wrong)
+            for turn, (chosen, wrong) in enumerate(answers)
+        )
+        meta = {"kinds": ["x", "y"], "facts": [["A."], ["A."]], "model": "m"}
+        if n % 3:
+            meta["facts"] = [["A"], ["A"]]
+        written.append(Example(id=f"d{n}", document="a text", turns=turns, meta=meta))
+    write_examples(path, written)
+    summary = {"num_documents": 6, "num_examples": 5, "dropped": {"document: x": 1}}
+    path.with_suffix(".summary.json").write_text(json.dumps(summary))
+    return path
+
+
+def test_pairs_without_right_rejected_answers(examples: Path, tmp_path: Path) -> None:
+    target = tmp_path / "pairs-1.jsonl.gz"
+    described = pairs.choose_pairs(examples, target, number=3, keep_all=False, seed=0)
+    assert described["answers"] == {"turns": 10, "chosen_right": 10, "rejected_wrong": 6}
+    plain = tmp_path / "pairs.jsonl"
+    pairs.unpack(target, plain)
+    found = list(ExampleFile(plain))
+    # Number 2 has no wrong rejected answer; those with more turns come first.
+    assert [len(example.turns) for example in found] == [2, 2, 1]
+    assert {example.id for example in found[:2]} == {"d0", "d3"}
+    assert found[2].turns[0].question == "q1?"
+    assert found[2].meta == {"kinds": ["y"], "facts": [["A"]], "model": "m"}
+    assert json.loads(pairs.description_of(target).read_text()) == described
+    assert described["kinds"] == {"x": 2, "y": 3}
+    first = target.read_bytes()
+    pairs.choose_pairs(examples, target, number=3, keep_all=False, seed=0)
+    assert target.read_bytes() == first
+    kept = pairs.choose_pairs(examples, target, number=9, keep_all=True, seed=0)
+    assert (kept["pairs"], kept["turns"]) == (5, 10)
+    assert len(gzip.decompress(target.read_bytes()).splitlines()) == 5
+
+
+def test_commands_end_in_time(tmp_path: Path) -> None:
+    code = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(75)); time.sleep(60)"
+    commands = Commands(tmp_path, minutes=0.03)
+    started = time.monotonic()
+    with pytest.raises(OutOfTime):
+        commands.together({"a": [sys.executable, "-c", code], "b": [sys.executable, "-c", "0"]})
+    assert time.monotonic() - started < 30
+    with pytest.raises(OutOfTime):
+        commands.python("never", "-c", "raise SystemExit(1)")
+    assert not (tmp_path / "never.log").exists()
+
+
+def test_a_failed_command_shows_its_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(CommandFailed, match="broken: exit code 3"):
+        Commands(tmp_path, minutes=None).python("broken", "-c", "print('why'); raise SystemExit(3)")
+    assert "  | why" in capsys.readouterr().out
+
+
+def test_options_are_yaml() -> None:
+    found = options({"a": None, "b.c": False, "d": [1, 2], "e": 1e-4, "f": "x"})
+    assert found == ["--a", "null", "--b.c", "false", "--d", "[1, 2]", "--e", "0.0001", "--f", "x"]
+
+
+def results_of(tmp_path: Path, values: dict[str, tuple[float, float, float]]) -> Path:
+    """Results with retrieval at 4K and 16K and KL, of runs by name."""
+    runs = {run.name: run for run in RUNS}
+    for name, (short, long, kl) in values.items():
+        cells = [
+            {"kind": "passkey", "length": n, "depth": 0.5, "samples": 20, "exact": x}
+            for n, x in ((4096, short), (16384, long))
+        ]
+        record: dict[str, Any] = {"retrieval": [{**c, "token_accuracy": 1.0} for c in cells]}
+        record["nll"] = [{"start": 0, "stop": 4096, "tokens": 9, "nll": 2.5}]
+        record["retention"] = {"prompts": 1, "positions": 9, "kl": kl, "agreement": 0.9}
+        numbers = {"retrieval/4096": short, "retrieval/16384": long, "nll/0-4096": 2.5}
+        numbers |= {"retention/kl": kl, "retention/agreement": 0.9}
+        evaluated = tmp_path / "evaluation.json"
+        evaluated.write_text(json.dumps({"numbers": numbers, "results": record}))
+        metrics = tmp_path / "metrics.jsonl"
+        rows: list[dict[str, Any]] = [{"step": 0, "eval/time_s": 9.0, "eval/retention/kl": 0.0}]
+        rows += [{"step": n, "loss": 1.0 / n, "step_time_s": 0.5} for n in range(1, 21)]
+        rows += [{"step": 20, "eval/time_s": 0.5, "eval/retention/kl": kl}]
+        metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        run = runs[name]
+        write_result(
+            result_path(tmp_path / "results", run),
+            run,
+            seconds={"evaluate": 30.0} | ({} if run.method is None else {"train": 90.0}),
+            evaluation_file=evaluated,
+            metrics_file=None if run.method is None else metrics,
+            device="CPU",
+        )
+    return tmp_path / "results"
+
+
+def test_page(tmp_path: Path) -> None:
+    values = {
+        "base-theta1e5": (0.95, 0.0, 0.0),
+        "longpo-b0.1-w0.1-s42": (1.0, 0.90, 0.10),
+        "longpo-b0.1-w0.1-s43": (0.9, 1.00, 0.12),
+        "nll-s42": (1.0, 0.75, 0.145),
+        "longpo-b0.1-w1-s42": (0.5, 0.5, 0.5),
+    }
+    results = results_of(tmp_path, values)
+    page.write_page(results, tmp_path, tmp_path / "keep", RUNS)
+    text = (results / "README.md").read_text()
+    lead = "LongPO, beta 0.1, weight 0.1"
+    assert f"| {lead} | 2 | 0.95 ± 0.07 | 0.95 ± 0.07 | 2.50 ± 0.00 | 0.11 ± 0.01 |" in text
+    assert "| base | 1 | 0.95 | 0.000 | 2.50 | 0.000 | 0.90 |" in text
+    # The grid has a table of its own, after the targets.
+    assert text.index("weight 1 |") > text.index("## Other settings") > text.index("## Targets")
+    assert "| retrieval at 16K at least 0.90 | 0.95 | met |" in text
+    assert "| retrieval at 4K not below the base's 0.95 | 0.95 | met |" in text
+    assert "| short KL below plain NLL's 0.145 | 0.110 | met |" in text
+    # 0.5 s every 50 steps of 0.5 s; the first evaluation does not count.
+    assert "| nll-s42 | 0.500 s | 0.50 s | 2.0% | met |" in text
+    for name in ("retrieval.png", "retention.png", "curves.png", "retrieval_heatmap.png"):
+        assert f"![{name}]({name})" in text
+        assert (results / name).read_bytes()[:4] == b"\x89PNG"
+    (found,) = [r for r in read_results(results) if r.name == "nll-s42"]
+    assert found.curves["loss"][1] == 0.5 and len(found.curves["step"]) == 20
+    assert found.seconds_per_step == 0.5 and found.group == "nll"
+
+
+@pytest.mark.slow
+def test_all_of_it_tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped at once, then made whole, then nothing is left to do."""
+    output = str(tmp_path / "out")
+    arguments = ["study", "--tiny", "--output", output]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--minutes", "0.02"])
+    assert study.main() == 75
+    monkeypatch.setattr(sys, "argv", [*arguments, "--jobs", "2"])
+    assert study.main() == 0
+    found = read_results(tmp_path / "out" / "results")
+    assert Counter(bool(result.numbers) for result in found) == {True: 10, False: 1}
+    text = (tmp_path / "out" / "results" / "README.md").read_text()
+    assert "LongPO, second iteration" in text and "Pairs of iteration 2" in text
+    assert not list((tmp_path / "out" / "runs").glob("*/checkpoints"))
+    before = time.monotonic()
+    assert study.main() == 0
+    assert time.monotonic() - before < 120
