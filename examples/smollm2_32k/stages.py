@@ -44,14 +44,14 @@ class Study:
         jobs: int,
     ) -> None:
         self.scale = scale
-        self.runs = runs
         self.output = output.resolve()
         self.results = results.resolve()
         self.shards = shards
         self.jobs = jobs
         self.model = (self.output / "model") if model is None else model.resolve()
         self.keep = self.output / "keep"
-        self.first_model = self.output / "first-hf"
+        self.parent = next(run for run in runs if run.is_parent)
+        self.first_model = self.output / f"{self.parent.name}-hf"
         self.commands = Commands(self.output / "logs", minutes=minutes)
         self.device = device_name()
         # Runs at the same time may need the same rows, or the model of one of them.
@@ -198,10 +198,9 @@ class Study:
         """The model of the first iteration, trained again where it has not outlived a machine."""
         if self.first_model.exists():
             return
-        parent = next(run for run in self.runs if run.is_parent)
-        self.require(self._predicted_training(parent), parent.name)
-        with self._training[parent.name]:
-            self.train(parent, self._folder(parent), self.make_rows(1))
+        self.require(self._predicted_training(self.parent), self.parent.name)
+        with self._training[self.parent.name]:
+            self.train(self.parent, self._folder(self.parent), self.make_rows(1))
 
     def train(self, run: Run, folder: Path, rows: Path) -> float:
         """Trains, if that has not been done here; returns the seconds it took."""

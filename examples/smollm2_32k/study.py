@@ -51,7 +51,8 @@ def main() -> int:
             sys.exit(f"--only {unknown[0]}: no such run; --list names them")
         wanted = [names[name] for name in arguments.only]
     code = do_all(study, wanted, jobs=arguments.jobs)
-    write_page(study.results, study.output, study.keep, runs)
+    if not arguments.no_page:
+        write_page(study.results, study.output, study.keep, runs)
     return code
 
 
@@ -76,6 +77,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar=("BETA", "WEIGHT"),
         help="LongPO's setting in the comparison",
     )
+    add("--no-page", action="store_true", help="leave results/README.md as it is")
     add("--list", action="store_true", help="show runs and predicted times, and stop")
     arguments = parser.parse_args()
     if arguments.output is None:
