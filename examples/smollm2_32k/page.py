@@ -88,7 +88,10 @@ def _table(groups: Groups) -> str:
     heads = [*map(tokens, lengths), *(f"NLL at {key[4:]}" for key in last), "short KL", "agreement"]
     lines = [_line(["", "seeds", *heads]), "|---|" + "---:|" * (len(heads) + 1)]
     for title, found in groups.items():
-        cells = [_spread([result.numbers.get(key) for result in found]) for key in keys]
+        cells = [
+            _spread([result.numbers.get(key) for result in found], 3 if key[-2:] == "kl" else 2)
+            for key in keys
+        ]
         lines.append(_line([title, str(len(found)), *cells]))
     return "\n".join(lines)
 
@@ -97,12 +100,11 @@ def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _spread(values: Sequence[float | None]) -> str:
+def _spread(values: Sequence[float | None], digits: int) -> str:
     numbers = [value for value in values if value is not None]
     if not numbers:
         return ""
     mean = statistics.mean(numbers)
-    digits = 2 if mean >= 0.1 else 3
     spread = f" ± {statistics.stdev(numbers):.{digits}f}" if len(numbers) > 1 else ""
     return f"{mean:.{digits}f}{spread}"
 

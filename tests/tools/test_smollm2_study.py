@@ -171,8 +171,8 @@ def test_page(tmp_path: Path) -> None:
     page.write_page(results, tmp_path, tmp_path / "keep", RUNS)
     text = (results / "README.md").read_text()
     lead = "LongPO, beta 0.1, weight 0.1"
-    assert f"| {lead} | 2 | 0.95 ± 0.07 | 0.95 ± 0.07 | 2.50 ± 0.00 | 0.11 ± 0.01 |" in text
-    assert "| base | 1 | 0.95 | 0.000 | 2.50 | 0.000 | 0.90 |" in text
+    assert f"| {lead} | 2 | 0.95 ± 0.07 | 0.95 ± 0.07 | 2.50 ± 0.00 | 0.110 ± 0.014 |" in text
+    assert "| base | 1 | 0.95 | 0.00 | 2.50 | 0.000 | 0.90 |" in text
     # The grid has a table of its own, after the targets.
     assert text.index("weight 1 |") > text.index("## Other settings") > text.index("## Targets")
     assert "| retrieval at 16K at least 0.90 | 0.95 | met |" in text
