@@ -21,7 +21,8 @@ Groups = Mapping[str, Sequence[Result]]
 """Results by the title of their line in the table."""
 
 MARKERS = "os^Dv<>Ph*"
-SMOOTHED_STEPS = 10
+CURVE_POINTS = 16
+"""Of what every step has: means over stretches of steps."""
 
 
 def draw_all(groups: Groups, folder: Path) -> list[str]:
@@ -134,7 +135,8 @@ def _smooth(curves: Mapping[str, Sequence[float | None]], key: str) -> list[tupl
     """Means over stretches of steps, at the last step of each."""
     rows = zip(curves["step"], curves.get(key, ()), strict=False)
     values = [(step, value) for step, value in rows if step is not None and value is not None]
-    stretches = [values[at : at + SMOOTHED_STEPS] for at in range(0, len(values), SMOOTHED_STEPS)]
+    length = max(1, len(values) // CURVE_POINTS)
+    stretches = [values[at : at + length] for at in range(0, len(values), length)]
     return [
         (stretch[-1][0], statistics.mean(value for _, value in stretch)) for stretch in stretches
     ]
