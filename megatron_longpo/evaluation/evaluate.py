@@ -8,6 +8,7 @@ on with what is missing, under this or any other layout.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from megatron_longpo.evaluation.evaluate_config import (
     training_config,
 )
 from megatron_longpo.evaluation.generation import answer_questions
+from megatron_longpo.evaluation.harness.run import check_packages, harness_model, run_suites
 from megatron_longpo.evaluation.in_training import ask_base
 from megatron_longpo.evaluation.output import EvaluationFile, print_numbers
 from megatron_longpo.evaluation.scorer import KeptBase, Scorer
@@ -79,6 +81,25 @@ def evaluate(config: EvaluateConfig) -> None:
             f"generate (true): {model.path} is a Megatron checkpoint, and transformers writes the "
             "answers. Export it first (longpo convert export), or leave generate out"
         )
+    if config.suites:
+        check_packages(config)
+        if config.harness.backend != "megatron" and model.is_checkpoint:
+            raise UserError(
+                f"suite ({', '.join(config.suites)}): {model.path} is a Megatron checkpoint, and "
+                f"{config.harness.backend} runs it. Export it first (longpo convert export), or, "
+                "for suites with options, set --harness.backend megatron"
+            )
+    if config.uses_megatron:
+        _evaluate_in_megatron(config, model)
+    else:
+        stop.listen()
+        console = RunConsole(is_main=True)
+        file = EvaluationFile.open(config, model.path, is_main=True)
+        _run_suites(config, model, lambda: harness_model(config, model.path), file, console)
+        _finish(config, file, console)
+
+
+def _evaluate_in_megatron(config: EvaluateConfig, model: EvaluatedModel) -> None:
     settings = training_config(config, hf_path=model.tokenizer_folder)
     base_folder = None if config.base is None else local_hf_folder(config.base)
     base = None if base_folder is None else read_architecture(base_folder)
@@ -99,10 +120,12 @@ def evaluate(config: EvaluateConfig) -> None:
     console = RunConsole(is_main=groups.is_main)
     tokenizer = load_tokenizer(model.tokenizer_folder)
     suite = Suite.of(config.evaluation, lambda: tokenizer, vocab_size=model.arch.vocab_size)
-    console.say(suite.summary)
+    if suite.summary:
+        console.say(suite.summary)
     file = EvaluationFile.open(config, model.path, is_main=groups.is_main)
     pending = from_main_rank(lambda: [name for name, _ in suite.split() if not file.has(name)])
-    if pending:
+    in_megatron = bool(config.suites) and config.harness.backend == "megatron"
+    if pending or in_megatron:
         kept = None
         if base is not None and base_folder is not None and "retention" in pending:
             base_model = build.build_scorer(
@@ -120,13 +143,59 @@ def evaluate(config: EvaluateConfig) -> None:
         )
         scorer = Scorer(model=chunks, groups=groups, budget_tokens=config.pack_tokens or 1)
         _measure(suite, set(pending), scorer, kept, file, console)
+        if in_megatron:
+            # All ranks run what the main one misses.
+            file.record["suites"] = from_main_rank(lambda: file.record.get("suites", {}))
+            _run_suites(
+                config, model, lambda: _megatron_model(config, model, scorer), file, console
+            )
         chunks.clear()
     if config.generate and suite.retrieval is not None:
         _generate(config, suite, model, tokenizer, file, groups, console)
-    if groups.is_main:
+    if config.suites and not in_megatron:
+        _run_suites(config, model, lambda: harness_model(config, model.path), file, console)
+    _finish(config, file, console)
+
+
+def _finish(config: EvaluateConfig, file: EvaluationFile, console: RunConsole) -> None:
+    if file.is_main:
         file.save(complete=True)
         print_numbers(file.record, title=config.models[0])
     console.say(f"{file.path}")
+
+
+def _run_suites(
+    config: EvaluateConfig,
+    model: EvaluatedModel,
+    make_model: Callable[[], Any],
+    file: EvaluationFile,
+    console: RunConsole,
+) -> None:
+    from transformers import AutoTokenizer
+
+    run_suites(
+        config,
+        model_path=model.tokenizer_folder,
+        tokenizer=AutoTokenizer.from_pretrained(model.tokenizer_folder),
+        make_model=make_model,
+        file=file,
+        say=console.say,
+    )
+
+
+def _megatron_model(config: EvaluateConfig, model: EvaluatedModel, scorer: Scorer) -> Any:
+    from transformers import AutoTokenizer
+
+    # Imports lm-eval, which is optional.
+    from megatron_longpo.evaluation.harness.megatron_model import MegatronModel
+
+    return MegatronModel(
+        scorer,
+        AutoTokenizer.from_pretrained(model.tokenizer_folder),
+        max_length=config.harness.max_length or model.arch.max_position_embeddings,
+        vocab_size=model.arch.vocab_size,
+        name=model.path,
+    )
 
 
 def find_model(config: EvaluateConfig) -> EvaluatedModel:

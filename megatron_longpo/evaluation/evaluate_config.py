@@ -19,6 +19,8 @@ from megatron_longpo.config import (
 from megatron_longpo.config_fields import check_limits, limits
 from megatron_longpo.errors import UserError
 from megatron_longpo.evaluation.config import EvaluationConfig
+from megatron_longpo.evaluation.harness.config import HarnessConfig
+from megatron_longpo.evaluation.harness.suites import read_suite
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,13 +59,29 @@ class EvaluateConfig:
     """Most tokens of a microbatch; null = the longest row."""
     overwrite: bool = False
     """Begin anew where the output holds an evaluation of other settings."""
+    suite: tuple[str, ...] | str = ()
+    """Benchmarks to run with lm-evaluation-harness, with harness's settings: ruler, infinitebench,
+    longbench, mmlu, arc_challenge, hellaswag, winogrande, mt_bench, longbench_chat; a list, or
+    names with commas."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    harness: HarnessConfig = field(default_factory=HarnessConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     @property
     def folder(self) -> PurePath:
         """`output`, filled."""
         return PurePath(self.output or "comparison")
+
+    @property
+    def suites(self) -> tuple[str, ...]:
+        """`suite`, as a list without repetitions."""
+        names = self.suite.split(",") if isinstance(self.suite, str) else self.suite
+        return tuple(dict.fromkeys(name.strip() for name in names if name.strip()))
+
+    @property
+    def uses_megatron(self) -> bool:
+        """Whether a model is built in Megatron."""
+        return not self.evaluation.is_off or self.harness.backend == "megatron"
 
 
 def resolve_evaluate(config: EvaluateConfig) -> EvaluateConfig:
@@ -78,11 +96,14 @@ def resolve_evaluate(config: EvaluateConfig) -> EvaluateConfig:
         )
     if config.output is None:
         raise UserError("output is missing (a folder for evaluation.json). Give --output FOLDER")
-    if config.evaluation.is_off:
+    if config.evaluation.is_off and not config.suites:
         raise UserError(
             "evaluation has no part that is on: nothing is measured. Set evaluation.retrieval, "
-            "evaluation.nll or evaluation.retention, such as --evaluation.retrieval.samples 10"
+            "evaluation.nll or evaluation.retention, such as --evaluation.retrieval.samples 10, or "
+            "a suite, such as --suite ruler"
         )
+    for name in config.suites:
+        read_suite(name, config.harness)
     if (config.base is None) == (config.evaluation.retention is not None):
         reason = (
             "is missing: evaluation.retention compares with it. Give --base MODEL"
@@ -93,6 +114,8 @@ def resolve_evaluate(config: EvaluateConfig) -> EvaluateConfig:
         raise UserError(f"base {reason}")
     if config.generate:
         _check_generation(config)
+    if config.suites and config.harness.backend != "megatron":
+        _check_rope(config, f"suite: {config.harness.backend}")
     resolved = training_config(config, hf_path=config.models[0])
     return replace(config, parallel=resolved.parallel)
 
@@ -103,11 +126,15 @@ def _check_generation(config: EvaluateConfig) -> None:
             "generate (true) answers the questions of evaluation.retrieval, which is null. Set it, "
             "or leave generate out"
         )
+    _check_rope(config, "generate (true): transformers")
+
+
+def _check_rope(config: EvaluateConfig, reader: str) -> None:
     for key in ("rope_theta", "rope_scaling"):
         if getattr(config, key) is not None:
             raise UserError(
-                f"generate (true): transformers reads the model as its folder says, without {key}. "
-                f"Leave {key} out, or put it into the folder's config.json"
+                f"{reader} reads the model as its folder says, without {key}. Leave {key} out, or "
+                "put it into the folder's config.json"
             )
 
 
@@ -136,11 +163,13 @@ def check_evaluate_world(config: EvaluateConfig, world_size: int) -> None:
     """Refuses a number of processes that the parallel sizes do not divide, or cannot be used."""
     from megatron_longpo.config import check_world
 
-    if config.compare or config.generate:
+    in_one = config.suites and config.harness.backend != "megatron"
+    if config.compare or config.generate or in_one:
         if world_size > 1:
-            key = "compare" if config.compare else "generate"
+            key = "compare" if config.compare else "generate" if config.generate else "suite"
+            value = "true" if key != "suite" else ", ".join(config.suites)
             raise UserError(
-                f"{key} (true) runs in one process, and {world_size} were started. Leave out "
+                f"{key} ({value}) runs in one process, and {world_size} were started. Leave out "
                 f"--nproc, or {key}"
             )
         return

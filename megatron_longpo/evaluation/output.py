@@ -47,8 +47,13 @@ class EvaluationFile:
         record: Record = {}
         if is_main and path.exists() and not config.overwrite:
             found = read_evaluation(path)
+            was_off = not any((found["settings"].get("evaluation") or {}).values())
             for key, value in settings.items():
                 there = found["settings"].get(key)
+                if key != "model" and (was_off or config.evaluation.is_off):
+                    # Suites alone stand there or are run now; they keep settings of their own.
+                    settings[key] = value if was_off else there
+                    continue
                 if key == "new_tokens" and None in (there, value):
                     # Nothing was written there, or nothing is written now.
                     settings[key] = there or value
@@ -92,6 +97,35 @@ class EvaluationFile:
                 if question.depth == cell["depth"]
             ]
             cell["generated"] = sum(hits) / len(hits)
+        self.save()
+
+    def begin_suite(self, name: str, *, mean: str, settings: Mapping[str, Any]) -> None:
+        """Makes room for a suite's cells, or finds those that are there.
+
+        Raises:
+            UserError: where they were found with other settings.
+        """
+        suites = self.record.setdefault("suites", {})
+        wanted = json.loads(json.dumps(settings))
+        suite = suites.setdefault(name, {"mean": mean, "settings": wanted, "cells": []})
+        for key, value in wanted.items():
+            if suite["settings"].get(key) != value:
+                raise UserError(
+                    f"output ({self.path.parent}): {self.path} has the suite {name} with another "
+                    f"{key}; choose another output, or give --overwrite"
+                )
+
+    def has_suite(self, name: str) -> bool:
+        """Whether anything of a suite is there."""
+        return bool(self.record["suites"][name]["cells"])
+
+    def has_cell(self, suite: str, task: str, length: int | None) -> bool:
+        cells = self.record["suites"][suite]["cells"]
+        return any((cell["task"], cell["length"]) == (task, length) for cell in cells)
+
+    def add_cells(self, suite: str, cells: Sequence[Record]) -> None:
+        """Takes in and saves what was found of a suite."""
+        self.record["suites"][suite]["cells"].extend(cells)
         self.save()
 
     def save(self, *, complete: bool = False) -> None:

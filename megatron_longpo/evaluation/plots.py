@@ -23,6 +23,7 @@ HEATMAP = "retrieval_heatmap.png"
 BY_LENGTH = "retrieval_by_length.png"
 NLL = "nll_by_position.png"
 RETENTION = "retention.png"
+SUITES = "suites_by_length.png"
 CURVES = "curves.png"
 MARKERS = "os^Dv<>Ph*"
 
@@ -34,6 +35,7 @@ def draw_all(evaluated: Sequence[Evaluated], folder: Path) -> list[str]:
         BY_LENGTH: draw_by_length(evaluated),
         NLL: draw_nll(evaluated),
         RETENTION: draw_retention(evaluated),
+        SUITES: draw_suites(evaluated),
         CURVES: draw_curves(evaluated),
     }
     for name, figure in drawn.items():
@@ -155,6 +157,30 @@ def draw_retention(evaluated: Sequence[Evaluated]) -> Figure | None:
     )
     right.set_ylim(0, 1.1)
     right.set_title("same first choice as the base", fontsize=10)
+    return figure
+
+
+def draw_suites(evaluated: Sequence[Evaluated]) -> Figure | None:
+    """A panel a suite with lengths, and one for each of its tasks; a line a model."""
+    prefixes = {
+        key.removesuffix(length)
+        for one in evaluated
+        for key in one.numbers
+        if key.startswith("suite/") and (length := key.rpartition("/")[2]).isdecimal()
+    }
+    if not prefixes:
+        return None
+    figure, axes = _grid(len(prefixes), width=3.4, height=2.6, columns=4)
+    for axis, prefix in zip(axes, sorted(prefixes, key=lambda p: (p.count("/"), p)), strict=True):
+        lengths = set()
+        for number, one in enumerate(evaluated):
+            if points := _by_length(one.numbers, prefix):
+                axis.plot(*zip(*points, strict=True), label=one.name, **_look(number))
+                lengths |= {length for length, _ in points}
+        _length_axis(axis, sorted(lengths))
+        axis.set_ylim(-0.03, 1.03)
+        axis.set_title(prefix.removeprefix("suite/").rstrip("/"), fontsize=10)
+    axes[0].legend(fontsize=8)
     return figure
 
 

@@ -1,12 +1,13 @@
 """What an evaluation found, as plain data: a record for files, and flat numbers for curves.
 
-A record has up to three keys:
+A record has up to four keys:
 
     retrieval   a list of cells: kind, length, depth, samples, exact (share of the numbers of which
                 every token is what greedy decoding would write), token_accuracy, and generated (the
                 share found in what the model wrote), where it was asked to write
     nll         a list of buckets: start, stop, tokens, nll (nats a token)
     retention   prompts, positions, kl (nats a position), agreement (share of positions)
+    suites      what lm-evaluation-harness found, by suite (harness/records.py)
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_longpo.evaluation.harness.records import suite_numbers
 from megatron_longpo.evaluation.position_nll import NllSet
 from megatron_longpo.evaluation.probes import ProbeSet
 from megatron_longpo.evaluation.retrieval import Question, RetrievalSet
@@ -79,7 +81,7 @@ def flat_numbers(record: Record) -> dict[str, float]:
 
     `retrieval/LENGTH` is the mean over depths and kinds, `retrieval/KIND/LENGTH` that of one kind
     where there are several, `generated/LENGTH` the same of what was written; `nll/START-STOP`;
-    `retention/kl` and `retention/agreement`.
+    `retention/kl` and `retention/agreement`; `suite/...` as `suite_numbers` says.
     """
     numbers: dict[str, float] = {}
     cells = record.get("retrieval", [])
@@ -96,7 +98,7 @@ def flat_numbers(record: Record) -> dict[str, float]:
     if retention := record.get("retention"):
         numbers["retention/kl"] = retention["kl"]
         numbers["retention/agreement"] = retention["agreement"]
-    return numbers
+    return numbers | suite_numbers(record.get("suites", {}))
 
 
 def _by_length(cells: Sequence[Record], key: str, *, prefix: str) -> dict[str, float]:
