@@ -184,6 +184,7 @@ COMMANDS = (
             "longpo evaluate models/hf --output evaluated/base --config evaluate.yaml",
             "longpo evaluate runs/a/checkpoints --output evaluated/a --base models/hf "
             "--nproc 8 --parallel.context 8 --config evaluate.yaml",
+            "longpo evaluate models/hf --suite ruler,mmlu --output evaluated/base",
             "longpo evaluate --compare evaluated/base evaluated/a runs/a --output comparison",
         ),
         positionals=("models",),

@@ -15,16 +15,8 @@ from tools.tiny_models import CHAT_TEMPLATE, SPECIAL_TOKENS, make_tiny_model
 
 VOCABULARY = 1500
 WORDS = [
-    "harbour",
-    "ledger",
-    "barrel",
-    "window",
-    "candle",
-    "letter",
-    "garden",
-    "market",
-    "river",
-    "engine",
+    *("harbour", "ledger", "barrel", "window", "candle"),
+    *("letter", "garden", "market", "river", "engine"),
 ]
 PLACES = ["north", "south", "east", "west", "upper", "lower", "old", "new", "great", "small"]
 

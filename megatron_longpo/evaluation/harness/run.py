@@ -94,9 +94,8 @@ def run_suites(
                     f"stopped; {file.path} has what was measured; the same command goes on"
                 )
             cell = _run_part(config, suite, part, model, model_path, tokenizer, folder, file)
-            if cell is not None:
-                file.add_cells(suite.name, [cell])
-                say(f"measured: {suite.name} {part.file_name} {suite.metric} {cell['value']:.4g}")
+            file.add_cells(suite.name, [cell])
+            say(f"measured: {suite.name} {part.file_name} {suite.metric} {cell['value']:.4g}")
 
 
 def _run_part(
@@ -108,9 +107,10 @@ def _run_part(
     tokenizer: Any,
     folder: Path,
     file: EvaluationFile,
-) -> dict[str, Any] | None:
-    """The cell of a part; None in processes that lm-eval gives no results."""
-    from lm_eval.evaluator import simple_evaluate
+) -> dict[str, Any]:
+    """The cell of a part."""
+    from lm_eval.defaults import DEFAULT_OTHER_SEED
+    from lm_eval.evaluator import evaluate as harness_evaluate
 
     task = load_task(suite, part, config.harness, tokenizer=model_path)
     if suite.shortened is not None:
@@ -121,17 +121,16 @@ def _run_part(
             most=model.max_length,
             chat_template=suite.chat_template,
         )
-    found: Any = simple_evaluate(
-        model=model,
-        tasks=[task],
-        num_fewshot=suite.shots,
+    task.set_config(key="num_fewshot", value=suite.shots)
+    task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+    # Not simple_evaluate, which asks the machine for its versions for seconds, at every part.
+    found: Any = harness_evaluate(
+        model,
+        {"tasks": {part.task: task}},
         limit=None if part.length is not None else suite.samples,
         apply_chat_template=suite.chat_template,
         fewshot_as_multiturn=suite.chat_template,
-        log_samples=True,
     )
-    if found is None:
-        return None
     numbers = found["results"][part.task]
     key = next(key for key in numbers if key.startswith(f"{suite.metric},"))
     stderr = numbers.get(key.replace(",", "_stderr,"))
