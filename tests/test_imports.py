@@ -27,6 +27,8 @@ LIGHT_FILES = (
     "generation.judge_config",
     "evaluation.config",
     "evaluation.evaluate_config",
+    "evaluation.harness.config",
+    "evaluation.harness.suites",
 )
 """Files of megatron_longpo that a wrong setting, or --help, must not wait for torch in."""
 
