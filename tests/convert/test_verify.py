@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoints_convert import megatron_to_hf, verify_logits
+from checkpoints_convert import checkpoint_weights, verify_logits
 from checkpoints_convert.config import ExportConfig, ImportConfig, VerifyConfig
 from checkpoints_convert.hf_folder import write_hf_side_files
 from checkpoints_convert.hf_to_megatron import run_import
@@ -114,7 +114,7 @@ def test_an_export_that_mixes_weights_up_is_caught(
     tensors = load_file(path)
     tensors["model.norm.weight"][3] = 0.0
     save_file(tensors, path, metadata={"format": "pt"})
-    monkeypatch.setattr(megatron_to_hf, "to_hf", wrong)
+    monkeypatch.setattr(checkpoint_weights, "to_hf", wrong)
     assert main(["convert", "verify", folder, "--json", "--logits", "false"]) == 1
     captured = capsys.readouterr()
     report = json.loads(captured.out)

@@ -42,8 +42,7 @@ def tokenizers() -> list[ChatTokenizer]:
     names = ("chatml", "llama3", "mistral")
     found: list[ChatTokenizer] = []
     for name, (tokenizer, template) in zip(names, made, strict=True):
-        tokenizer.chat_template = template
-        found.append(HuggingFaceTokenizer(tokenizer, name=name))
+        found.append(HuggingFaceTokenizer(tokenizer, name=name, chat_template=template))
     return found
 
 
