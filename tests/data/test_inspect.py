@@ -66,6 +66,20 @@ def test_sample_of_a_row(rows: str, sample: Sample, tokenizer: ChatTokenizer) ->
     assert f"in a pack: {physical} tokens in place of {unshared}, " in sample.facts[1]
 
 
+@pytest.mark.parametrize("system", [None, "Be brief."])
+def test_chunks_at_the_ends_of_a_document_are_marked(
+    system: str | None, rows: str, tokenizer: ChatTokenizer, tmp_path: Path
+) -> None:
+    parts = ["The year began.\n\nIt was wet.", "Nothing came of it.", "The year ended in rain."]
+    turns = [{**example()["turns"][0], "chunk": part, "chunk_span": None} for part in parts]
+    examples = write(tmp_path / "e.jsonl", example(document="\n\n".join(parts), turns=turns))
+    output = str(tmp_path / "rows.jsonl")
+    model = str(Path(rows).parent / "model")
+    run_tokenize(TokenizeConfig(examples=examples, output=output, tokenizer=model, system=system))
+    shared = sample_of_row(open_rows(output)[0], tokenizer).segments[0]
+    assert [piece.text for piece in shared.pieces if piece.mark == "chunk"] == parts
+
+
 @pytest.mark.parametrize("terminal", [True, False])
 def test_marks_are_colours_on_a_terminal_and_signs_elsewhere(
     terminal: bool, sample: Sample, capsys: pytest.CaptureFixture[str]
