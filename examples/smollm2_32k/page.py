@@ -11,9 +11,10 @@ from typing import Any
 from examples.smollm2_32k.commands import Commands
 from examples.smollm2_32k.pairs import description_of
 from examples.smollm2_32k.plan import Run
-from examples.smollm2_32k.plots import Groups, draw_all, retrieval, tokens
+from examples.smollm2_32k.plots import Groups, draw_all, retrieval
 from examples.smollm2_32k.results import Result, read_results
 from megatron_longpo.data.jsonl import write_whole
+from megatron_longpo.evaluation.figures import tokens
 from megatron_longpo.evaluation.output import FILE_NAME
 
 EARLIER = (

@@ -5,22 +5,20 @@ Plain matplotlib without pyplot: it draws without a display and leaves no global
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from examples.smollm2_32k.results import Result
+from megatron_longpo.evaluation.figures import grid, legend_above, length_axis, look, save_figures
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Groups = Mapping[str, Sequence[Result]]
 """Results by the title of their line in the table."""
 
-MARKERS = "os^Dv<>Ph*"
 CURVE_POINTS = 16
 """Of what every step has: means over stretches of steps."""
 
@@ -33,15 +31,7 @@ def draw_all(groups: Groups, folder: Path) -> list[str]:
         "retention.png": draw_retention(groups),
         "curves.png": draw_curves(trained) if trained else None,
     }
-    names = []
-    for name, figure in figures.items():
-        if figure is None:
-            continue
-        partial = folder / f"{name}.partial"
-        figure.savefig(partial, format="png", dpi=120)
-        os.replace(partial, folder / name)
-        names.append(name)
-    return names
+    return save_figures(figures, folder, dpi=120)
 
 
 def retrieval(result: Result) -> dict[int, float]:
@@ -54,24 +44,19 @@ def retrieval(result: Result) -> dict[int, float]:
     return {int(length): found[length] for length in sorted(found, key=len) if length.isdecimal()}
 
 
-def tokens(length: int) -> str:
-    return f"{length // 1024}K" if length % 1024 == 0 else str(length)
-
-
 def draw_retrieval(groups: Groups) -> Figure:
     """Means over seeds; bars from the least to the most."""
-    figure, (axes,) = _figure(1, width=9.0, height=4.6)
+    figure, (axes,) = grid(1, width=9.0, height=4.6)
     for number, (title, results) in enumerate(groups.items()):
         by_length = [retrieval(result) for result in results]
         lengths = sorted(by_length[0])
         means = [statistics.mean(found[length] for found in by_length) for length in lengths]
         lows = [m - min(f[n] for f in by_length) for n, m in zip(lengths, means, strict=True)]
         highs = [max(f[n] for f in by_length) - m for n, m in zip(lengths, means, strict=True)]
-        axes.errorbar(lengths, means, yerr=[lows, highs], capsize=3, label=title, **_look(number))
-    axes.set_xscale("log", base=2)
-    ticks = sorted({length for found in groups.values() for length in retrieval(found[0])})
-    axes.set_xticks(ticks, [tokens(length) for length in ticks])
-    axes.minorticks_off()
+        axes.errorbar(lengths, means, yerr=[lows, highs], capsize=3, label=title, **look(number))
+    length_axis(
+        axes, sorted({length for found in groups.values() for length in retrieval(found[0])})
+    )
     axes.set_xlabel("tokens")
     axes.set_ylabel("numbers found")
     axes.set_ylim(-0.03, 1.03)
@@ -81,11 +66,11 @@ def draw_retrieval(groups: Groups) -> Figure:
 
 def draw_retention(groups: Groups) -> Figure:
     """A dot a run: retrieval at the two longest lengths over what short prompts have lost."""
-    figure, (axes,) = _figure(1, width=9.0, height=4.6)
+    figure, (axes,) = grid(1, width=9.0, height=4.6)
     for number, (title, results) in enumerate(groups.items()):
         gained = [statistics.mean(list(retrieval(result).values())[-2:]) for result in results]
         lost = [result.numbers["retention/kl"] for result in results]
-        axes.plot(lost, gained, label=title, **(_look(number) | {"linestyle": "none"}))
+        axes.plot(lost, gained, label=title, **(look(number) | {"linestyle": "none"}))
     axes.set_xlabel("KL(base || model) on short prompts (nats a token)")
     axes.set_ylabel("numbers found, mean of the two longest")
     axes.set_ylim(-0.03, 1.03)
@@ -108,7 +93,7 @@ def draw_curves(groups: Groups) -> Figure:
         for key in ("preference_loss", "nll_loss", "rewards/accuracies", "grad_norm")
         if any(key in run.curves for _, run in runs)
     ]
-    figure, axes = _figure(len(evaluated) + len(trained), width=4.2, height=2.8)
+    figure, axes = grid(len(evaluated) + len(trained), width=4.2, height=2.8)
     for axis, key in zip(axes, [*evaluated, *trained], strict=True):
         for number, (title, run) in enumerate(runs):
             if key in evaluated:
@@ -116,18 +101,11 @@ def draw_curves(groups: Groups) -> Figure:
             else:
                 points = _smooth(run.curves, key)
             if points:
-                look = _look(number) if key in evaluated else {"color": f"C{number % 10}"}
-                axis.plot(*zip(*points, strict=True), label=title, **look)
+                line = look(number) if key in evaluated else {"color": f"C{number % 10}"}
+                axis.plot(*zip(*points, strict=True), label=title, **line)
         axis.set_title(key, fontsize=9)
         axis.set_xlabel("step", fontsize=8)
-    by_label = {
-        label: line
-        for axis in axes
-        for line, label in zip(*axis.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(
-        by_label.values(), by_label.keys(), loc="outside upper center", ncols=3, fontsize=8
-    )
+    legend_above(figure, axes, columns=3)
     return figure
 
 
@@ -140,27 +118,3 @@ def _smooth(curves: Mapping[str, Sequence[float | None]], key: str) -> list[tupl
     return [
         (stretch[-1][0], statistics.mean(value for _, value in stretch)) for stretch in stretches
     ]
-
-
-def _figure(panels: int, *, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    columns = min(3, panels)
-    rows = -(-panels // columns)
-    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = [figure.add_subplot(rows, columns, number + 1) for number in range(panels)]
-    for axis in axes:
-        axis.grid(alpha=0.3)
-        axis.set_axisbelow(True)
-    return figure, axes
-
-
-def _look(number: int) -> dict[str, Any]:
-    return {
-        "color": f"C{number % 10}",
-        "marker": MARKERS[number % len(MARKERS)],
-        "linewidth": 1.4,
-        "markersize": 5,
-    }

@@ -155,12 +155,7 @@ def markdown_text(evaluated: Sequence[Evaluated]) -> str:
         "|---|" + "---:|" * len(evaluated),
     ]
     for key in keys_of(evaluated):
-        best = best_of(key, evaluated)
-        cells = []
-        for one in evaluated:
-            value = one.numbers.get(key)
-            text = "" if value is None else f"{value:.4g}"
-            cells.append(f"**{text}**" if value is not None and value == best else text)
+        cells = _cells(key, evaluated, best="**{}**")
         lines.append(f"| {key} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -173,14 +168,19 @@ def print_table(evaluated: Sequence[Evaluated]) -> None:
     for column in table.columns[1:]:
         column.justify = "right"
     for key in keys_of(evaluated):
-        best = best_of(key, evaluated)
-        cells = []
-        for one in evaluated:
-            value = one.numbers.get(key)
-            text = "" if value is None else f"{value:.4g}"
-            cells.append(f"[bold]{text}[/bold]" if value is not None and value == best else text)
-        table.add_row(key, *cells)
+        table.add_row(key, *_cells(key, evaluated, best="[bold]{}[/bold]"))
     Console().print(table)
+
+
+def _cells(key: str, evaluated: Sequence[Evaluated], *, best: str) -> list[str]:
+    """A number of each, empty where it has none; the best of them in the format `best`."""
+    highlighted = best_of(key, evaluated)
+    cells = []
+    for one in evaluated:
+        value = one.numbers.get(key)
+        text = "" if value is None else f"{value:.4g}"
+        cells.append(best.format(text) if value is not None and value == highlighted else text)
+    return cells
 
 
 def _title(one: Evaluated) -> str:

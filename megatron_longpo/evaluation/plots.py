@@ -6,12 +6,19 @@ Plain matplotlib without pyplot: it draws without a display and leaves no global
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from megatron_longpo.evaluation.config import RetrievalKind
+from megatron_longpo.evaluation.figures import (
+    grid,
+    legend_above,
+    length_axis,
+    look,
+    save_figures,
+    tokens,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,12 +32,11 @@ NLL = "nll_by_position.png"
 RETENTION = "retention.png"
 SUITES = "suites_by_length.png"
 CURVES = "curves.png"
-MARKERS = "os^Dv<>Ph*"
 
 
 def draw_all(evaluated: Sequence[Evaluated], folder: Path) -> list[str]:
     """Draws every plot that somebody has numbers for; returns the names of the files."""
-    drawn = {
+    figures = {
         HEATMAP: draw_heatmaps(evaluated),
         BY_LENGTH: draw_by_length(evaluated),
         NLL: draw_nll(evaluated),
@@ -38,13 +44,7 @@ def draw_all(evaluated: Sequence[Evaluated], folder: Path) -> list[str]:
         SUITES: draw_suites(evaluated),
         CURVES: draw_curves(evaluated),
     }
-    for name, figure in drawn.items():
-        if figure is None:
-            continue
-        partial = folder / f"{name}.partial"
-        figure.savefig(partial, format="png", dpi=130)
-        os.replace(partial, folder / name)
-    return [name for name, figure in drawn.items() if figure is not None]
+    return save_figures(figures, folder, dpi=130)
 
 
 def draw_heatmaps(evaluated: Sequence[Evaluated]) -> Figure | None:
@@ -58,7 +58,7 @@ def draw_heatmaps(evaluated: Sequence[Evaluated]) -> Figure | None:
         return None
     several_kinds = len({kind for _, kind, _ in panels}) > 1
     columns = len({kind for _, kind, _ in panels}) if several_kinds else 3
-    figure, axes = _grid(len(panels), width=4.2, height=3.4, columns=columns)
+    figure, axes = grid(len(panels), width=4.2, height=3.4, columns=columns)
     for axis, (name, kind, cells) in zip(axes, panels, strict=True):
         _draw_heatmap(axis, cells)
         axis.set_title(f"{name}\n{kind}" if several_kinds else name, fontsize=10)
@@ -81,7 +81,7 @@ def _draw_heatmap(axes: Axes, cells: Sequence[dict[str, Any]]) -> None:
                 axes.text(
                     column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color=color
                 )
-    axes.set_xticks(range(len(lengths)), [_tokens(length) for length in lengths])
+    axes.set_xticks(range(len(lengths)), [tokens(length) for length in lengths])
     axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
     axes.set_xlabel("length (tokens)")
     axes.set_ylabel("depth")
@@ -97,11 +97,11 @@ def draw_by_length(evaluated: Sequence[Evaluated]) -> Figure | None:
     ]
     if not series:
         return None
-    figure, (axes,) = _grid(1, width=6.4, height=4.2)
+    figure, (axes,) = grid(1, width=6.4, height=4.2)
     for name, number, style, points in series:
         label = name if style == "-" else f"{name}, written"
-        axes.plot(*zip(*points, strict=True), style, label=label, **_look(number))
-    _length_axis(axes, sorted({length for *_, points in series for length, _ in points}))
+        axes.plot(*zip(*points, strict=True), style, label=label, **look(number))
+    length_axis(axes, sorted({length for *_, points in series for length, _ in points}))
     axes.set_ylim(-0.03, 1.03)
     axes.set_ylabel("exact match")
     axes.set_xlabel("length (tokens)")
@@ -114,12 +114,12 @@ def draw_nll(evaluated: Sequence[Evaluated]) -> Figure | None:
     having = [(number, one) for number, one in enumerate(evaluated) if one.record.get("nll")]
     if not having:
         return None
-    figure, (axes,) = _grid(1, width=6.4, height=4.2)
+    figure, (axes,) = grid(1, width=6.4, height=4.2)
     for number, one in having:
         buckets = one.record["nll"]
         stops, values = [b["stop"] for b in buckets], [b["nll"] for b in buckets]
-        axes.plot(stops, values, label=one.name, **_look(number))
-    _length_axis(axes, sorted({b["stop"] for _, one in having for b in one.record["nll"]}))
+        axes.plot(stops, values, label=one.name, **look(number))
+    length_axis(axes, sorted({b["stop"] for _, one in having for b in one.record["nll"]}))
     axes.set_ylabel("NLL (nats a token)")
     axes.set_xlabel("positions up to")
     axes.legend(fontsize=8)
@@ -134,7 +134,7 @@ def draw_retention(evaluated: Sequence[Evaluated]) -> Figure | None:
     ]
     if not having:
         return None
-    figure, (left, right) = _grid(2, width=4.8, height=4.0)
+    figure, (left, right) = grid(2, width=4.8, height=4.0)
     for number, one in having:
         kl, agreement = one.numbers["retention/kl"], one.numbers["retention/agreement"]
         right.bar(number, agreement, color=f"C{number % 10}")
@@ -142,8 +142,8 @@ def draw_retention(evaluated: Sequence[Evaluated]) -> Figure | None:
         points = _by_length(one.numbers, "retrieval/")
         if points:
             mean = sum(value for _, value in points) / len(points)
-            look = {**_look(number), "linestyle": "none", "markersize": 9}
-            left.plot(kl, mean, label=one.name, **look)
+            dot = {**look(number), "linestyle": "none", "markersize": 9}
+            left.plot(kl, mean, label=one.name, **dot)
     left.set_xlabel("KL(base || model) on short prompts (nats)")
     left.set_ylabel("retrieval, mean over lengths")
     left.set_ylim(-0.03, 1.03)
@@ -170,14 +170,14 @@ def draw_suites(evaluated: Sequence[Evaluated]) -> Figure | None:
     }
     if not prefixes:
         return None
-    figure, axes = _grid(len(prefixes), width=3.4, height=2.6, columns=4)
+    figure, axes = grid(len(prefixes), width=3.4, height=2.6, columns=4)
     for axis, prefix in zip(axes, sorted(prefixes, key=lambda p: (p.count("/"), p)), strict=True):
         lengths = set()
         for number, one in enumerate(evaluated):
             if points := _by_length(one.numbers, prefix):
-                axis.plot(*zip(*points, strict=True), label=one.name, **_look(number))
+                axis.plot(*zip(*points, strict=True), label=one.name, **look(number))
                 lengths |= {length for length, _ in points}
-        _length_axis(axis, sorted(lengths))
+        length_axis(axis, sorted(lengths))
         axis.set_ylim(-0.03, 1.03)
         axis.set_title(prefix.removeprefix("suite/").rstrip("/"), fontsize=10)
     axes[0].legend(fontsize=8)
@@ -197,12 +197,12 @@ def draw_curves(evaluated: Sequence[Evaluated]) -> Figure | None:
         # Kinds by themselves are in the table and the heat maps.
         if not key.startswith(tuple(f"retrieval/{kind}/" for kind in get_args(RetrievalKind)))
     ]
-    figure, axes = _grid(len(keys), width=4.2, height=2.8)
+    figure, axes = grid(len(keys), width=4.2, height=2.8)
     for axis, key in zip(axes, keys, strict=True):
         for number, one in enumerate(evaluated):
             points = [(step, numbers[key]) for step, numbers in one.history if key in numbers]
             if len(points) > 1:
-                axis.plot(*zip(*points, strict=True), label=one.name, **_look(number))
+                axis.plot(*zip(*points, strict=True), label=one.name, **look(number))
             elif key in one.numbers:
                 axis.axhline(
                     one.numbers[key], color=f"C{number % 10}", linestyle=":", label=one.name
@@ -212,54 +212,11 @@ def draw_curves(evaluated: Sequence[Evaluated]) -> Figure | None:
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         if key.startswith(("retrieval/", "retention/agreement", "rewards/accuracies")):
             axis.set_ylim(-0.03, 1.03)
-    by_label = {
-        label: line
-        for axis in axes
-        for line, label in zip(*axis.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(
-        by_label.values(), by_label.keys(), loc="outside upper center", ncols=4, fontsize=8
-    )
+    legend_above(figure, axes, columns=4)
     return figure
-
-
-def _grid(
-    panels: int, *, width: float, height: float, columns: int = 3
-) -> tuple[Figure, list[Axes]]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    columns = min(columns, panels)
-    rows = math.ceil(panels / columns)
-    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = [figure.add_subplot(rows, columns, number + 1) for number in range(panels)]
-    for axis in axes:
-        axis.grid(alpha=0.3)
-        axis.set_axisbelow(True)
-    return figure, axes
 
 
 def _by_length(numbers: dict[str, float], prefix: str) -> list[tuple[int, float]]:
     """`retrieval/4096` and its like, without those of one kind."""
     rest = {key.removeprefix(prefix): v for key, v in numbers.items() if key.startswith(prefix)}
     return sorted((int(length), value) for length, value in rest.items() if length.isdecimal())
-
-
-def _length_axis(axes: Axes, lengths: Sequence[int]) -> None:
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(lengths, [_tokens(length) for length in lengths])
-    axes.minorticks_off()
-
-
-def _tokens(length: int) -> str:
-    return f"{length // 1024}K" if length % 1024 == 0 else str(length)
-
-
-def _look(number: int) -> dict[str, Any]:
-    return {
-        "color": f"C{number % 10}",
-        "marker": MARKERS[number % len(MARKERS)],
-        "linewidth": 1.4,
-        "markersize": 5,
-    }
