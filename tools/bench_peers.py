@@ -25,6 +25,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from megatron_longpo.data.jsonl import write_whole
 from megatron_longpo.gpu_memory import allow_expandable_segments
 from tools.bench_models import SHAPES
 from tools.peer_case import Case
@@ -175,12 +176,9 @@ def apart(theirs: dict[str, Any], ours: dict[str, Any], number: int) -> float:
 def save(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     if arguments.json is None:
         return
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    partial = arguments.json.with_suffix(".partial")
     settings = {name: str(v) if isinstance(v, Path) else v for name, v in vars(arguments).items()}
     report = {"settings": settings, "cases": rows}
-    partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    partial.rename(arguments.json)
+    write_whole(arguments.json, json.dumps(report, indent=2) + "\n")
 
 
 def print_trials(row: dict[str, Any]) -> None:

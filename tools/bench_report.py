@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from megatron_longpo.data.jsonl import write_whole
 from megatron_longpo.training.flops import step_flops
 from megatron_longpo.training.loop import Run
 from tools.bench_timing import Timing
@@ -115,10 +115,7 @@ class Report:
         if self._json is None or not self._is_main:
             return
         report = {**self._head, "modes": self.modes, "speedup": self.speedups()}
-        self._json.parent.mkdir(parents=True, exist_ok=True)
-        new = self._json.with_name(self._json.name + ".new")
-        new.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        os.replace(new, self._json)
+        write_whole(self._json, json.dumps(report, indent=2) + "\n")
 
     def speedups(self) -> dict[str, float]:
         """How much faster the shared layout is, by reference, where both layouts ran."""

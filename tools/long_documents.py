@@ -15,7 +15,6 @@ read by `longpo generate --documents`. Every line has `text`, `source`, `file`, 
 from __future__ import annotations
 
 import argparse
-import gzip
 import re
 import shutil
 import subprocess
@@ -29,7 +28,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 from examples.quickstart.documents import standard_library_files
-from megatron_longpo.data.jsonl import dump_line, replacing
+from megatron_longpo.data.jsonl import write_packed_jsonl
 from megatron_longpo.data.tokenizers import ChatTokenizer, load_tokenizer
 from megatron_longpo.errors import UserError
 from megatron_longpo.generation.chunking import chunk_document
@@ -190,12 +189,7 @@ def choose(by_source: dict[str, list[LongDocument]], max_bytes: int) -> Iterator
 
 def write_corpus(path: Path, documents: list[LongDocument]) -> None:
     """Writes a file that is there when it is whole; the same documents give the same bytes."""
-    with (
-        replacing(path) as file,
-        gzip.GzipFile(fileobj=file, mode="wb", filename="", mtime=0) as packed,
-    ):
-        for document in documents:
-            packed.write(dump_line(asdict(document)).encode())
+    write_packed_jsonl(path, map(asdict, documents))
     sources = Counter(document.source for document in documents)
     print(f"{path}: {len(documents)} documents, {path.stat().st_size / 1e6:.1f} MB")
     print("  by source: " + ", ".join(f"{name} {number}" for name, number in sources.items()))

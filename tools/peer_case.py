@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from megatron_longpo.data.jsonl import write_whole
 from megatron_longpo.data.rows import PreferenceRow, write_rows_jsonl
 from megatron_longpo.model.spec import DTYPES
 from tools.bench_models import ModelShape, PairShape, random_pair
@@ -225,9 +226,7 @@ class Trials:
             "versions": _versions(),
             "trials": [{**asdict(trial), "median_s": trial.median_s} for trial in self.trials],
         }
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(result), encoding="utf-8")
-        partial.rename(self.path)
+        write_whole(self.path, json.dumps(result))
 
 
 def _versions() -> dict[str, str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_longpo.data.examples import Example, ExampleFile, example_columns
-from megatron_longpo.data.jsonl import dump_line, replacing, write_whole
+from megatron_longpo.data.jsonl import write_packed_jsonl, write_whole
 from megatron_longpo.generation.facts import holds_fact
 
 NUM_SHOWN = 6
@@ -42,7 +42,7 @@ def choose_pairs(
     random.Random(seed).shuffle(kept)
     kept.sort(key=lambda example: -len(example.turns))
     chosen = kept[:number]
-    _write(pairs_path, chosen)
+    write_packed_jsonl(pairs_path, map(example_columns, chosen))
     summary_path = examples_path.with_suffix(".summary.json")
     summary = json.loads(summary_path.read_text(encoding="utf-8"))
     described = {
@@ -89,12 +89,3 @@ def _shown(examples: Sequence[Example]) -> Iterator[dict[str, str]]:
             "chosen": turn.chosen,
             "rejected": turn.rejected,
         }
-
-
-def _write(path: Path, examples: Sequence[Example]) -> None:
-    with (
-        replacing(path) as file,
-        gzip.GzipFile(fileobj=file, mode="wb", filename="", mtime=0) as packed,
-    ):
-        for example in examples:
-            packed.write(dump_line(example_columns(example)).encode())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import os
@@ -129,6 +130,16 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         # What a full disk refused has been said, and would be refused once more.
         with suppress(OSError):
             file.close()
+
+
+def write_packed_jsonl(path: str | Path, values: Iterable[Mapping[str, Any]]) -> None:
+    """`write_jsonl` through gzip; the same values give the same bytes."""
+    with (
+        replacing(path) as file,
+        gzip.GzipFile(fileobj=file, mode="wb", filename="", mtime=0) as packed,
+    ):
+        for value in values:
+            packed.write(dump_line(value).encode())
 
 
 def write_whole(path: str | Path, content: str) -> None:
