@@ -12,12 +12,12 @@ arguments are those of tools.bench_step. Both checkpoints are deleted at the end
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,15 +25,18 @@ import torch
 import torch.distributed as dist
 
 from checkpoints_convert.torch_dist import iteration_folder
+from megatron_longpo.data.jsonl import write_whole
 from megatron_longpo.gpu_memory import allow_expandable_segments
 from megatron_longpo.parallel import groups
-from megatron_longpo.training import build, checkpoint
-from megatron_longpo.training.background import BackgroundSaves
+from megatron_longpo.training import checkpoint, loop
 from megatron_longpo.training.loop import Run, train_step
 from tools import bench_step
 from tools.bench_report import device_name
 
 T = TypeVar("T")
+
+IN_LINE, BACKGROUND = "in_line", "background"
+"""Folders of the two checkpoints, which are deleted at the end."""
 
 
 def main() -> None:
@@ -48,14 +51,13 @@ def main() -> None:
             (run,) = bench_step.make_runs(arguments, [mode], Path(inputs)).values()
             report = bench(run, arguments.folder, warmup=arguments.warmup, steps=arguments.repeats)
     finally:
-        shutil.rmtree(arguments.folder, ignore_errors=True)
+        # Not the folder itself: it is the user's, and may have had something in it.
+        for name in (IN_LINE, BACKGROUND):
+            shutil.rmtree(arguments.folder / name, ignore_errors=True)
     if run.groups.is_main:
         print_report(report)
         if arguments.json is not None:
-            arguments.json.parent.mkdir(parents=True, exist_ok=True)
-            new = arguments.json.with_name(arguments.json.name + ".new")
-            new.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-            os.replace(new, arguments.json)
+            write_whole(arguments.json, json.dumps(report, indent=2) + "\n")
     groups.shutdown()
 
 
@@ -64,10 +66,9 @@ def bench(run: Run, folder: Path, *, warmup: int, steps: int) -> dict[str, Any]:
     for _ in range(warmup):
         train_step(run)
     plain = [timed(lambda: train_step(run))[0] for _ in range(steps)]
-    in_line, _ = timed(lambda: save(run, folder / "in_line"))
-    saves = BackgroundSaves()
-    background = folder / "background"
-    stall, _ = timed(lambda: save(run, background, saves))
+    in_line, _ = timed(lambda: save(run, folder / IN_LINE, in_background=False))
+    background = folder / BACKGROUND
+    stall, _ = timed(lambda: save(run, background, in_background=True))
     started, saved_step = time.perf_counter(), run.step
     beside, losses = [], []
     written: float | None = None
@@ -77,10 +78,10 @@ def bench(run: Run, folder: Path, *, warmup: int, steps: int) -> dict[str, Any]:
         if written is not None:
             continue
         beside.append(seconds)
-        saves.poll()
+        run.saves.poll()
         if checkpoint.newest(background) is not None:
             written = time.perf_counter() - started
-    waited, _ = timed(saves.wait)
+    waited, _ = timed(run.saves.wait)
     written = written or time.perf_counter() - started
     resumed, _ = timed(
         lambda: checkpoint.load(
@@ -110,19 +111,10 @@ def bench(run: Run, folder: Path, *, warmup: int, steps: int) -> dict[str, Any]:
     }
 
 
-def save(run: Run, folder: Path, saves: BackgroundSaves | None = None) -> None:
-    """Saves as training does."""
-    build.gather_parameters(run.model)
-    checkpoint.save(
-        folder,
-        run.step,
-        run.state,
-        hf_source=run.sources.policy_folder,
-        arch=run.sources.policy,
-        dtype="float32",
-        keep=1,
-        background=saves,
-    )
+def save(run: Run, folder: Path, *, in_background: bool) -> None:
+    """Saves as training does, to a folder of its own."""
+    settings = replace(run.config.checkpoint, dir=str(folder), keep=1, async_save=in_background)
+    loop.save(replace(run, config=replace(run.config, checkpoint=settings)), is_final=False)
 
 
 def timed(call: Callable[[], T]) -> tuple[float, T]:

@@ -238,7 +238,7 @@ def _train(run: Run, writer: MetricsWriter | None) -> None:
             _evaluate(run, writer)
         must_stop = _stop_agreed(run)
         if is_last or must_stop or _is_due(run.step, config.checkpoint.interval):
-            _save(run, is_final=is_last or must_stop)
+            save(run, is_final=is_last or must_stop)
         if must_stop and not is_last:
             raise StopRequested(f"stopped at step {run.step} of {run.num_steps}, checkpoint saved")
 
@@ -330,7 +330,7 @@ def _log(run: Run, metrics: Metrics, writer: MetricsWriter | None) -> None:
         writer.write(metrics, to_trackers=is_paced)
 
 
-def _save(run: Run, *, is_final: bool) -> None:
+def save(run: Run, *, is_final: bool) -> None:
     """Saves in the background where that is asked for and a further step will follow."""
     config = run.config
     assert config.checkpoint.dir is not None, "settings are resolved"

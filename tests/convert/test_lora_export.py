@@ -241,7 +241,7 @@ def test_damaged_adapters_are_refused(
     (model,) = unwrap_model(run.model)
     with torch.no_grad():
         model.policy.decoder.layers[1].mlp.linear_fc2.adapter.lora_b[3, 1] = float("nan")
-    loop._save(run, is_final=True)
+    loop.save(run, is_final=True)
     with pytest.raises(UserError, match=r"linear_fc2\.adapter\.lora_b of layer 1 holds NaN"):
         export(tmp_path, "out", lora=lora)
     assert not (tmp_path / "out").exists()
