@@ -8,8 +8,10 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +29,29 @@ class CommandFailed(Exception):
 
 
 class Commands:
-    """Runs the commands of one study, one or several at a time."""
+    """Runs the commands of one study, one or several at a time.
 
-    def __init__(self, logs: Path, *, minutes: float | None) -> None:
+    `gpus` are values of CUDA_VISIBLE_DEVICES; without any, commands see what this process does.
+    """
+
+    def __init__(self, logs: Path, *, minutes: float | None, gpus: Sequence[str] = ()) -> None:
         self._logs = logs
+        self._gpus = gpus
+        self._assigned = threading.local()
         self._deadline = None if minutes is None else time.monotonic() + 60 * minutes
 
     @property
     def seconds_left(self) -> float:
         return float("inf") if self._deadline is None else self._deadline - time.monotonic()
+
+    @contextmanager
+    def on_gpu(self, gpu: str) -> Iterator[None]:
+        """Within, this thread's commands see that GPU alone."""
+        self._assigned.gpu = gpu
+        try:
+            yield
+        finally:
+            del self._assigned.gpu
 
     def longpo(self, name: str, *arguments: Any) -> None:
         self.together({name: longpo(*arguments)})
@@ -44,7 +60,8 @@ class Commands:
         self.together({name: [sys.executable, *map(str, arguments)]})
 
     def together(self, commands: Mapping[str, Sequence[str]]) -> None:
-        """Runs commands side by side, by the name of their log.
+        """Runs commands side by side, by the name of their log: in a thread that has a GPU on
+        that one, else spread over all.
 
         Raises:
             OutOfTime: where the time was over before they had ended. They were told to stop.
@@ -57,7 +74,10 @@ class Commands:
         first = next(iter(commands.values()))
         print(f"$ {shown(first)}" + (f"   (and {len(commands) - 1} more)" * (len(commands) > 1)))
         sys.stdout.flush()
-        processes = {name: self._start(name, command) for name, command in commands.items()}
+        processes = {
+            name: self._start(name, command, number)
+            for number, (name, command) in enumerate(commands.items())
+        }
         in_time = _wait(processes.values(), self.seconds_left)
         if not in_time:
             for process in processes.values():
@@ -78,11 +98,14 @@ class Commands:
     def log_path(self, name: str) -> Path:
         return self._logs / f"{name}.log"
 
-    def _start(self, name: str, command: Sequence[str]) -> subprocess.Popen[bytes]:
+    def _start(self, name: str, command: Sequence[str], number: int) -> subprocess.Popen[bytes]:
         # Threads that wait by spinning slow everything down on a machine that does other work too.
         environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
         path = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
         environment["PYTHONPATH"] = path
+        spread = self._gpus[number % len(self._gpus)] if self._gpus else None
+        if (gpu := getattr(self._assigned, "gpu", spread)) is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = gpu
         with open(self.log_path(name), "ab") as log:
             return subprocess.Popen(
                 command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT

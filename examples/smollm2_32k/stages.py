@@ -9,7 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from threading import Lock, RLock
+from threading import Lock
 from typing import Any
 
 from examples.smollm2_32k.commands import Commands, OutOfTime, longpo, options
@@ -42,20 +42,22 @@ class Study:
         shards: int,
         minutes: float | None,
         jobs: int,
+        gpus: Sequence[str] = (),
     ) -> None:
         self.scale = scale
         self.output = output.resolve()
         self.results = results.resolve()
         self.shards = shards
         self.jobs = jobs
+        """Runs at a time on a GPU."""
         self.model = (self.output / "model") if model is None else model.resolve()
         self.keep = self.output / "keep"
         self.parent = next(run for run in runs if run.is_parent)
         self.first_model = self.output / f"{self.parent.name}-hf"
-        self.commands = Commands(self.output / "logs", minutes=minutes)
+        self.commands = Commands(self.output / "logs", minutes=minutes, gpus=gpus)
         self.device = device_name()
         # Runs at the same time may need the same rows, or the model of one of them.
-        self._making = RLock()
+        self._making: dict[int, Lock] = defaultdict(Lock)
         self._training: dict[str, Lock] = defaultdict(Lock)
 
     # ---------------------------------------------------------------- data
@@ -169,9 +171,10 @@ class Study:
         folder = self._folder(run)
         seconds: dict[str, float] = {}
         if run.method is not None:
-            with self._making:
+            with self._making[1]:
                 rows = self.make_rows(1)
-                if run.iteration > 1:
+            if run.iteration > 1:
+                with self._making[run.iteration]:
                     self.make_first_model()
                     rows = self.make_rows(run.iteration)
         self.require(self.predicted_seconds(run), run.name)

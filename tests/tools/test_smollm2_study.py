@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import sys
 import time
 from collections import Counter
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ import yaml
 
 from examples.smollm2_32k import page, pairs, study
 from examples.smollm2_32k.commands import ROOT, CommandFailed, Commands, OutOfTime, options
-from examples.smollm2_32k.plan import BETA, PREFERENCE_WEIGHT, SEEDS, Run, plan
+from examples.smollm2_32k.plan import BETA, FULL, PREFERENCE_WEIGHT, SEEDS, Run, plan
 from examples.smollm2_32k.results import read_results, result_path, write_result
 from megatron_longpo.config import load_train_config, resolve
 from megatron_longpo.data.examples import Example, ExampleFile, Turn, write_examples
@@ -114,6 +116,46 @@ def test_commands_end_in_time(tmp_path: Path) -> None:
     with pytest.raises(OutOfTime):
         commands.python("never", "-c", "raise SystemExit(1)")
     assert not (tmp_path / "never.log").exists()
+
+
+def test_commands_share_the_gpus(tmp_path: Path) -> None:
+    code = "import os; print(os.environ.get('CUDA_VISIBLE_DEVICES'))"
+    commands = Commands(tmp_path, minutes=None, gpus=("3", "5"))
+    commands.together({name: [sys.executable, "-c", code] for name in "abc"})
+    with commands.on_gpu("5"):
+        commands.together({name: [sys.executable, "-c", code] for name in "de"})
+    Commands(tmp_path, minutes=None).python("f", "-c", code)
+    seen = [commands.log_path(name).read_text().strip() for name in "abcdef"]
+    assert seen[:5] == ["3", "5", "3", "5", "5"]
+    assert seen[5] == str(os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def test_runs_have_a_gpu_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two at a time on each of two GPUs, never more."""
+    arguments: dict[str, Any] = {"scale": FULL, "runs": RUNS, "model": None, "shards": 1}
+    made = study.Study(
+        **arguments, output=tmp_path, results=tmp_path, minutes=None, jobs=2, gpus=("3", "5")
+    )
+    under_way, most, lock = Counter[str](), Counter[str](), Lock()
+
+    def do(run: Run) -> None:
+        log = Path(made.commands.log_path(run.name))
+        code = "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])"
+        made.commands.python(run.name, "-c", code)
+        gpu = log.read_text().strip()
+        with lock:
+            under_way[gpu] += 1
+            most[gpu] = max(most[gpu], under_way[gpu])
+        time.sleep(0.2)
+        with lock:
+            under_way[gpu] -= 1
+
+    monkeypatch.setattr(made, "do", do)
+    for part in ("make_model", "make_documents"):
+        monkeypatch.setattr(made, part, lambda: None)
+    monkeypatch.setattr(made, "make_rows", lambda iteration: None)
+    assert study.do_all(made, RUNS[:12], gpus=("3", "5"), jobs=2) == 0
+    assert set(most) == {"3", "5"} and max(most.values()) == 2
 
 
 def test_a_failed_command_shows_its_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
