@@ -205,7 +205,8 @@ def plan(beta: float, weight: float, *, is_tiny: bool = False) -> list[Run]:
             is_compared=False,
         ),
         *(_trained(method, first, is_compared=False) for method in grid[2:]),
-        *([] if is_tiny else _other_rates(main, first)),
+        *([] if is_tiny else _other_trainings(main, first)),
+        *([] if is_tiny else _other_trainings(longpo(0.1, 1.0), first)),
     ]
 
 
@@ -222,13 +223,15 @@ def _trained(
     )
 
 
-def _other_rates(method: Method, seed: int) -> Iterator[Run]:
-    for rate in ("1e-5", "1e-4"):
+def _other_trainings(method: Method, seed: int) -> Iterator[Run]:
+    """Other learning rates, and the rows seen three times."""
+    for rate, steps in (("1e-5", 160), ("1e-4", 160), ("1e-4", 480)):
+        long = "" if steps == 160 else f"-{steps}"
         yield Run(
-            name=f"{method.name}-lr{rate}-s{seed}",
-            title=f"{method.title}, lr {rate}",
+            name=f"{method.name}-lr{rate}{long}-s{seed}",
+            title=f"{method.title}, lr {rate}" + (f", {steps} steps" if long else ""),
             method=method,
             seed=seed,
-            options={"optimizer.lr": float(rate)},
+            options={"optimizer.lr": float(rate)} | ({"train.steps": steps} if long else {}),
             is_compared=False,
         )
