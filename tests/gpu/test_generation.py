@@ -124,8 +124,9 @@ def test_documents_written_together_answer_as_one_by_one(
     assert "without CUDA graphs" not in capsys.readouterr().err
 
 
-def test_more_documents_than_are_taken_at_once(model: str) -> None:
-    backend = TransformersBackend(BackendConfig(model=model, device="cuda", documents_at_once=32))
+def test_a_gpu_takes_several_documents_unless_told_otherwise(model: str) -> None:
+    backend = TransformersBackend(BackendConfig(model=model, device="cuda"))
+    assert backend.documents_at_once == 32
     documents = [requests_of(f"harbour {n} ledger tide " * 50) for n in range(40)]
 
     async def all_ask() -> list[list[Completion | BackendError]]:

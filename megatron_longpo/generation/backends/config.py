@@ -50,7 +50,8 @@ class BackendConfig:
     """RoPE base of the model, for transformers; null = its own."""
     documents_at_once: int | None = field(default=None, metadata=limits(at_least=1))
     """Documents under way at the same time, whose answers transformers writes together, on a GPU by
-    CUDA graphs; null = 1. With more than one, bf16 answers may differ from run to run."""
+    CUDA graphs; null = 32 on a GPU (of models whose RoPE does not change with the length), else 1.
+    With more than one, bf16 answers may differ from run to run."""
     batch_size: int = field(default=8, metadata=limits(at_least=1))
     """Most requests of a document that transformers answers together."""
     batch_tokens: int | None = field(default=None, metadata=limits(at_least=1))

@@ -38,6 +38,10 @@ GPU_SHARE = 0.6
 """Of the GPU's memory that the model leaves, what keys and values may take together."""
 
 
+DOCUMENTS_ON_A_GPU = 32
+"""Unless `documents_at_once` says otherwise."""
+
+
 class TransformersBackend:
     """`AutoModelForCausalLM`; what a call's prompts begin with is read once."""
 
@@ -244,13 +248,15 @@ class TransformersBackend:
         return int(GPU_SHARE * free / (values * self._model.dtype.itemsize))
 
     def _documents_at_once(self, config: BackendConfig) -> int:
-        number = config.documents_at_once or 1
-        if number > 1 and _rope_type(self._model.config) in ("dynamic", "longrope"):
-            raise UserError(
-                f"documents_at_once ({number}): must be 1 for {self.tokenizer.name}, whose "
-                "RoPE depends on the longest text that is read at once"
-            )
-        return number
+        number = config.documents_at_once
+        if _rope_type(self._model.config) in ("dynamic", "longrope"):
+            if number is not None and number > 1:
+                raise UserError(
+                    f"documents_at_once ({number}): must be 1 for {self.tokenizer.name}, whose "
+                    "RoPE depends on the longest text that is read at once"
+                )
+            return 1
+        return number or (DOCUMENTS_ON_A_GPU if self._device.type == "cuda" else 1)
 
     def _check(self) -> RowCache:
         """Reads two tokens, so that a model whose attention is another is told before work; the
