@@ -11,8 +11,6 @@ BETA, PREFERENCE_WEIGHT = 0.1, 0.1
 """LongPO's setting in the comparison; the grid has others."""
 GRID = ((0.1, 1.0), (0.1, 0.01), (0.01, 0.01), (1.0, 0.1))
 """Other beta and preference weight; (0.1, 0.01) is the paper's, (0.01, 0.01) its code's."""
-THETA = 1e6
-"""RoPE base of all trained models; train.yaml has it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,6 +30,7 @@ class Scale:
     tokenize: Mapping[str, Any] = field(default_factory=dict)
     train: Mapping[str, Any] = field(default_factory=dict)
     evaluate: Mapping[str, Any] = field(default_factory=dict)
+    ruler: Mapping[str, Any] = field(default_factory=dict)
 
 
 FULL = Scale(
@@ -79,6 +78,12 @@ TINY = Scale(
         "evaluation.nll.length": 1024,
         "evaluation.nll.samples": 2,
         "evaluation.nll.bucket": 512,
+    },
+    ruler={
+        "dtype": "fp32",
+        "harness.lengths": [2048],
+        "harness.samples": 1,
+        "harness.tasks": ["ruler_niah_single_1", "ruler_fwe"],
     },
 )
 
@@ -205,8 +210,7 @@ def plan(beta: float, weight: float, *, is_tiny: bool = False) -> list[Run]:
             is_compared=False,
         ),
         *(_trained(method, first, is_compared=False) for method in grid[2:]),
-        *([] if is_tiny else _other_trainings(main, first)),
-        *([] if is_tiny else _other_trainings(longpo(0.1, 1.0), first)),
+        *([] if is_tiny else _other_trainings(main, compared[1], first)),
     ]
 
 
@@ -223,15 +227,23 @@ def _trained(
     )
 
 
-def _other_trainings(method: Method, seed: int) -> Iterator[Run]:
-    """Other learning rates, and the rows seen three times."""
-    for rate, steps in (("1e-5", 160), ("1e-4", 160), ("1e-4", 480)):
-        long = "" if steps == 160 else f"-{steps}"
+def _other_trainings(main: Method, plain_nll: Method, seed: int) -> Iterator[Run]:
+    """What explains the comparison: NLL until it finds as much, and less of the loss on short
+    input that raising theta alone brings."""
+    for method, name, options in (
+        (plain_nll, "lr 1e-4, 480 steps", {"optimizer.lr": 1e-4, "train.steps": 480}),
+        (plain_nll, "lr 1e-4", {"optimizer.lr": 1e-4}),
+        (main, "theta 4e5", {"model.rope_theta": 4e5}),
+        (plain_nll, "theta 4e5", {"model.rope_theta": 4e5}),
+        (main, "lr 1e-4", {"optimizer.lr": 1e-4}),
+        (main, "lr 1e-5", {"optimizer.lr": 1e-5}),
+    ):
+        suffix = name.replace(" steps", "").replace(", ", "-").replace(" ", "")
         yield Run(
-            name=f"{method.name}-lr{rate}{long}-s{seed}",
-            title=f"{method.title}, lr {rate}" + (f", {steps} steps" if long else ""),
+            name=f"{method.name}-{suffix}-s{seed}",
+            title=f"{method.title}, {name}",
             method=method,
             seed=seed,
-            options={"optimizer.lr": float(rate)} | ({"train.steps": steps} if long else {}),
+            options=options,
             is_compared=False,
         )

@@ -44,6 +44,11 @@ def retrieval(result: Result) -> dict[int, float]:
     return {int(length): found[length] for length in sorted(found, key=len) if length.isdecimal()}
 
 
+def gained(result: Result) -> float:
+    """Mean retrieval at the two longest lengths."""
+    return statistics.mean(list(retrieval(result).values())[-2:])
+
+
 def draw_retrieval(groups: Groups) -> Figure:
     """Means over seeds; bars from the least to the most."""
     figure, (axes,) = grid(1, width=9.0, height=4.6)
@@ -68,9 +73,13 @@ def draw_retention(groups: Groups) -> Figure:
     """A dot a run: retrieval at the two longest lengths over what short prompts have lost."""
     figure, (axes,) = grid(1, width=9.0, height=4.6)
     for number, (title, results) in enumerate(groups.items()):
-        gained = [statistics.mean(list(retrieval(result).values())[-2:]) for result in results]
         lost = [result.numbers["retention/kl"] for result in results]
-        axes.plot(lost, gained, label=title, **(look(number) | {"linestyle": "none"}))
+        axes.plot(
+            lost,
+            [gained(result) for result in results],
+            label=title,
+            **(look(number) | {"linestyle": "none"}),
+        )
     axes.set_xlabel("KL(base || model) on short prompts (nats a token)")
     axes.set_ylabel("numbers found, mean of the two longest")
     axes.set_ylim(-0.03, 1.03)

@@ -100,6 +100,29 @@ def write_result(
     write_whole(path, json.dumps(contents, separators=(",", ":")) + "\n")
 
 
+def write_ruler(path: Path, evaluation_file: Path, *, title: str, device: str) -> None:
+    """What a model does on RULER: `longpo evaluate`'s numbers, by task and length."""
+    evaluation = _read(evaluation_file)
+    contents = {
+        "title": title,
+        "numbers": evaluation["numbers"],
+        "device": device,
+        "versions": package_versions(),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(contents, separators=(",", ":")) + "\n")
+
+
+def read_ruler(folder: Path) -> dict[str, Mapping[str, float]]:
+    """Numbers of RULER by the model's title."""
+    found = [_read(path) for path in sorted(folder.glob("ruler-*.json"))]
+    return {one["title"]: one["numbers"] for one in found}
+
+
+def ruler_path(folder: Path, name: str) -> Path:
+    return folder / f"ruler-{name}.json"
+
+
 def read_results(folder: Path) -> list[Result]:
     """All results of a folder, by name."""
     return [Result(**_read(path)) for path in sorted(folder.glob("run-*.json"))]

@@ -15,7 +15,13 @@ from typing import Any
 from examples.smollm2_32k.commands import Commands, OutOfTime, longpo, options
 from examples.smollm2_32k.pairs import choose_pairs, unpack
 from examples.smollm2_32k.plan import Run, Scale
-from examples.smollm2_32k.results import read_results, result_path, write_result
+from examples.smollm2_32k.results import (
+    read_results,
+    result_path,
+    ruler_path,
+    write_result,
+    write_ruler,
+)
 from megatron_longpo.data.jsonl import write_whole
 
 HERE = Path(__file__).resolve().parent
@@ -252,6 +258,33 @@ class Study:
         self.commands.longpo(
             f"evaluate-{run.name}", "evaluate", target, *config, *options(_plain(values))
         )
+
+    def measure_ruler(self, data: Path | None) -> None:
+        """RULER for the base and the first model, side by side; goes on task by task.
+
+        Raises:
+            OutOfTime: where the time was over before the end.
+            CommandFailed: such as without the extra `eval`.
+        """
+        models = {"base": ("base", self.model)}
+        if self.first_model.exists():
+            models[self.parent.name] = (self.parent.title, self.first_model)
+        missing = [name for name in models if not ruler_path(self.results, name).exists()]
+        folders = {name: self.keep / "ruler" / name for name in missing}
+        values = dict(self.scale.ruler) | ({} if data is None else {"harness.data": data.resolve()})
+        config = ("--config", HERE / "ruler.yaml")
+        commands = {
+            f"ruler-{name}": longpo(
+                *("evaluate", models[name][1], *config),
+                *options(_plain({"output": folders[name], **values})),
+            )
+            for name in missing
+        }
+        if commands:
+            self.commands.together(commands)
+        for name, folder in folders.items():
+            path = ruler_path(self.results, name)
+            write_ruler(path, folder / "evaluation.json", title=models[name][0], device=self.device)
 
     # ---------------------------------------------------------------- time
 

@@ -54,6 +54,8 @@ def main() -> int:
             sys.exit(f"--only {unknown[0]}: no such run; --list names them")
         wanted = [names[name] for name in arguments.only]
     code = do_all(study, wanted, gpus=arguments.gpus, jobs=arguments.jobs)
+    if arguments.ruler is not None and code == EXIT_DONE:
+        code = do_ruler(study, None if arguments.ruler == "" else Path(arguments.ruler))
     if not arguments.no_page:
         write_page(study.results, study.output, study.keep, runs)
     return code
@@ -80,6 +82,13 @@ def parse_arguments() -> argparse.Namespace:
         default=(BETA, PREFERENCE_WEIGHT),
         metavar=("BETA", "WEIGHT"),
         help="LongPO's setting in the comparison",
+    )
+    add(
+        "--ruler",
+        nargs="?",
+        const="",
+        metavar="DATA",
+        help="at the end RULER for the base and the first model (extra eval); DATA: harness.data",
     )
     add("--no-page", action="store_true", help="leave results/README.md as it is")
     add("--list", action="store_true", help="show runs and predicted times, and stop")
@@ -137,6 +146,17 @@ def do_one(study: Study, free: SimpleQueue[str | None], run: Run) -> int:
         return EXIT_FAILED
     finally:
         free.put(gpu)
+    return EXIT_DONE
+
+
+def do_ruler(study: Study, data: Path | None) -> int:
+    try:
+        study.measure_ruler(data)
+    except OutOfTime:
+        return _stopped()
+    except CommandFailed as error:
+        print(f"failed: {error}", flush=True)
+        return EXIT_FAILED
     return EXIT_DONE
 
 

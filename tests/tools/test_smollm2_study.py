@@ -18,7 +18,13 @@ import yaml
 from examples.smollm2_32k import page, pairs, study
 from examples.smollm2_32k.commands import ROOT, CommandFailed, Commands, OutOfTime, options
 from examples.smollm2_32k.plan import BETA, FULL, PREFERENCE_WEIGHT, SEEDS, Run, plan
-from examples.smollm2_32k.results import read_results, result_path, write_result
+from examples.smollm2_32k.results import (
+    read_results,
+    result_path,
+    ruler_path,
+    write_result,
+    write_ruler,
+)
 from megatron_longpo.config import load_train_config, resolve
 from megatron_longpo.data.examples import Example, ExampleFile, Turn, write_examples
 from megatron_longpo.generation.planted_facts import PLANTED_KINDS
@@ -49,8 +55,9 @@ def test_training_takes_the_settings(run: Run, tmp_path: Path) -> None:
     values |= {"evaluation.nll.documents": "none"}
     values["evaluation.retrieval.haystack"] = "none"
     config = resolve(load_train_config(["--config", str(HERE / "train.yaml"), *options(values)]))
-    assert config.model.rope_theta == 1e6
-    assert config.train.steps == 160 and config.optimizer.name == "adam"
+    assert config.model.rope_theta == run.options.get("model.rope_theta", 1e6)
+    assert config.train.steps == run.options.get("train.steps", 160)
+    assert config.optimizer.name == "adam"
     is_plain_nll = run.method.name == "nll"
     assert (config.objective.nll_scope == "chosen_row") == is_plain_nll or "longpo" in run.name
     assert (config.reference.mode == "none") == (run.method.name in ("nll", "sft"))
@@ -219,7 +226,14 @@ def test_page(tmp_path: Path) -> None:
     assert text.index("weight 1 |") > text.index("## Other settings") > text.index("## Targets")
     assert "| retrieval at 16K at least 0.90 | 0.95 | met |" in text
     assert "| retrieval at 4K not below the base's 0.95 | 0.95 | met |" in text
-    assert "| short KL below plain NLL's 0.145 | 0.110 | met |" in text
+    # NLL finds 0.875 of the two longest, LongPO 0.95: no equal, until another NLL run is.
+    kl = "short KL below plain NLL's at equal retrieval"
+    assert f"| {kl}; none finds 0.90 at the two longest" in text
+    assert "with KL 0.145 | 0.110 | without an equal |" in text
+    longer = {"nll-lr1e-4-480-s42": (1.0, 0.9, 0.2)}
+    page.write_page(results_of(tmp_path, longer), tmp_path, tmp_path / "keep", RUNS)
+    title = "NLL of the chosen row, lr 1e-4, 480 steps"
+    assert f"| {kl}: 0.200 ({title}) | 0.110 | met |" in (results / "README.md").read_text()
     # 0.5 s every 50 steps of 0.5 s; the first evaluation does not count.
     assert "| nll-s42 | 0.500 s | 0.50 s | 2.0% | met |" in text
     for name in ("retrieval.png", "retention.png", "curves.png", "retrieval_heatmap.png"):
@@ -228,6 +242,19 @@ def test_page(tmp_path: Path) -> None:
     (found,) = [r for r in read_results(results) if r.name == "nll-s42"]
     assert found.curves["loss"][1] == 0.5 and len(found.curves["step"]) == 20
     assert found.seconds_per_step == 0.5 and found.group == "nll"
+
+
+def test_page_with_ruler(tmp_path: Path) -> None:
+    results = results_of(tmp_path, {"base-theta1e5": (0.95, 0.0, 0.0)})
+    for name, title, value in (("base", "base", 0.25), ("first", "LongPO", 0.5)):
+        numbers = {"suite/ruler": value, "suite/ruler/4096": value, "suite/ruler/vt": value / 2}
+        evaluated = tmp_path / "ruler.json"
+        evaluated.write_text(json.dumps({"numbers": {**numbers, "suite/ruler/vt/4096": 0.1}}))
+        write_ruler(ruler_path(results, name), evaluated, title=title, device="CPU")
+    page.write_page(results, tmp_path, tmp_path / "keep", RUNS)
+    text = (results / "README.md").read_text()
+    assert "|  | 4K |" in text and "| LongPO | 0.500 |" in text
+    assert "| task | base | LongPO |" in text and "| vt | 0.12 | 0.25 |" in text
 
 
 @pytest.mark.slow
