@@ -33,6 +33,7 @@ def start(tmp_path: Path, *, seconds: int, code: int, **variables: str) -> subpr
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
         "SLURM_ARRAY_TASK_ID": "3",
         "SLURM_ARRAY_TASK_COUNT": "8",
+        "SLURM_ARRAY_JOB_ID": "41",
         "SLURM_JOB_ID": "41",
         **variables,
     }
@@ -48,12 +49,18 @@ def test_a_task_ends_as_its_shard_does(tmp_path: Path, code: int) -> None:
     assert not (tmp_path / "scontrol.txt").exists()
 
 
-def test_a_task_that_is_told_to_stop_requeues_itself(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_task_requeues_itself_when_told_to_stop_but_not_when_cancelled(
+    tmp_path: Path, number: signal.Signals
+) -> None:
     task = start(tmp_path, seconds=20, code=0, LONGPO_SHARDS="16")
     while not (tmp_path / "longpo.txt").exists():
         time.sleep(0.01)
     time.sleep(0.3)
-    task.send_signal(signal.SIGUSR1)
-    assert task.wait(timeout=30) == 0
+    task.send_signal(number)
+    is_requeued = number == signal.SIGUSR1
+    assert task.wait(timeout=30) == (0 if is_requeued else 75)
     assert (tmp_path / "longpo.txt").read_text().split()[4] == "3/16"
-    assert (tmp_path / "scontrol.txt").read_text() == "requeue 41\n"
+    assert (tmp_path / "scontrol.txt").exists() == is_requeued
+    if is_requeued:
+        assert (tmp_path / "scontrol.txt").read_text() == "requeue 41_3\n"
