@@ -108,17 +108,16 @@ def _write_shard(
         create(folder, manifest)
         run = _ShardRun(config, shard, documents, writer, file)
         asyncio.run(run.run())
-        seconds = file.seconds_before + time.monotonic() - run.started
         if run.was_stopped:
             raise StopRequested(f"{_name(output, shard)}: stopped on request; {GO_ON}")
         end = End(
             num_places=documents.num_places,
             dropped=dict(documents.dropped),
             put_aside=dict(run.put_aside),
-            seconds=round(seconds, 1),
+            seconds=run.seconds(),
         )
         file.end(end)
-        summary = summarise(file.done.values(), [end])
+        summary = summarise(file.done.values(), [end], seconds=end.seconds)
         summary.num_resumed = run.num_resumed
         return summary
 
@@ -141,10 +140,14 @@ class _ShardRun:
         self._file = file
         self._under_way: dict[asyncio.Task[Written], Document] = {}
         self._failures = FailuresInARow(writer.backend.documents_at_once)
-        self.started = time.monotonic()
+        self._started = time.monotonic()
         self.num_resumed = 0
         self.put_aside: Counter[str] = Counter()
         self.was_stopped = False
+
+    def seconds(self) -> float:
+        """Time spent on the shard, earlier runs' too."""
+        return round(self._file.seconds_before + time.monotonic() - self._started, 1)
 
     async def run(self) -> None:
         total = length_hint(self._documents) or None
@@ -204,6 +207,7 @@ class _ShardRun:
             id=document.id,
             dropped=dict(written.dropped),
             lengths=written.lengths,
+            seconds=self.seconds(),
         )
         self._file.append(record, written.example)
         if written.num_tokens:  # it was asked about

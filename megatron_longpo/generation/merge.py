@@ -55,6 +55,8 @@ class Collected:
     ends: list[End]
     unended: list[Shard]
     """Shards that have documents left."""
+    seconds: float
+    """Time spent on all shards, up to what each has finished last."""
 
     @property
     def examples(self) -> list[Finished]:
@@ -65,16 +67,18 @@ class Collected:
         return not self.unended and not any(end.put_aside for end in self.ends)
 
     def summary(self) -> GenerateSummary:
-        return summarise((one.record for one in self.finished), self.ends)
+        return summarise((one.record for one in self.finished), self.ends, seconds=self.seconds)
 
 
 def collect(folder: Path, *, num_shards: int) -> Collected:
     """Reads all shard files of a folder; their examples stay on disk."""
     finished: dict[int, Finished] = {}
     ends: dict[int, End] = {}
+    seconds = [0.0] * num_shards
     for shard in _shards(num_shards):
         file = shard.file(folder)
         for line in read_lines(file):
+            seconds[shard.index] = max(seconds[shard.index], line.content.seconds)
             if isinstance(line.content, End):
                 ends[shard.index] = line.content
                 continue
@@ -90,6 +94,7 @@ def collect(folder: Path, *, num_shards: int) -> Collected:
         finished=[finished[number] for number in sorted(finished)],
         ends=list(ends.values()),
         unended=[shard for shard in _shards(num_shards) if shard.index not in ends],
+        seconds=sum(seconds),
     )
 
 

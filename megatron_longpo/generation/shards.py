@@ -78,6 +78,8 @@ class Record:
     """Why chunks and turns, or the whole document, gave nothing."""
     lengths: ExampleLengths | None = None
     """None where the document gave no example."""
+    seconds: float = 0.0
+    """Time spent on the shard when this was finished, over all its runs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,7 +123,7 @@ def _parse(data: bytes, offset: int, source: str) -> Line:
     head, key, example = data.partition(_EXAMPLE_KEY)
     try:
         value = json.loads(head + b"}" if key else head)
-        if "seconds" in value:
+        if "num_places" in value:
             content: Record | End = End(**value)
         else:
             lengths = value.pop("lengths")
@@ -153,11 +155,11 @@ class ShardWriter:
         self.done: dict[int, Record] = {}
         """Finished documents by their number."""
         self.seconds_before = 0.0
+        """Time that earlier runs spent, up to what they finished last."""
         self._size = 0
         for line in read_lines(path):
-            if isinstance(line.content, End):
-                self.seconds_before = line.content.seconds
-            else:
+            self.seconds_before = max(self.seconds_before, line.content.seconds)
+            if isinstance(line.content, Record):
                 self.done[line.content.number] = line.content
         with self._keeping():
             self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)

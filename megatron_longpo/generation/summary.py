@@ -54,9 +54,9 @@ class GenerateSummary:
         write_whole(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
-def summarise(records: Iterable[Record], ends: Iterable[End]) -> GenerateSummary:
+def summarise(records: Iterable[Record], ends: Iterable[End], *, seconds: float) -> GenerateSummary:
     """The numbers of finished documents and of the shards that have seen all of theirs."""
-    summary = GenerateSummary()
+    summary = GenerateSummary(seconds=round(seconds, 1))
     lengths: list[ExampleLengths] = []
     for record in records:
         summary.num_documents += 1
@@ -70,8 +70,6 @@ def summarise(records: Iterable[Record], ends: Iterable[End]) -> GenerateSummary
         summary.dropped.update(end.dropped)
         summary.put_aside.update(end.put_aside)
         summary.num_documents += sum(end.dropped.values()) + sum(end.put_aside.values())
-        summary.seconds += end.seconds
-    summary.seconds = round(summary.seconds, 1)
     if lengths:
         summary.tokens = {name: _spread(counts_of(lengths, name)) for name in TOKEN_COUNTS}
     return summary

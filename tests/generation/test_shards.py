@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -204,6 +205,29 @@ def test_merging_without_what_is_unfinished(
     generate.run_generate(settings("m", many_documents, tmp_path, shard="0/2"))
     assert (tmp_path / "examples.jsonl").read_bytes() == whole
     assert not (tmp_path / "examples.jsonl.partial").exists()
+
+
+def test_time_is_counted_over_runs_that_were_interrupted(
+    many_documents: str, tmp_path: Path, scripted: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = 0.0
+
+    def takes_a_second(prompt: str) -> str:
+        nonlocal seconds
+        if seconds == 12:
+            raise KeyboardInterrupt
+        seconds += 1
+        return by_length(prompt)
+
+    monkeypatch.setattr(generate, "time", SimpleNamespace(monotonic=lambda: seconds))
+    scripted(takes_a_second)
+    config = settings("m", many_documents, tmp_path)
+    with pytest.raises(StopRequested):
+        generate.run_generate(config)
+    merged = generate.run_generate(settings("m", many_documents, tmp_path, merge=True))
+    assert (merged.num_examples, merged.seconds) == (3, 12)
+    seconds = 100
+    assert generate.run_generate(config).seconds == 12 + 4 * 4
 
 
 def test_a_lost_server_keeps_what_is_finished(
