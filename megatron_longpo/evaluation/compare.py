@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_longpo.data.jsonl import write_whole
 from megatron_longpo.errors import UserError
 from megatron_longpo.evaluation.output import FILE_NAME, read_evaluation
 from megatron_longpo.evaluation.plots import draw_all
 from megatron_longpo.evaluation.results import Record, flat_numbers
 from megatron_longpo.training.metrics import EVALUATION_NAME
 from megatron_longpo.training.report import Run, read_run
-from megatron_longpo.training.run_folder import write_text
 
 HIGHER_IS_BETTER = ("retrieval/", "generated/", "retention/agreement", "rewards/", "suite/")
 PAIR_KEYS = ("rewards/accuracies", "rewards/margins", "nll_loss")
@@ -45,9 +45,9 @@ def run_compare(paths: Sequence[str], output: Path) -> None:
             "models is empty. Give what longpo evaluate wrote, or logging.dir folders of runs"
         )
     output.mkdir(parents=True, exist_ok=True)
-    write_text(output / "comparison.json", json_text(evaluated))
-    write_text(output / "comparison.csv", csv_text(evaluated))
-    write_text(output / "comparison.md", markdown_text(evaluated))
+    write_whole(output / "comparison.json", json_text(evaluated))
+    write_whole(output / "comparison.csv", csv_text(evaluated))
+    write_whole(output / "comparison.md", markdown_text(evaluated))
     plots = draw_all(evaluated, output)
     print_table(evaluated)
     for path in ("comparison.json", "comparison.csv", "comparison.md", *plots):

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_longpo.data.jsonl import write_whole
 from megatron_longpo.errors import UserError
 from megatron_longpo.evaluation.evaluate_config import EvaluateConfig
 from megatron_longpo.evaluation.results import Record, flat_numbers
 from megatron_longpo.evaluation.retrieval import RetrievalSet
-from megatron_longpo.training.run_folder import package_versions, write_text
+from megatron_longpo.training.run_folder import package_versions
 
 FILE_NAME = "evaluation.json"
 
@@ -140,7 +141,7 @@ class EvaluationFile:
             "versions": package_versions(),
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(self.path, json.dumps(contents, indent=2) + "\n")
+        write_whole(self.path, json.dumps(contents, indent=2) + "\n")
 
     def _cells(self, part: RetrievalSet) -> list[Record]:
         first = part.questions[0]

@@ -35,13 +35,14 @@ from checkpoints_convert.torch_dist import (
     iteration_folder,
 )
 from megatron_longpo import stop
+from megatron_longpo.data.jsonl import write_whole
 from megatron_longpo.data.sampler import PairSampler
 from megatron_longpo.errors import UserError
 from megatron_longpo.megatron_compat import ASYNC_SAVE, initialize_state
 from megatron_longpo.model.architectures import Architecture, read_architecture
 from megatron_longpo.parallel.groups import Groups
 from megatron_longpo.training.background import BackgroundSaves
-from megatron_longpo.training.run_folder import package_versions, write_text
+from megatron_longpo.training.run_folder import package_versions
 
 PROGRESS_NAME = "progress.json"
 OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -134,13 +135,13 @@ def save(
 
     def publish() -> None:
         if groups.is_main:
-            write_text(temporary / PROGRESS_NAME, json.dumps(asdict(progress), indent=2) + "\n")
+            write_whole(temporary / PROGRESS_NAME, json.dumps(asdict(progress), indent=2) + "\n")
             write_hf_side_files(hf_source, temporary / HF_FOLDER_NAME, arch, dtype=dtype)
             if lora is not None:
-                write_text(temporary / LORA_NAME, lora.text())
+                write_whole(temporary / LORA_NAME, lora.text())
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
-            write_text(folder / TRACKER_NAME, f"{step}\n")
+            write_whole(folder / TRACKER_NAME, f"{step}\n")
             _prune(folder, keep, step)
         dist.barrier()
         say(f"saved {final} in {time.perf_counter() - started:.1f} s")

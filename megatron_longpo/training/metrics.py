@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import os
 import resource
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from megatron_longpo.config import LoggingConfig
+from megatron_longpo.data.jsonl import write_whole
 from megatron_longpo.errors import UserError
 
 LOSS_KEYS = (
@@ -125,9 +125,7 @@ def keep_rows_until(path: Path, step: int) -> None:
             continue
         if row["step"] <= step:
             kept.append(line)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, "".join(line + "\n" for line in kept))
 
 
 def _finite_only(metrics: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,11 +26,11 @@ from typing import Any
 import numpy as np
 
 from megatron_longpo.data.forest import Row
-from megatron_longpo.data.jsonl import partial_path
+from megatron_longpo.data.jsonl import partial_path, write_whole
 from megatron_longpo.data.reference_logps import ReferenceLogps, joined
 from megatron_longpo.errors import UserError
 from megatron_longpo.training.reference_fingerprint import ReferenceFingerprint, differences
-from megatron_longpo.training.run_folder import package_versions, write_text
+from megatron_longpo.training.run_folder import package_versions
 
 FORMAT = 1
 HEADER_NAME = "cache.json"
@@ -79,7 +79,7 @@ class CacheWriter:
             **asdict(header),
             "made_with": {**made_with, "versions": package_versions()},
         }
-        write_text(self.folder / HEADER_NAME, json.dumps(contents, indent=2) + "\n")
+        write_whole(self.folder / HEADER_NAME, json.dumps(contents, indent=2) + "\n")
 
     @property
     def saved(self) -> set[int]:

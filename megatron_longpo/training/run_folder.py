@@ -13,6 +13,7 @@ import yaml
 
 from megatron_longpo import __version__
 from megatron_longpo.config import TrainConfig
+from megatron_longpo.data.jsonl import write_whole
 from megatron_longpo.env import REQUIRED, package_version
 from megatron_longpo.errors import UserError
 
@@ -60,7 +61,7 @@ def write_config(config: TrainConfig, fingerprints: Mapping[str, str]) -> None:
     }
     folder = Path(config.logging.dir)
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / CONFIG_NAME, yaml.safe_dump(contents, sort_keys=False))
+    write_whole(folder / CONFIG_NAME, yaml.safe_dump(contents, sort_keys=False))
 
 
 def settings(config: TrainConfig) -> dict[str, Any]:
@@ -74,13 +75,6 @@ def package_versions() -> dict[str, str]:
     """Versions of ourselves, Python and the packages that results depend on."""
     versions = {name: package_version(name) or "missing" for name in REQUIRED}
     return {"megatron_longpo": __version__, "python": platform.python_version(), **versions}
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file that is there whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def plain(value: Any) -> Any:

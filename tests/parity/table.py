@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_longpo.training.run_folder import write_text
+from megatron_longpo.data.jsonl import write_whole
 from tests.parity.combination_ranks import combinations_name, results_name
 from tests.parity.combinations import Combination, allowed_pairs, combinations_of, covering_array
 from tests.parity.harness import Shelf
@@ -60,7 +60,7 @@ def run_combinations(
             shelf.hf_folder(case.reference)
     # Not found out again by every rank.
     lines = [json.dumps(asdict(one)) + "\n" for one in wanted]
-    write_text(shelf.root / combinations_name(num_ranks), "".join(lines))
+    write_whole(shelf.root / combinations_name(num_ranks), "".join(lines))
     results = shelf.root / results_name(num_ranks)
     results.unlink(missing_ok=True)
     done = torchrun(
@@ -168,7 +168,7 @@ def main() -> int:
         results = list(_all_results(Shelf(Path(folder)), RANKS if only is None else (only,)))
     if only is None:
         assert len(results) == len(covering_array())
-        write_text(PAGE, page(results))
+        write_whole(PAGE, page(results))
         print(f"wrote {PAGE.relative_to(ROOT)}")
     return 0 if all(result.holds for result in results) else 1
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_longpo.data.jsonl import JsonlFile, dump_line
+from megatron_longpo.data.jsonl import JsonlFile, dump_line, write_whole
 from megatron_longpo.errors import UserError
 from megatron_longpo.evaluation.evaluate_config import EvaluateConfig
 from megatron_longpo.evaluation.harness.judge_prompts import prompt_name, read_prompts, read_rating
@@ -23,7 +23,6 @@ from megatron_longpo.evaluation.harness.tasks import frame_tokens, without_middl
 from megatron_longpo.generation.backends.base import BackendError, Request, Sampling
 from megatron_longpo.generation.backends.config import BackendConfig
 from megatron_longpo.generation.backends.factory import make_backend
-from megatron_longpo.training.run_folder import write_text
 
 Say = Callable[[str], None]
 
@@ -290,4 +289,4 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _write(path: Path, lines: dict[str, dict[str, Any]]) -> None:
-    write_text(path, "".join(map(dump_line, lines.values())))
+    write_whole(path, "".join(map(dump_line, lines.values())))

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_longpo import stop
+from megatron_longpo.data.jsonl import write_whole
 from megatron_longpo.errors import StopRequested, UserError
 from megatron_longpo.evaluation.evaluate_config import EvaluateConfig
 from megatron_longpo.evaluation.harness.judged import run_judged
 from megatron_longpo.evaluation.harness.suites import HarnessSuite, check_only, read_suite
 from megatron_longpo.evaluation.harness.tasks import Part, load_task, parts_of, shorten
 from megatron_longpo.evaluation.output import EvaluationFile
-from megatron_longpo.training.run_folder import write_text
 
 Say = Callable[[str], None]
 FOLDER_NAME = "harness"
@@ -137,9 +137,9 @@ def _run_part(
     samples = found.pop("samples")[part.task]
     if file.is_main:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / f"{part.file_name}.jsonl", "".join(map(_sample_line, samples)))
+        write_whole(folder / f"{part.file_name}.jsonl", "".join(map(_sample_line, samples)))
         text = json.dumps(found, indent=2, default=str, ensure_ascii=False)
-        write_text(folder / f"{part.file_name}.json", text + "\n")
+        write_whole(folder / f"{part.file_name}.json", text + "\n")
     return {
         "task": part.task,
         "group": part.group,
