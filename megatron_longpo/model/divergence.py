@@ -9,6 +9,7 @@ rank's share of the padded vocabulary, d places, c places of a chunk.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -49,10 +50,16 @@ def reverse_kl(
     Returns:
         [d] in fp32 (fp64 for fp64 inputs), the same on every tensor-parallel rank.
     """
-    chunk_places = max(1, chunk_bytes // (4 * weight.shape[0]))
     return _ReverseKL.apply(
-        hidden, weight, sources, teacher_states, teacher_weight, shard, chunk_places
+        hidden, weight, sources, teacher_states, teacher_weight, shard, chunk_bytes
     )
+
+
+def place_chunks(num_places: int, weight: Tensor, chunk_bytes: int) -> Iterator[slice]:
+    """Places of which one model's logits take at most `chunk_bytes` in fp32; at least one."""
+    size = max(1, chunk_bytes // (4 * weight.shape[0]))
+    for begin in range(0, num_places, size):
+        yield slice(begin, begin + size)
 
 
 class _ReverseKL(torch.autograd.Function):
@@ -65,14 +72,13 @@ class _ReverseKL(torch.autograd.Function):
         teacher_states: Tensor,
         teacher_weight: Tensor,
         shard: VocabularyShard,
-        chunk_places: int,
+        chunk_bytes: int,
     ) -> Tensor:
         accumulator = torch.promote_types(hidden.dtype, torch.float32)
         divergences = torch.empty(len(sources), dtype=accumulator, device=hidden.device)
         normalizers = torch.empty_like(divergences)
         teacher_normalizers = torch.empty_like(divergences)
-        for begin in range(0, len(sources), chunk_places):
-            chunk = slice(begin, begin + chunk_places)
+        for chunk in place_chunks(len(sources), weight, chunk_bytes):
             logits = _logits(hidden[sources[chunk]], weight, shard, accumulator)
             teacher_logits = _logits(teacher_states[chunk], teacher_weight, shard, accumulator)
             normalizers[chunk] = log_sum_exp(logits, shard.group)
@@ -90,7 +96,7 @@ class _ReverseKL(torch.autograd.Function):
             teacher_normalizers,
             divergences,
         )
-        ctx.shard, ctx.chunk_places = shard, chunk_places
+        ctx.shard, ctx.chunk_bytes = shard, chunk_bytes
         return divergences
 
     @staticmethod
@@ -103,8 +109,7 @@ class _ReverseKL(torch.autograd.Function):
         weight_grad = None
         if ctx.needs_input_grad[1]:
             weight_grad = torch.zeros_like(weight, dtype=normalizers.dtype)
-        for begin in range(0, len(sources), ctx.chunk_places):
-            chunk = slice(begin, begin + ctx.chunk_places)
+        for chunk in place_chunks(len(sources), weight, ctx.chunk_bytes):
             states = hidden[sources[chunk]]
             logps = _logits(states, weight, shard, normalizers.dtype)
             logps.sub_(normalizers[chunk, None])

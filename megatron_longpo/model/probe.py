@@ -10,7 +10,6 @@ the padded vocabulary, e edges, d places, c places of a chunk.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp
 
+from megatron_longpo.model.divergence import CHUNK_BYTES, place_chunks
 from megatron_longpo.model.logit_rows import row_statistics
 from megatron_longpo.model.logprob_head import (
     VocabularyShard,
@@ -26,9 +26,6 @@ from megatron_longpo.model.logprob_head import (
     log_sum_over,
 )
 from megatron_longpo.parallel.layout import RankPack
-
-CHUNK_BYTES = 256 * 2**20
-"""Room for one model's logits of a chunk in fp32."""
 
 NO_TOKEN = torch.iinfo(torch.int64).max
 
@@ -91,7 +88,7 @@ def edge_outcomes(
     accumulator = torch.promote_types(hidden.dtype, torch.float32)
     outcomes = torch.empty(2, len(sources), dtype=accumulator, device=hidden.device)
     columns = local_columns(targets, shard)
-    for chunk in _chunks(len(sources), weight, chunk_bytes):
+    for chunk in place_chunks(len(sources), weight, chunk_bytes):
         logits = hidden[sources[chunk]] @ weight.T
         normalizers, logps = row_statistics(logits, columns[chunk], num_valid=shard.num_valid)
         if shard.group.size() > 1:
@@ -129,7 +126,7 @@ def compare_with_base(
     """
     accumulator = torch.promote_types(hidden.dtype, torch.float32)
     outcomes = torch.empty(2, len(sources), dtype=accumulator, device=hidden.device)
-    for chunk in _chunks(len(sources), weight, chunk_bytes):
+    for chunk in place_chunks(len(sources), weight, chunk_bytes):
         logits = hidden[sources[chunk]] @ weight[: shard.num_valid].T
         base_logits = base_states[chunk] @ base_weight[: shard.num_valid].T
         agree = likeliest_tokens(logits, shard) == likeliest_tokens(base_logits, shard)
@@ -165,9 +162,3 @@ def _first_of_the_best(best: Tensor, tokens: Tensor, group: ProcessGroup) -> Ten
     tokens = torch.where(best == highest, tokens, NO_TOKEN)
     dist.all_reduce(tokens, op=ReduceOp.MIN, group=group)
     return tokens
-
-
-def _chunks(num_places: int, weight: Tensor, chunk_bytes: int) -> Iterator[slice]:
-    size = max(1, chunk_bytes // (4 * weight.shape[0]))
-    for begin in range(0, num_places, size):
-        yield slice(begin, begin + size)
