@@ -146,6 +146,10 @@ class Combination:
         return ", ".join([self.layout, *rest, *more])
 
 
+FREE = ("sharing", "optimizer", "recompute", "precision", "turns")
+"""Features that neither `is_allowed` nor the number of ranks depends on."""
+
+
 def is_allowed(one: Combination) -> bool:
     """Whether the settings make sense together; what does not is refused by `longpo train`."""
     defaults = OBJECTIVE_DEFAULTS[one.objective]
@@ -173,17 +177,13 @@ def pairs_of(one: Combination) -> Iterator[Pair]:
 @functools.cache
 def allowed_pairs() -> frozenset[Pair]:
     """Every pair of values that some allowed combination has."""
-    rows = _allowed_rows()
+    rows, _ = _allowed_rows()
+    values = [[(name, value) for value in FEATURES[name]] for name in FEATURES]
     found = set()
-    names = list(FEATURES)
-    for left, right in itertools.combinations(range(len(names)), 2):
-        for a, b in {tuple(pair) for pair in rows[:, [left, right]].tolist()}:
-            found.add(
-                (
-                    (names[left], FEATURES[names[left]][a]),
-                    (names[right], FEATURES[names[right]][b]),
-                )
-            )
+    for left, right in itertools.combinations(range(len(values)), 2):
+        met = np.zeros((len(values[left]), len(values[right])), dtype=bool)
+        met[rows[:, left], rows[:, right]] = True
+        found |= {(values[left][a], values[right][b]) for a, b in np.argwhere(met)}
     return frozenset(found)
 
 
@@ -193,35 +193,44 @@ def covering_array() -> tuple[Combination, ...]:
 
     Greedy: the row that adds most pairs comes next, of those the one with the fewest ranks.
     """
-    rows = _allowed_rows()
-    ranks = np.array([_combination(row).num_ranks for row in rows])
+    rows, ranks = _allowed_rows()
     order = np.lexsort((np.random.default_rng(0).permutation(len(rows)), ranks))
     rows = rows[order]
     sizes = [len(values) for values in FEATURES.values()]
-    columns = list(itertools.combinations(range(len(sizes)), 2))
-    keys = np.stack([rows[:, a] * sizes[b] + rows[:, b] for a, b in columns], axis=1)
-    missing = []
-    for column, (a, b) in enumerate(columns):
-        wanted = np.zeros(sizes[a] * sizes[b], dtype=bool)
-        wanted[keys[:, column]] = True
-        missing.append(wanted)
+    pairs = list(itertools.combinations(range(len(sizes)), 2))
+    # Of every two features, the number of a row's pair of values.
+    keys = [(rows[:, a] * sizes[b] + rows[:, b]).astype(np.int16) for a, b in pairs]
+    covered: list[set[int]] = [set() for _ in pairs]
+    gains = np.full(len(rows), len(pairs), dtype=np.int16)
     chosen = []
-    while any(wanted.any() for wanted in missing):
-        gains = sum(
-            wanted[keys[:, column]].astype(np.int16) for column, wanted in enumerate(missing)
-        )
+    while gains.any():
         best = int(np.argmax(gains))
         chosen.append(_combination(rows[best]))
-        for column, wanted in enumerate(missing):
-            wanted[keys[best, column]] = False
+        for key, done in zip(keys, covered, strict=True):
+            if int(key[best]) not in done:
+                done.add(int(key[best]))
+                gains -= key == key[best]
     return tuple(chosen)
 
 
 @functools.cache
-def _allowed_rows() -> np.ndarray:
-    """[combinations, features] int64: indices into the values of `FEATURES`."""
-    ranges = [range(len(values)) for values in FEATURES.values()]
-    return np.array([row for row in itertools.product(*ranges) if is_allowed(_combination(row))])
+def _allowed_rows() -> tuple[np.ndarray, np.ndarray]:
+    """[rows, features] int64 indices into the values of `FEATURES`, and [rows] numbers of ranks.
+
+    Of the free features the first values are looked at: the others would say the same, 48 times.
+    """
+    sizes = [len(values) for values in FEATURES.values()]
+    bound = [1 if name in FREE else len(values) for name, values in FEATURES.items()]
+    looked_at = [_combination(row) for row in np.ndindex(*bound)]
+    allowed, ranks = (
+        np.broadcast_to(np.array(found).reshape(bound), sizes).ravel()
+        for found in (
+            [is_allowed(one) for one in looked_at],
+            [one.num_ranks for one in looked_at],
+        )
+    )
+    rows = np.indices(sizes).reshape(len(sizes), -1).T
+    return rows[allowed], ranks[allowed]
 
 
 def _combination(row: Sequence[int] | np.ndarray) -> Combination:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import random
+from dataclasses import replace
+
 import pytest
 
 from tests.parity.combinations import (
     FEATURES,
+    FREE,
+    Combination,
     allowed_pairs,
     covering_array,
     is_allowed,
@@ -13,6 +18,15 @@ from tests.parity.combinations import (
 )
 from tests.parity.harness import Shelf
 from tests.parity.table import PAGE, cells_of, run_combinations
+
+
+def test_free_features_have_no_say() -> None:
+    rng = random.Random(0)
+    for _ in range(2000):
+        one = Combination(**{name: rng.choice(values) for name, values in FEATURES.items()})
+        for name in FREE:
+            other = replace(one, **{name: rng.choice(FEATURES[name])})
+            assert (is_allowed(other), other.num_ranks) == (is_allowed(one), one.num_ranks)
 
 
 def test_every_two_values_meet() -> None:
