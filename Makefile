@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-gpu test-server test-browser parity lint types check bench clean
+.PHONY: help setup quickstart test test-gpu test-slurm test-server test-browser parity lint types check bench clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -18,6 +18,9 @@ TRANSFORMERS4_DONE := $(VENV)/transformers4/.done
 # Mistral's own tokenizers, for tests that compare ours with them.
 MISTRAL := tests/data/mistral_common.txt
 MISTRAL_DONE := $(VENV)/mistral_common/.done
+
+# Tests in as many processes as there are cores; more than four would crowd the tests of ranks.
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
@@ -69,10 +72,13 @@ quickstart: $(QUICKSTART_DONE) ## documents to a trained model on a CPU, in minu
 	$(BIN)/python examples/quickstart/run.py
 
 test: setup ## run the tests that need neither a GPU nor Slurm
-	LONGPO_NEEDS_TRANSFORMERS4=1 LONGPO_NEEDS_MISTRAL_COMMON=1 $(BIN)/python -m pytest
+	LONGPO_NEEDS_TRANSFORMERS4=1 LONGPO_NEEDS_MISTRAL_COMMON=1 $(BIN)/python -m pytest $(PARALLEL)
 
 test-gpu: setup ## run the tests that need a GPU; those of several are skipped on one
 	$(BIN)/python -m pytest -m gpu
+
+test-slurm: setup ## run the tests that start a Slurm of their own
+	$(BIN)/python -m pytest -m slurm
 
 # A server that is a wheel, so that nothing compiles. The backend knows no server by name.
 test-server: $(QUICKSTART_DONE) ## run the tests of the server backend against llama.cpp with SmolLM2

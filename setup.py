@@ -50,6 +50,7 @@ EXTRAS = {
     "dev": [
         "pytest>=8.0",
         "pytest-timeout>=2.3",
+        "pytest-xdist>=3.6",  # `make test` in as many processes as there are cores
         "hypothesis>=6.100",
         "ruff>=0.14",
         "mypy>=1.15",
