@@ -84,7 +84,7 @@ def initialize(sizes: ParallelSizes, *, timeout_minutes: float = 60, seed: int =
         return _started
     if _started is not None:
         _started = None
-        parallel_state.destroy_model_parallel()
+        _end_groups()
     cpu.install()
     has_cuda = torch.cuda.is_available()
     if not dist.is_initialized():
@@ -122,6 +122,19 @@ def initialize(sizes: ParallelSizes, *, timeout_minutes: float = 60, seed: int =
         device=torch.device("cuda", torch.cuda.current_device()) if has_cuda else cpu.CPU,
     )
     return _started
+
+
+def _end_groups() -> None:
+    """Ends all groups but the world's.
+
+    Megatron's own `destroy` only forgets them: their threads and connections, dozens a layout,
+    would stay for as long as the process.
+    """
+    dist.barrier()  # nobody waits in one of them any more
+    parallel_state.destroy_model_parallel()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
 
 
 def _context_subgroups(

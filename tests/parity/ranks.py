@@ -36,6 +36,7 @@ def main() -> None:
     oracle_step = functools.cache(lambda case: oracle_for(case, shelf))
     oracle_history = functools.cache(lambda steps: oracle_steps(steps, shelf))
     passed = []
+    num_groups = _num_groups()
     for layout, case in rank_runs(world_size):
         rank_groups = groups.initialize(layout.sizes, timeout_minutes=2)
         ours = run_case(case, shelf, rank_groups, parallel=layout.parallel)
@@ -49,9 +50,16 @@ def main() -> None:
         if rank_groups.is_main:
             with reported(f"{layout.name} {steps}", passed):
                 compare_steps(history, oracle_history(replace(steps, overlap=False)))
+    if groups.initialize(groups.ParallelSizes(), timeout_minutes=2).is_main:
+        with reported("no group of a former layout is left", passed):
+            assert _num_groups() == num_groups
     dist.barrier()
     groups.shutdown()
     sys.exit(not all(passed))
+
+
+def _num_groups() -> int:
+    return len(dist.distributed_c10d._world.pg_map)
 
 
 def small_buckets() -> Any:
