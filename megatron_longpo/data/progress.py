@@ -40,5 +40,5 @@ class Dropped(Exception):
 
 
 def format_counts(counts: Counter[str]) -> str:
-    """`3 too long, 1 empty answer`, the most frequent first."""
-    return ", ".join(f"{number} {reason}" for reason, number in counts.most_common())
+    """`3 x long answer, 1 x empty answer`, the most frequent first."""
+    return ", ".join(f"{number} x {reason}" for reason, number in counts.most_common())

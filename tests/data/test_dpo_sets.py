@@ -209,8 +209,8 @@ def test_too_long_and_empty_pairs(
     for too_long in ("drop", "truncate_document"):
         assert len(tokenized(path, tmp_path, model, max_length=100, too_long=too_long)) == 1
         out = capsys.readouterr().out
-        assert "dropped 2: " in out and "1 long row over max_length" in out
-        assert "1 empty answer" in out
+        assert "dropped 2: " in out and "1 x long row over max_length" in out
+        assert "1 x empty answer" in out
     with pytest.raises(UserError, match=r"pairs.jsonl:2: gives a row of \d+ tokens, more than max"):
         tokenized(path, tmp_path, model, max_length=100, too_long="error")
 

@@ -157,7 +157,7 @@ def test_drops_are_counted(tmp_path: Path, model: str, capsys: pytest.CaptureFix
 
     config = make(tmp_path, model, max_length=100, overwrite=True)
     before = Path(config.output).read_bytes()
-    with pytest.raises(UserError, match=r"no example gave a row \(dropped: 2 long row over max_"):
+    with pytest.raises(UserError, match=r"no example gave a row \(dropped: 2 x long row over max_"):
         run_tokenize(make(tmp_path, model, max_length=40, overwrite=True))
     with pytest.raises(UserError, match=r"e.jsonl:2: gives a row of \d+ tokens, more than max_len"):
         run_tokenize(make(tmp_path, model, max_length=100, too_long="error", overwrite=True))

@@ -135,7 +135,7 @@ def test_long_documents_are_bounded(
         overwrite=True,
     )
     with pytest.raises(
-        UserError, match=r"3 document over max_document_tokens, 1 document under mi"
+        UserError, match=r"3 x document over max_document_tokens, 1 x document under mi"
     ):
         generate.run_generate(config)
 
@@ -164,15 +164,17 @@ def test_drops_are_counted(
         return "a right ANSWER." if "Thinga" in prompt else "I'm sorry, no."
 
     scripted(answer)
-    with pytest.raises(UserError, match=r"gave no example \(dropped: .*4 rejected answer: refusal"):
+    with pytest.raises(
+        UserError, match=r"gave no example \(dropped: .*4 x rejected answer: refusal"
+    ):
         generate.run_generate(settings("m", documents, tmp_path))
     assert not (tmp_path / "examples.jsonl.partial").exists()
 
     scripted(by_length, finished=False)
-    with pytest.raises(UserError, match=r"\d+ chosen answer: unfinished"):
+    with pytest.raises(UserError, match=r"\d+ x chosen answer: unfinished"):
         generate.run_generate(settings("m", documents, tmp_path, filters=["unfinished"]))
     scripted(by_length)
-    with pytest.raises(UserError, match=r"\d+ chosen answer: without the fact"):
+    with pytest.raises(UserError, match=r"\d+ x chosen answer: without the fact"):
         generate.run_generate(settings("m", documents, tmp_path, require_fact=True))
 
 

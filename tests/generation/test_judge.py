@@ -139,7 +139,9 @@ def test_scores_that_cannot_be_read_are_dropped_where_one_is_asked_for(
     examples: str, backend: Judge
 ) -> None:
     backend._reply = lambda text: Completion(text="Hm.", finished=True)  # type: ignore[method-assign]
-    with pytest.raises(UserError, match=r"no example is left \(6 turn: support unknown\); set le"):
+    with pytest.raises(
+        UserError, match=r"no example is left \(6 x turn: support unknown\); set le"
+    ):
         judge.run_judge(config(examples, least_support=1.0))
     asked = len(backend.asked)
     assert judge.run_judge(config(examples)).num_kept == 3  # from the scores that were kept
@@ -182,7 +184,9 @@ def test_an_interrupted_run_goes_on(examples: str, backend: Judge) -> None:
 
 def test_scores_of_other_settings_are_refused(examples: str, backend: Judge) -> None:
     backend.broken = lambda text: "Chunk number 2" in text
-    with pytest.raises(UserError, match=r"3 of 3 examples could not be judged \(3 server that ans"):
+    with pytest.raises(
+        UserError, match=r"3 of 3 examples could not be judged \(3 x server that ans"
+    ):
         judge.run_judge(config(examples))
     backend.broken = lambda text: False
     scores = Path(config(examples).output + ".scores")

@@ -178,7 +178,7 @@ def test_documents_that_a_backend_fails_on_are_tried_again(
     config = settings("m", many_documents, tmp_path)
     for _ in range(2):
         with pytest.raises(
-            UserError, match=r"1 documents were put aside \(1 HTTP 500\); the same command tries"
+            UserError, match=r"1 documents were put aside \(1 x HTTP 500\); the same command tries"
         ):
             generate.run_generate(config)
         assert not (tmp_path / "examples.jsonl").exists()
