@@ -10,13 +10,14 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import record_function
 
 from megatron_longpo.model.activation_offload import ActivationOffload, Offloaded
 from megatron_longpo.model.kernels import AttentionKernel
 from megatron_longpo.parallel.context import ContextExchange, QueryKeyValue
-from megatron_longpo.parallel.layout import AttentionPlan, QueryPiece, Span
+from megatron_longpo.parallel.layout import AttentionPlan, Span
 
 Attended = tuple[Tensor, Tensor]
 """This rank's output [t,H,D], and the log-sum-exp of its kernels' scores."""
@@ -165,29 +166,32 @@ def attend(
         Output [q,H,D] and log-sum-exp [H,q]; 0 for padding, which is in no piece.
     """
     query, key, value = entered
-    accumulator = torch.promote_types(query.dtype, torch.float32)
-    output = torch.empty_like(query, memory_format=torch.contiguous_format)
-    logsumexp = torch.empty(query.shape[1], query.shape[0], dtype=accumulator, device=query.device)
-    for gap in _gaps([piece.queries for piece in plan.pieces], len(query)):
-        output[gap.start : gap.stop] = 0
-        logsumexp[:, gap.start : gap.stop] = 0
+    if not plan.pieces:
+        return torch.zeros_like(query), query.new_zeros(
+            query.shape[1::-1], dtype=torch.promote_types(query.dtype, torch.float32)
+        )
+    num_queries, own = sum(plan.lengths), plan.own_keys
+    output, logsumexp = kernel.forward_blocks(
+        query[:num_queries], key[own], value[own], plan.lengths, scale=scale
+    )
     for piece in plan.pieces:
-        queries = piece.queries
+        if not piece.context:
+            continue
         parts = [
             kernel.forward(
-                _rows(query, queries),
+                _rows(query, piece.queries),
                 _rows(key, keys),
                 _rows(value, keys),
-                causal=causal,
+                causal=False,
                 scale=scale,
             )
-            for keys, causal in _blocks(piece)
+            for keys in piece.context
         ]
-        merged_output, merged_logsumexp = _merge(parts)
-        if len(queries) == len(query):
-            return merged_output, merged_logsumexp
-        output[queries.start : queries.stop] = merged_output
-        logsumexp[:, queries.start : queries.stop] = merged_logsumexp
+        rows = slice(piece.queries.start, piece.queries.stop)
+        _merge_(output[rows], logsumexp[:, rows], parts)
+    padding = len(query) - num_queries
+    if padding:
+        output, logsumexp = _lengthened(output, padding), F.pad(logsumexp, (0, padding))
     return output, logsumexp
 
 
@@ -203,94 +207,85 @@ def attend_backward(
 ) -> QueryKeyValue:
     """Gradients of `attend`'s query, key and value.
 
-    A key is attended from several blocks, whose gradients must not be rounded in between: those of
-    key and value are summed in fp32 at least, and so is a query's over its blocks. Where the plan
-    is one block they are what the kernel returns.
+    A key may be attended from several blocks, whose gradients must not be rounded in between: they
+    are summed in fp32 at least, and so are a query's over its blocks. Where there are two at most,
+    one sum in the tensors' own dtype is as exact.
     """
     query, key, value = entered
-    if len(plan.pieces) == 1 and len(plan.pieces[0].queries) == len(query) == len(key):
-        assert not plan.pieces[0].context, "all keys are the piece's own"
-        return kernel.backward(
-            output_grad, query, key, value, output, logsumexp, causal=True, scale=scale
+    if not plan.pieces:
+        key_grad, value_grad = (
+            torch.zeros_like(tensor, dtype=logsumexp.dtype) for tensor in (key, value)
         )
-    query_grad = torch.empty_like(query, memory_format=torch.contiguous_format)
-    key_grad, value_grad = (
-        torch.empty(tensor.shape, dtype=logsumexp.dtype, device=tensor.device)
-        for tensor in (key, value)
+        return torch.zeros_like(query), key_grad, value_grad
+    num_queries, own = sum(plan.lengths), plan.own_keys
+    query_grad, *key_and_value_grads = kernel.backward_blocks(
+        output_grad[:num_queries],
+        query[:num_queries],
+        key[own],
+        value[own],
+        output[:num_queries],
+        logsumexp[:, :num_queries],
+        plan.lengths,
+        scale=scale,
     )
-    for gap in _gaps([piece.queries for piece in plan.pieces], len(query)):
-        query_grad[gap.start : gap.stop] = 0
-    # No two pieces have keys of their own in common: those are written, all others are added.
-    for gap in _gaps([piece.own_keys for piece in plan.pieces], len(key)):
-        key_grad[gap.start : gap.stop] = 0
-        value_grad[gap.start : gap.stop] = 0
-
-    def block_gradients(queries: Span, keys: Span, *, causal: bool) -> QueryKeyValue:
-        return kernel.backward(
-            _rows(output_grad, queries),
-            _rows(query, queries),
-            _rows(key, keys),
-            _rows(value, keys),
-            _rows(output, queries),
-            logsumexp[:, queries.start : queries.stop],
-            causal=causal,
-            scale=scale,
-        )
-
-    for piece in plan.pieces:
-        queries, keys = piece.queries, piece.own_keys
-        gradients = block_gradients(queries, keys, causal=True)
-        query_grad[queries.start : queries.stop] = gradients[0]
-        key_grad[keys.start : keys.stop] = gradients[1]
-        value_grad[keys.start : keys.stop] = gradients[2]
-    for piece in plan.pieces:
-        if not piece.context:
-            continue
-        queries = piece.queries
-        query_sum = _rows(query_grad, queries).to(logsumexp.dtype)
-        for keys in piece.context:
-            gradients = block_gradients(queries, keys, causal=False)
-            query_sum += gradients[0]
-            key_grad[keys.start : keys.stop] += gradients[1]
-            value_grad[keys.start : keys.stop] += gradients[2]
-        query_grad[queries.start : queries.stop] = query_sum
+    query_grad = _lengthened(query_grad, len(query) - num_queries)
+    contexts = [(piece.queries, piece.context) for piece in plan.pieces if piece.context]
+    is_exact = plan.adds_once
+    if plan.order is not None:
+        # Other ranks may have gradients of the same keys, unless all are attended here.
+        is_exact = num_queries == len(key) and not contexts
+    accumulator = query.dtype if is_exact else logsumexp.dtype
+    key_grad, value_grad = (
+        _placed(gradient, own, len(key), dtype=accumulator) for gradient in key_and_value_grads
+    )
+    for queries, context in contexts:
+        rows = _rows(query_grad, queries)
+        total = rows.to(accumulator)
+        for keys in context:
+            gradients = kernel.backward(
+                _rows(output_grad, queries),
+                _rows(query, queries),
+                _rows(key, keys),
+                _rows(value, keys),
+                _rows(output, queries),
+                logsumexp[:, queries.start : queries.stop],
+                causal=False,
+                scale=scale,
+            )
+            total += gradients[0]
+            _rows(key_grad, keys).add_(gradients[1])
+            _rows(value_grad, keys).add_(gradients[2])
+        rows.copy_(total)
     return query_grad, key_grad, value_grad
-
-
-def _gaps(spans: list[Span], length: int) -> list[Span]:
-    """What disjoint spans leave of [0, length)."""
-    gaps, begin = [], 0
-    for span in sorted(spans, key=lambda span: span.start):
-        if span.start > begin:
-            gaps.append(Span(begin, span.start))
-        begin = span.stop
-    if begin < length:
-        gaps.append(Span(begin, length))
-    return gaps
-
-
-def _blocks(piece: QueryPiece) -> list[tuple[Span, bool]]:
-    """The key spans a piece attends, each with whether it does so causally."""
-    return [*((span, False) for span in piece.context), (piece.own_keys, True)]
 
 
 def _rows(tensor: Tensor, span: Span) -> Tensor:
     return tensor[span.start : span.stop]
 
 
-def _merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Joins outputs over disjoint keys: each weighted by its share of the softmax denominator.
+def _lengthened(tensor: Tensor, padding: int) -> Tensor:
+    """[t,X,D] -> [t+padding,X,D], zeros behind."""
+    return F.pad(tensor, (0, 0, 0, 0, 0, padding)) if padding else tensor
 
-    Takes and returns output [q,H,D] and log-sum-exp [H,q].
+
+def _placed(gradient: Tensor, own: slice | Tensor, num_keys: int, *, dtype: torch.dtype) -> Tensor:
+    """[n,G,D], of the keys `own` -> [k,G,D], 0 for all others."""
+    if len(gradient) == num_keys and isinstance(own, slice):
+        return gradient.to(dtype)
+    placed = gradient.new_zeros(num_keys, *gradient.shape[1:], dtype=dtype)
+    placed[own] = gradient.to(dtype)
+    return placed
+
+
+def _merge_(output: Tensor, logsumexp: Tensor, parts: list[tuple[Tensor, Tensor]]) -> None:
+    """Joins `parts`, which are over other keys, to an output [q,H,D] and log-sum-exp [H,q].
+
+    Each is weighted by its share of the softmax denominator: of two, by a sigmoid. Outputs are
+    rounded once, when all are joined.
     """
-    if len(parts) == 1:
-        return parts[0]
-    logsumexps = torch.stack([logsumexp for _, logsumexp in parts])
-    total = torch.logsumexp(logsumexps, dim=0)
-    weights = (logsumexps - total).exp()
-    output: Tensor | None = None
-    for (part, _), weight in zip(parts, weights, strict=True):
-        share = part * weight.T.unsqueeze(-1)
-        output = share if output is None else output.add_(share)
-    assert output is not None
-    return output.to(parts[0][0].dtype), total
+    exact = output
+    for part, part_logsumexp in parts:
+        share = torch.sigmoid(part_logsumexp - logsumexp).T.unsqueeze(-1)
+        exact = torch.addcmul(exact * (1 - share), part, share)
+        torch.logaddexp(logsumexp, part_logsumexp, out=logsumexp)
+    output.copy_(exact)

@@ -1,29 +1,31 @@
 """Which attention kernel runs: the one that a setting names, or the fastest of this machine.
 
-A kernel is taken only after a trial: a small causal block and a rectangle, forward and backward,
-against plain matrix products. A package that is installed and does not fit the driver, the GPU or
-torch is thus named before training, and never trained with. One that picks by block
-(long_blocks.py) is taken if both that it picks from are.
+A kernel is taken only after a trial: a small causal block, a rectangle and two blocks at once,
+forward and backward, against plain matrix products. A package that is installed and does not fit
+the driver, the GPU or torch is thus named before training, and never trained with. One that picks
+by block (long_blocks.py) is taken if both that it picks from are.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from megatron_longpo.errors import UserError
 from megatron_longpo.model.gpu_kernels import (
     CudnnKernel,
     FlashAttnKernel,
     FlashKernel,
-    TransformerEngineKernel,
-    VarlenKernel,
 )
 from megatron_longpo.model.kernels import AttentionKernel, CpuFlashKernel, MathKernel
 from megatron_longpo.model.long_blocks import SHORTEST_LONG_BLOCK, LongBlockKernel
+from megatron_longpo.model.varlen_kernels import TransformerEngineKernel, VarlenKernel
+from megatron_longpo.parallel.context import QueryKeyValue
 
 HOPPER = (9, 0)
 """Compute capability from which cuDNN's attention is the faster one."""
@@ -33,6 +35,8 @@ LARGEST_HEAD = {"te": 128, "cudnn": 128, "flash_attn": 256, "varlen": 256, "sdpa
 
 TRIAL_LENGTHS = ((192, 192, True), (160, 256, False))
 """(queries, keys, causal); not below what `CudnnKernel` leaves to another kernel."""
+TRIAL_BLOCKS = (130, 192)
+"""Causal blocks of one call."""
 TRIAL_TOLERANCE = 2e-2
 
 
@@ -173,30 +177,43 @@ def trial_error(kernel: AttentionKernel, workload: Workload) -> float:
     """The largest relative error of a small run against `MathKernel`; NaN counts as infinite."""
     generator = torch.Generator(device=workload.device).manual_seed(0)
     exact, scale = MathKernel(), workload.head_dim**-0.5
-    worst = 0.0
-    for queries, keys, causal in TRIAL_LENGTHS:
-        query, key, value, grad = (
-            torch.randn(
-                length,
-                heads,
-                workload.head_dim,
-                generator=generator,
-                device=workload.device,
-                dtype=workload.dtype,
-            )
-            for length, heads in ((queries, 4), (keys, 2), (keys, 2), (queries, 4))
-        )
-        results = []
-        for which in (kernel, exact):
-            output, logsumexp = which.forward(query, key, value, causal=causal, scale=scale)
-            gradients = which.backward(
-                grad, query, key, value, output, logsumexp, causal=causal, scale=scale
-            )
-            results.append((output, logsumexp, *gradients))
-        for actual, expected in zip(*results, strict=True):
+
+    def random(length: int, heads: int) -> Tensor:
+        shape = length, heads, workload.head_dim
+        return torch.randn(shape, generator=generator, device=workload.device, dtype=workload.dtype)
+
+    def error(run: Callable[[AttentionKernel], tuple[Tensor, ...]]) -> float:
+        worst = 0.0
+        for actual, expected in zip(run(kernel), run(exact), strict=True):
             difference = (actual.float() - expected.float()).norm() / expected.float().norm()
             worst = max(worst, float(difference.nan_to_num(nan=float("inf"))))
-    return worst
+        return worst
+
+    errors = []
+    for queries, keys, causal in TRIAL_LENGTHS:
+        tensors = random(queries, 4), random(keys, 2), random(keys, 2)
+        run = functools.partial(_run_block, tensors, random(queries, 4), causal=causal, scale=scale)
+        errors.append(error(run))
+    tokens = sum(TRIAL_BLOCKS)
+    tensors = random(tokens, 4), random(tokens, 2), random(tokens, 2)
+    errors.append(error(functools.partial(_run_blocks, tensors, random(tokens, 4), scale=scale)))
+    return max(errors)
+
+
+def _run_block(
+    tensors: QueryKeyValue, grad: Tensor, kernel: AttentionKernel, *, causal: bool, scale: float
+) -> tuple[Tensor, ...]:
+    output, logsumexp = kernel.forward(*tensors, causal=causal, scale=scale)
+    grads = kernel.backward(grad, *tensors, output, logsumexp, causal=causal, scale=scale)
+    return output, logsumexp, *grads
+
+
+def _run_blocks(
+    tensors: QueryKeyValue, grad: Tensor, kernel: AttentionKernel, *, scale: float
+) -> tuple[Tensor, ...]:
+    output, logsumexp = kernel.forward_blocks(*tensors, TRIAL_BLOCKS, scale=scale)
+    grads = kernel.backward_blocks(grad, *tensors, output, logsumexp, TRIAL_BLOCKS, scale=scale)
+    return output, logsumexp, *grads
 
 
 def _choice(name: str, kernel: AttentionKernel, *, rejected: dict[str, str]) -> KernelChoice:

@@ -10,6 +10,7 @@ Letters: q queries, k keys, H heads, G key/value heads (H is a multiple of G), D
 
 from __future__ import annotations
 
+import itertools
 from typing import Protocol
 
 import torch
@@ -40,8 +41,90 @@ class AttentionKernel(Protocol):
         """Gradients of query, key and value; `output` and `logsumexp` are over all keys."""
         ...
 
+    def forward_blocks(
+        self, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], *, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """`forward` of causal blocks of these lengths, one behind the other in all tensors."""
+        ...
 
-class CpuFlashKernel:
+    def backward_blocks(
+        self,
+        output_grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        output: Tensor,
+        logsumexp: Tensor,
+        lengths: tuple[int, ...],
+        *,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`backward` of the same."""
+        ...
+
+
+class BlockByBlock:
+    """For kernels that take one block a call."""
+
+    def forward_blocks(
+        self: AttentionKernel,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        lengths: tuple[int, ...],
+        *,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        if len(lengths) == 1:
+            return self.forward(query, key, value, causal=True, scale=scale)
+        output = torch.empty_like(query, memory_format=torch.contiguous_format)
+        logsumexp = torch.empty(
+            query.shape[1],
+            query.shape[0],
+            dtype=torch.promote_types(query.dtype, torch.float32),
+            device=query.device,
+        )
+        for rows in _consecutive(lengths):
+            output[rows], logsumexp[:, rows] = self.forward(
+                query[rows], key[rows], value[rows], causal=True, scale=scale
+            )
+        return output, logsumexp
+
+    def backward_blocks(
+        self: AttentionKernel,
+        output_grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        output: Tensor,
+        logsumexp: Tensor,
+        lengths: tuple[int, ...],
+        *,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if len(lengths) == 1:
+            return self.backward(
+                output_grad, query, key, value, output, logsumexp, causal=True, scale=scale
+            )
+        query_grad, key_grad, value_grad = (
+            torch.empty_like(tensor, memory_format=torch.contiguous_format)
+            for tensor in (query, key, value)
+        )
+        for rows in _consecutive(lengths):
+            query_grad[rows], key_grad[rows], value_grad[rows] = self.backward(
+                output_grad[rows],
+                query[rows],
+                key[rows],
+                value[rows],
+                output[rows],
+                logsumexp[:, rows],
+                causal=True,
+                scale=scale,
+            )
+        return query_grad, key_grad, value_grad
+
+
+class CpuFlashKernel(BlockByBlock):
     """The flash kernel behind `scaled_dot_product_attention` on CPUs; fp64, fp32 and bf16."""
 
     def forward(
@@ -79,7 +162,7 @@ class CpuFlashKernel:
         return query_grad, key_grad, value_grad
 
 
-class MathKernel:
+class MathKernel(BlockByBlock):
     """Plain matrix products, the scores in memory: for small fp32 runs on GPUs."""
 
     def forward(
@@ -127,6 +210,11 @@ class MathKernel:
             future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
             scores = scores.masked_fill(future, float("-inf"))
         return scores
+
+
+def _consecutive(lengths: tuple[int, ...]) -> list[slice]:
+    ends = [0, *itertools.accumulate(lengths)]
+    return [slice(*span) for span in itertools.pairwise(ends)]
 
 
 def _batched(tensor: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_longpo.model.kernels import AttentionKernel
+from megatron_longpo.model.kernels import AttentionKernel, BlockByBlock
 
 SHORTEST_LONG_BLOCK = 25_600
 """Tokens from which on a plan pays: 4 % of a shorter block are less than its share of a plan."""
@@ -24,7 +24,7 @@ UNSEEN = 1e30
 """Log-sum-exp of the queries that are dropped: gives each of their weights 0, with no infinity."""
 
 
-class LongBlockKernel:
+class LongBlockKernel(BlockByBlock):
     """Causal blocks of `shortest` tokens and more by `long` at rounded lengths, others by `other`.
 
     What follows a block's rows in memory must be finite: rows of the same tensor, as here.
@@ -88,6 +88,30 @@ class LongBlockKernel:
             scale=scale,
         )
         return query_grad[:tokens], key_grad[:tokens], value_grad[:tokens]
+
+    def forward_blocks(
+        self, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], *, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        if max(lengths) < self.shortest:
+            return self.other.forward_blocks(query, key, value, lengths, scale=scale)
+        return super().forward_blocks(query, key, value, lengths, scale=scale)
+
+    def backward_blocks(
+        self,
+        output_grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        output: Tensor,
+        logsumexp: Tensor,
+        lengths: tuple[int, ...],
+        *,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        tensors = (output_grad, query, key, value, output, logsumexp)
+        if max(lengths) < self.shortest:
+            return self.other.backward_blocks(*tensors, lengths, scale=scale)
+        return super().backward_blocks(*tensors, lengths, scale=scale)
 
 
 def rounded(length: int, steps: int = STEPS) -> int:

@@ -11,6 +11,7 @@ Letters: t tokens on this rank, padding included; e edges whose source is on thi
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -59,11 +60,44 @@ class AttentionPlan:
     """What attends what. Rides through Megatron's layers as their `packed_seq_params`."""
 
     pieces: tuple[QueryPiece, ...]
-    """Over queries in the order of `order.inner`, and over the keys of the flat forest."""
+    """Over queries in the order of `order.inner`, one behind the other from the first query on, and
+    over the keys of the flat forest."""
     order: TokenOrder | None
     """None where there is one rank."""
+    lengths: tuple[int, ...]
+    """Queries of each piece."""
+    own_keys: slice | torch.Tensor
+    """The keys of all pieces' own, one piece behind the other: a slice where they are neighbours,
+    else [sum of lengths] int64."""
+    adds_once: bool
+    """Whether no query and no key has more than one part of its gradient besides the own one."""
     qkv_format: str = field(default="sbhd", init=False)
     """Megatron then takes our positions as they are, instead of deriving some from lengths."""
+
+    @staticmethod
+    def of(
+        pieces: Sequence[QueryPiece], *, order: TokenOrder | None, device: torch.device
+    ) -> AttentionPlan:
+        """What all layers share is worked out here, once; tensors go to `device`."""
+        joint: list[Span] = []
+        for piece in pieces:
+            _append(joint, piece.own_keys)
+        if len(joint) > 1:
+            own = np.concatenate([np.arange(span.start, span.stop) for span in joint])
+            own_keys: slice | torch.Tensor = _on_device(own, device)
+        else:
+            own_keys = slice(joint[0].start, joint[0].stop) if joint else slice(0, 0)
+        contexts = sorted(
+            (span for piece in pieces for span in piece.context), key=lambda span: span.start
+        )
+        are_apart = all(one.stop <= next.start for one, next in itertools.pairwise(contexts))
+        return AttentionPlan(
+            pieces=tuple(pieces),
+            order=order,
+            lengths=tuple(len(piece.queries) for piece in pieces),
+            own_keys=own_keys,
+            adds_once=are_apart and all(len(piece.context) <= 1 for piece in pieces),
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -202,9 +236,7 @@ def lay_out(
     slots = np.flatnonzero(edge_sources[compared] >= 0)
     compared_here = compared[slots]
 
-    def on_device(array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(device, non_blocking=True)
-
+    on_device = functools.partial(_on_device, device=device)
     first = context_rank - context_rank % context_inner
     inner_ranks = range(first, first + context_inner)
     order = None
@@ -217,7 +249,7 @@ def lay_out(
     return RankTokens(
         input_ids=on_device(np.pad(forest.input_ids[tokens], (0, padding))),
         position_ids=on_device(np.pad(forest.position_ids[tokens], (0, padding))),
-        attention=AttentionPlan(pieces=tuple(pieces), order=order),
+        attention=AttentionPlan.of(pieces, order=order, device=device),
         edges=RankEdges(
             sources=on_device(edge_sources[is_here]),
             targets=on_device(forest.edge_targets[is_here]),
@@ -336,15 +368,19 @@ def lay_out_pack(
         context_size=context_size,
         context_inner=context_inner,
     )
+    on_device = functools.partial(_on_device, device=device)
     turns = np.arange(int(pack.turn_counts.max()))
     return RankPack(
         policy=place(pack.policy),
         reference=None if pack.reference is None else place(pack.reference),
         reference_terms=pack.reference_terms,
-        turn_mask=torch.from_numpy(turns < pack.turn_counts[:, None]).to(device),
-        counts={term: torch.from_numpy(counts).to(device) for term, counts in pack.counts.items()},
-        weights=torch.from_numpy(pack.weights).to(device),
-        reference_logps={
-            term: torch.from_numpy(logps).to(device) for term, logps in pack.reference_logps.items()
-        },
+        turn_mask=on_device(turns < pack.turn_counts[:, None]),
+        counts={term: on_device(counts) for term, counts in pack.counts.items()},
+        weights=on_device(pack.weights),
+        reference_logps={term: on_device(logps) for term, logps in pack.reference_logps.items()},
     )
+
+
+def _on_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Nothing waits for the copy: the CPU goes on, and the GPU takes its work in order."""
+    return torch.from_numpy(array).to(device, non_blocking=True)

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from megatron_longpo.errors import UserError
 from megatron_longpo.model import kernel_choice
-from megatron_longpo.model.gpu_kernels import CudnnKernel, FlashKernel, TransformerEngineKernel
+from megatron_longpo.model.gpu_kernels import CudnnKernel, FlashKernel
 from megatron_longpo.model.kernel_choice import KernelChoice, Workload, choose_kernel, trial_error
 from megatron_longpo.model.kernels import CpuFlashKernel, MathKernel
 from megatron_longpo.model.long_blocks import LongBlockKernel
+from megatron_longpo.model.varlen_kernels import TransformerEngineKernel
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -162,7 +163,17 @@ class SkewedKernel(CpuFlashKernel):
         return query_grad, key_grad, 1.1 * value_grad
 
 
+class OneBlockKernel(CpuFlashKernel):
+    """Takes many blocks for one."""
+
+    def forward_blocks(
+        self, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], *, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        return self.forward(query, key, value, causal=True, scale=scale)
+
+
 def test_the_trial_tells_a_right_kernel_from_a_wrong_one() -> None:
     workload = Workload(device=CPU, dtype=torch.bfloat16, head_dim=64)
     assert trial_error(CpuFlashKernel(), workload) < kernel_choice.TRIAL_TOLERANCE
     assert trial_error(SkewedKernel(), workload) == pytest.approx(0.1, rel=0.1)
+    assert trial_error(OneBlockKernel(), workload) > kernel_choice.TRIAL_TOLERANCE

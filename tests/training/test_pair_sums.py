@@ -33,7 +33,7 @@ def tokens_with_edges(
     return RankTokens(
         input_ids=anything,
         position_ids=anything,
-        attention=AttentionPlan(pieces=(), order=None),
+        attention=AttentionPlan.of((), order=None, device=anything.device),
         edges=RankEdges(sources=anything, targets=anything, pairs=pairs, turns=turns, terms=terms),
         divergence=DivergenceEdges(
             sources=torch.zeros(len(compared_pairs or []), dtype=torch.int64),
