@@ -140,10 +140,12 @@ def _has_fused_update(params: list[Tensor]) -> bool:
 def _batches(params: list[Tensor]) -> Iterator[list[Tensor]]:
     """Cuts parameters up so that temporary copies stay small beside the optimizer's state."""
     batch: list[Tensor] = []
+    size = 0
     for param in params:
-        if batch and sum(other.numel() for other in (*batch, param)) > LARGEST_BATCH:
+        size += param.numel()
+        if batch and size > LARGEST_BATCH:
             yield batch
-            batch = []
+            batch, size = [], param.numel()
         batch.append(param)
     yield batch
 

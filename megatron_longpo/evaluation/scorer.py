@@ -154,8 +154,10 @@ def _sums(output: Tensor, pack: ProbePack, *, num_groups: int, groups: Groups) -
     num_rows = len(pack.weights)
     bins = edges.pairs * num_groups + edges.turns
     shape = torch.Size((num_rows, num_groups))
-    sums = [binned(values, bins, shape) for values in of_edges]
-    sums += [binned(values, places.pairs, torch.Size((num_rows, 1))) for values in of_places]
+    sums = [
+        *binned(of_edges, bins, shape),
+        *binned(of_places, places.pairs, torch.Size((num_rows, 1))),
+    ]
     total = torch.cat(sums, dim=1)
     dist.all_reduce(total, group=groups.context)
     return total

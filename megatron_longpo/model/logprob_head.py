@@ -55,6 +55,7 @@ def edge_logps(
     targets: Tensor,
     shard: VocabularyShard,
     *,
+    sources_on_host: np.ndarray | None = None,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Tensor:
     """Log-probability, in nats, that each edge's source token gives to its target.
@@ -68,13 +69,20 @@ def edge_logps(
         sources: [e] int64, indices into `hidden`; may repeat.
         targets: [e] int64 token ids.
         shard: what the rows of `weight` are.
+        sources_on_host: the same as `sources`; None = they are read back, which waits for a GPU.
         chunk_bytes: bytes of one chunk's logits.
 
     Returns:
         [e] in fp32 (fp64 for fp64 inputs), the same on every tensor-parallel rank.
     """
     chunk_edges = max(1, chunk_bytes // (weight.element_size() * weight.shape[0]))
-    return _EdgeLogps.apply(hidden, weight, sources, targets, shard, chunk_edges)
+    edges = _Edges.of(
+        sources,
+        sources.cpu().numpy() if sources_on_host is None else sources_on_host,
+        chunk_edges=chunk_edges,
+        num_tokens=len(hidden),
+    )
+    return _EdgeLogps.apply(hidden, weight, edges, targets, shard)
 
 
 class _EdgeLogps(torch.autograd.Function):
@@ -83,15 +91,13 @@ class _EdgeLogps(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
-        sources: Tensor,
+        edges: _Edges,
         targets: Tensor,
         shard: VocabularyShard,
-        chunk_edges: int,
     ) -> Tensor:
         accumulator = torch.promote_types(hidden.dtype, torch.float32)
-        edges = _Edges.of(sources, chunk_edges=chunk_edges, num_tokens=len(hidden))
         columns = local_columns(targets, shard)
-        normalizers = torch.empty(len(sources), dtype=accumulator, device=hidden.device)
+        normalizers = torch.empty(len(targets), dtype=accumulator, device=hidden.device)
         logps = torch.empty_like(normalizers)
         with record_function("head"):
             for chunk in edges.chunks():
@@ -112,7 +118,7 @@ class _EdgeLogps(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (logps_grad,) = grads
         with record_function("head"):
-            return *_EdgeLogps._gradients(ctx, logps_grad), None, None, None, None
+            return *_EdgeLogps._gradients(ctx, logps_grad), None, None, None
 
     @staticmethod
     def _gradients(ctx: Any, logps_grad: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -155,8 +161,7 @@ class _Edges:
     chunk_edges: int
 
     @staticmethod
-    def of(sources: Tensor, *, chunk_edges: int, num_tokens: int) -> _Edges:
-        on_host = sources.cpu().numpy()
+    def of(sources: Tensor, on_host: np.ndarray, *, chunk_edges: int, num_tokens: int) -> _Edges:
         counts = np.bincount(on_host, minlength=num_tokens)
         return _Edges(
             sources=sources,
@@ -195,7 +200,7 @@ class _HiddenGradient:
         self.edges = edges
         make = torch.empty_like if edges.is_covered else torch.zeros_like
         self.gradient = make(hidden, memory_format=torch.contiguous_format)
-        self.repeated = torch.from_numpy(edges.repeated).to(hidden.device)
+        self.repeated = _on_device_of(hidden, edges.repeated)
         self.sums = hidden.new_zeros(len(edges.repeated), hidden.shape[1], dtype=accumulator)
 
     def add(self, chunk: slice, logits_grad: Tensor, weight: Tensor) -> None:
@@ -210,17 +215,19 @@ class _HiddenGradient:
             sources = self.edges.on_host[chunk]
             here = np.flatnonzero(np.isin(sources, self.edges.repeated))
             slots = np.searchsorted(self.edges.repeated, sources[here])
-            device = rows.device
             self.sums.index_add_(
-                0,
-                torch.from_numpy(slots).to(device),
-                rows[torch.from_numpy(here).to(device)].to(self.sums.dtype),
+                0, _on_device_of(rows, slots), rows[_on_device_of(rows, here)].to(self.sums.dtype)
             )
 
     def total(self) -> Tensor:
         """[t,h]."""
         self.gradient[self.repeated] = self.sums.to(self.gradient.dtype)
         return self.gradient
+
+
+def _on_device_of(tensor: Tensor, array: np.ndarray) -> Tensor:
+    """Nothing waits for the copy: it would wait for all that the GPU has to do before."""
+    return torch.from_numpy(array).to(tensor.device, non_blocking=True)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

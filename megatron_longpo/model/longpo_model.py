@@ -203,7 +203,14 @@ class LongPOModel(MegatronModule):
     def _logps(self, chunk: ChunkModel, tokens: RankTokens, hidden: Tensor) -> Tensor:
         edges = tokens.edges
         weight, shard = self._head(chunk)
-        return edge_logps(hidden, weight, edges.sources, edges.targets, shard)
+        return edge_logps(
+            hidden,
+            weight,
+            edges.sources,
+            edges.targets,
+            shard,
+            sources_on_host=edges.sources_on_host,
+        )
 
     def _divergence(
         self, pack: RankPack, policy_hidden: Tensor, reference_hidden: Tensor

@@ -106,6 +106,9 @@ class RankEdges:
 
     sources: torch.Tensor
     """[e] int64; indices into this rank's tokens."""
+    sources_on_host: np.ndarray
+    """[e] int64; the same. What is decided by them is decided here: reading them back would wait
+    for the GPU."""
     targets: torch.Tensor
     """[e] int64."""
     pairs: torch.Tensor
@@ -252,6 +255,7 @@ def lay_out(
         attention=AttentionPlan.of(pieces, order=order, device=device),
         edges=RankEdges(
             sources=on_device(edge_sources[is_here]),
+            sources_on_host=edge_sources[is_here],
             targets=on_device(forest.edge_targets[is_here]),
             pairs=on_device(forest.edge_pairs[is_here]),
             turns=on_device(forest.edge_turns[is_here]),

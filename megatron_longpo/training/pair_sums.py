@@ -1,12 +1,12 @@
 """From what the model says of edges to the sums that an objective takes.
 
-Letters: N pairs of a microbatch, T most turns among them, e edges of this rank, d its places where
-policy and reference are compared.
+Letters: N pairs of a microbatch, T most turns among them, K kinds of sums, e edges of this rank,
+d its places where policy and reference are compared.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -37,16 +37,14 @@ def sum_pairs(scores: Tensor, pack: RankPack, *, context_group: ProcessGroup) ->
     )
     shape = pack.turn_mask.shape
     policy_terms = [term for term in pack.counts if term is not Term.DIVERGENCE]
-    sums = [_turn_sums(policy_logps, policy.edges, term, shape) for term in policy_terms]
+    sums_KNT = [_turn_sums(policy_logps, policy.edges, policy_terms, shape)]
     if pack.reference is not None:
-        detached = reference_logps.detach()
-        sums += [
-            _turn_sums(detached, pack.reference.edges, term, shape) for term in pack.reference_terms
-        ]
+        edges = pack.reference.edges
+        sums_KNT.append(_turn_sums(reference_logps.detach(), edges, pack.reference_terms, shape))
     # A divergence is of the pair, whichever turn a place is in.
     first_turns = policy.divergence.pairs * shape[1]
-    sums.append(binned(divergences, first_turns, shape))
-    *sums, divergence_NT = sum_over(torch.stack(sums), context_group)
+    sums_KNT.append(binned(divergences[None], first_turns, shape))
+    *sums, divergence_NT = sum_over(torch.cat(sums_KNT), context_group)
     by_policy_term: dict[Term, Tensor] = dict(zip(policy_terms, sums, strict=False))
     by_reference_term = dict(
         zip(pack.reference_terms, sums[len(policy_terms) :], strict=pack.reference is not None)
@@ -70,13 +68,19 @@ def _by_row(by_term: Mapping[Term, Tensor]) -> dict[Row, Tensor]:
     return {row: by_term[Term.of_row(row)] for row in ROWS if Term.of_row(row) in by_term}
 
 
-def _turn_sums(logps: Tensor, edges: RankEdges, term: Term, shape: torch.Size) -> Tensor:
-    """[e] -> [N, T] in fp64."""
-    joins = (edges.terms & int(term)) != 0
-    return binned(logps[joins], edges.pairs[joins] * shape[1] + edges.turns[joins], shape)
+def _turn_sums(logps: Tensor, edges: RankEdges, terms: Sequence[Term], shape: torch.Size) -> Tensor:
+    """[e] -> [K, N, T] in fp64.
+
+    No edge is picked out by a mask: how many there are would have to be waited for.
+    """
+    if not terms:
+        return torch.zeros(0, *shape, dtype=torch.float64, device=logps.device)
+    joins = torch.stack([edges.terms & int(term) for term in terms]) != 0
+    bins = edges.pairs * shape[1] + edges.turns
+    return binned(torch.where(joins, logps.double(), 0.0), bins, shape)
 
 
 def binned(values: Tensor, bins: Tensor, shape: torch.Size) -> Tensor:
-    """Sums of values by flat index into `shape`, in fp64."""
-    sums = torch.zeros(shape.numel(), dtype=torch.float64, device=values.device)
-    return sums.index_add(0, bins, values.double()).view(shape)
+    """Sums of values [K, e] by flat index [e] into `shape` -> [K, *shape], in fp64."""
+    sums = torch.zeros(len(values), shape.numel(), dtype=torch.float64, device=values.device)
+    return sums.index_add(1, bins, values.double()).view(-1, *shape)

@@ -168,11 +168,10 @@ def _metric_sums(
         **_logps_by_name("logps", logps.policy, compared),
         **_logps_by_name("reference_logps", logps.reference, compared),
     }
-    return {
-        name: torch.where(weights > 0, values.detach().double(), 0.0).sum()
-        for name, values in per_pair.items()
-        if values is not None
-    }
+    values_N = {name: values for name, values in per_pair.items() if values is not None}
+    stacked = torch.stack([values.detach().double() for values in values_N.values()])
+    sums = torch.where(weights > 0, stacked, 0.0).sum(dim=1)
+    return dict(zip(values_N, sums.unbind(), strict=True))
 
 
 def _logps_by_name(

@@ -34,7 +34,14 @@ def tokens_with_edges(
         input_ids=anything,
         position_ids=anything,
         attention=AttentionPlan.of((), order=None, device=anything.device),
-        edges=RankEdges(sources=anything, targets=anything, pairs=pairs, turns=turns, terms=terms),
+        edges=RankEdges(
+            sources=anything,
+            sources_on_host=anything.numpy(),
+            targets=anything,
+            pairs=pairs,
+            turns=turns,
+            terms=terms,
+        ),
         divergence=DivergenceEdges(
             sources=torch.zeros(len(compared_pairs or []), dtype=torch.int64),
             slots=torch.arange(len(compared_pairs or [])),
