@@ -73,10 +73,10 @@ class TrainingEvaluation:
             for start in self._track(range(0, len(pairs), self.batch_pairs)):
                 batch = list(range(start, min(start + self.batch_pairs, len(pairs))))
                 packs = rank_packs(pairs, batch, self.groups, budget_tokens=budget)
-                sums = run_microbatches(
+                read_sums = run_microbatches(
                     model, packs, self.objective, self.groups, forward_only=True
                 )
-                for name, value in sums.items():
+                for name, value in read_sums().items():
                     totals[name] = totals.get(name, 0.0) + value
         return mean_metrics(totals)
 

@@ -259,23 +259,15 @@ def train_step(run: Run) -> Metrics:
         budget_tokens=run.budget_tokens,
     )
 
-    def read_next_batch() -> None:
-        if run.step + 1 >= run.num_steps:
-            return
-        upcoming = run.sampler.upcoming_batch()
-        read_ahead(run.pairs, upcoming, run.groups, budget_tokens=run.budget_tokens)
-
-    sums = run_microbatches(
-        run.model,
-        packs,
-        run.objective,
-        run.groups,
-        forward_only=False,
-        meanwhile=read_next_batch,
-    )
-    _check_finite("loss", sums["loss"], run.step + 1)
+    read_sums = run_microbatches(run.model, packs, run.objective, run.groups, forward_only=False)
     learning_rate = current_learning_rate(run.optimizer)
     _, grad_norm, _ = run.optimizer.step()
+    if run.step + 1 < run.num_steps:
+        upcoming = run.sampler.upcoming_batch()
+        read_ahead(run.pairs, upcoming, run.groups, budget_tokens=run.budget_tokens)
+    # From here on the GPU is waited for.
+    sums = read_sums()
+    _check_finite("loss", sums["loss"], run.step + 1)
     _check_finite("gradient norm", float(grad_norm), run.step + 1)
     run.scheduler.step(increment=1)
     run.step += 1

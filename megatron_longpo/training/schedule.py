@@ -35,8 +35,7 @@ def run_microbatches(
     groups: Groups,
     *,
     forward_only: bool,
-    meanwhile: Callable[[], None] = lambda: None,
-) -> MetricSums:
+) -> Callable[[], MetricSums]:
     """Runs a global batch's microbatches and, unless `forward_only`, leaves its gradient.
 
     The loss is the mean over the pairs of the global batch: microbatches hand Megatron sums and
@@ -49,10 +48,11 @@ def run_microbatches(
         objective: the loss of a pair.
         groups: process groups.
         forward_only: whether to score only.
-        meanwhile: work of the CPU, done while a GPU is still busy with this batch.
 
     Returns:
-        Sums of every metric over the global batch, the same on every rank.
+        What adds up every metric over the global batch, the same on every rank. All ranks call it,
+        once, and wait there for the GPU: until then it is busy with this batch, while the CPU can
+        prepare what follows.
     """
     stored = _run(
         partial(_forward_step, objective=objective, groups=groups),
@@ -60,8 +60,7 @@ def run_microbatches(
         packs,
         forward_only=forward_only,
     )
-    meanwhile()
-    return _summed_over_ranks(stored, groups)
+    return partial(_summed_over_ranks, stored, groups)
 
 
 def score_microbatches(

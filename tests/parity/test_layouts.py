@@ -40,8 +40,8 @@ def step(run: loop.Run, packs: list[RankPack]) -> tuple[MetricSums, dict[str, Te
     for chunk in run.model:
         chunk.train()
         chunk.zero_grad_buffer()
-    sums = run_microbatches(run.model, packs, run.objective, run.groups, forward_only=False)
-    return sums, policy_gradients(run)
+    read_sums = run_microbatches(run.model, packs, run.objective, run.groups, forward_only=False)
+    return read_sums(), policy_gradients(run)
 
 
 @pytest.fixture(scope="module")

@@ -170,7 +170,6 @@ def test_a_loss_that_is_no_number_stops_the_run(what: str, shelf: Shelf, tmp_pat
     loop.train_step(run)
     (model,) = unwrap_model(run.model)
     weight = model.policy.decoder.final_layernorm.weight
-    before = policy_parameters(run)
     if what == "loss":
         weight.data.fill_(float("nan"))
     else:
@@ -178,10 +177,6 @@ def test_a_loss_that_is_no_number_stops_the_run(what: str, shelf: Shelf, tmp_pat
     with pytest.raises(FloatingPointError, match=rf"the {what} of step 2 is (nan|inf); the last"):
         loop.train_step(run)
     assert run.step == 1
-    if what == "loss":
-        weight.data.copy_(before["model.norm.weight"])
-        after = policy_parameters(run)
-        assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
 def test_settings_reach_the_trees(shelf: Shelf, tmp_path: Path) -> None:
