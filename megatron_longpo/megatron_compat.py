@@ -45,6 +45,11 @@ LARGEST_BATCH = 64 * 2**20
 """Parameters that RMSprop updates at a time, unless one tensor alone has more."""
 
 
+SMALLEST_ALONE = 2 * 2**20
+"""Elements from which on a tensor's update takes longer than its launch: smaller ones are updated
+many at a time."""
+
+
 class RMSprop(torch.optim.AdamW):
     """torch.optim.RMSprop's update, with a state that Megatron takes for Adam's.
 
@@ -89,27 +94,30 @@ class RMSprop(torch.optim.AdamW):
             params = [param for param in group["params"] if param.grad is not None]
             if not params:
                 continue
-            for batch in _batches(params):
+            alone = [param for param in params if _is_updated_alone(param)]
+            for param in alone:
+                self._update_alone(param, group)
+            are_alone = set(map(id, alone))
+            for batch in _batches([param for param in params if id(param) not in are_alone]):
                 self._update(batch, group)
             if _STATE_HOLDS_STEP:
                 torch._foreach_add_([self.state[param]["step"] for param in params], 1)
 
-    def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        if _has_fused_update(params):
-            from megatron_longpo.rmsprop_triton import update
+    def _update_alone(self, param: Tensor, group: dict[str, Any]) -> None:
+        from megatron_longpo.rmsprop_triton import update
 
-            for param in params:
-                assert param.grad is not None
-                update(
-                    param,
-                    param.grad,
-                    self.state[param]["exp_avg_sq"],
-                    lr=group["lr"],
-                    alpha=group["betas"][1],
-                    eps=group["eps"],
-                    weight_decay=group["weight_decay"],
-                )
-            return
+        assert param.grad is not None
+        update(
+            param,
+            param.grad,
+            self.state[param]["exp_avg_sq"],
+            lr=group["lr"],
+            alpha=group["betas"][1],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+        )
+
+    def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
         grads = [grad for param in params if (grad := param.grad) is not None]
         if group["weight_decay"]:
             grads = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
@@ -125,15 +133,17 @@ class RMSprop(torch.optim.AdamW):
         torch._foreach_addcdiv_(params, grads, denominators, -group["lr"])
 
 
-def _has_fused_update(params: list[Tensor]) -> bool:
-    """Whether the one kernel that reads and writes everything once can be used."""
-    return importlib.util.find_spec("triton") is not None and all(
-        tensor is not None
-        and tensor.is_cuda
-        and tensor.dtype == torch.float32
-        and tensor.is_contiguous()
-        for param in params
-        for tensor in (param, param.grad)
+def _is_updated_alone(param: Tensor) -> bool:
+    """Whether the one kernel that reads and writes everything once can be used, and pays."""
+    grad = param.grad
+    return (
+        param.numel() >= SMALLEST_ALONE
+        and param.is_cuda
+        and grad is not None
+        and param.dtype == grad.dtype == torch.float32
+        and param.is_contiguous()
+        and grad.is_contiguous()
+        and importlib.util.find_spec("triton") is not None
     )
 
 
@@ -147,7 +157,8 @@ def _batches(params: list[Tensor]) -> Iterator[list[Tensor]]:
             yield batch
             batch, size = [], param.numel()
         batch.append(param)
-    yield batch
+    if batch:
+        yield batch
 
 
 def build_optimizer(

@@ -172,7 +172,7 @@ def attend(
         )
     num_queries, own = sum(plan.lengths), plan.own_keys
     output, logsumexp = kernel.forward_blocks(
-        query[:num_queries], key[own], value[own], plan.lengths, scale=scale
+        _first(query, num_queries), _at(key, own), _at(value, own), plan.lengths, scale=scale
     )
     for piece in plan.pieces:
         if not piece.context:
@@ -219,11 +219,11 @@ def attend_backward(
         return torch.zeros_like(query), key_grad, value_grad
     num_queries, own = sum(plan.lengths), plan.own_keys
     query_grad, *key_and_value_grads = kernel.backward_blocks(
-        output_grad[:num_queries],
-        query[:num_queries],
-        key[own],
-        value[own],
-        output[:num_queries],
+        _first(output_grad, num_queries),
+        _first(query, num_queries),
+        _at(key, own),
+        _at(value, own),
+        _first(output, num_queries),
         logsumexp[:, :num_queries],
         plan.lengths,
         scale=scale,
@@ -261,6 +261,15 @@ def attend_backward(
 
 def _rows(tensor: Tensor, span: Span) -> Tensor:
     return tensor[span.start : span.stop]
+
+
+def _first(tensor: Tensor, length: int) -> Tensor:
+    return tensor if len(tensor) == length else tensor[:length]
+
+
+def _at(tensor: Tensor, rows: slice | Tensor) -> Tensor:
+    is_whole = isinstance(rows, slice) and rows.stop - rows.start == len(tensor)
+    return tensor if is_whole else tensor[rows]
 
 
 def _lengthened(tensor: Tensor, padding: int) -> Tensor:

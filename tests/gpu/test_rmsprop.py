@@ -5,11 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_longpo import megatron_compat
 from megatron_longpo.megatron_compat import RMSprop
 
 pytestmark = pytest.mark.gpu
 
 
+@pytest.fixture(params=[0, megatron_compat.SMALLEST_ALONE], ids=["alone", "together"])
+def smallest_alone(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors each by a kernel of its own, or many at a time."""
+    monkeypatch.setattr(megatron_compat, "SMALLEST_ALONE", request.param)
+
+
+@pytest.mark.usefixtures("smallest_alone")
 def test_a_state_in_bf16_is_rounded_to_the_nearest() -> None:
     """With small whole numbers for gradients fp32 is exact, so that each bit is known.
 
@@ -40,6 +48,7 @@ def test_a_state_in_bf16_is_rounded_to_the_nearest() -> None:
     torch.testing.assert_close(param.detach().cpu(), moved, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.usefixtures("smallest_alone")
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_updates_are_torchs(weight_decay: float) -> None:
     generator = torch.Generator(device="cuda").manual_seed(0)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,8 @@ from megatron_longpo.config import CheckpointConfig, LoggingConfig, OptimizerCon
 from megatron_longpo.model.layer_specs import choose_layers
 from megatron_longpo.parallel.groups import Groups
 from megatron_longpo.training import loop
+from megatron_longpo.training.batches import rank_packs
+from megatron_longpo.training.schedule import run_microbatches
 from tests.gpu.steps import CASES, TOLERANCE, Bf16Shelf, check_step, gradient_error, run_step
 from tests.model.offloaded_steps import small_blocks
 from tests.parity.cases import Case
@@ -55,6 +60,41 @@ def test_both_kinds_of_layers_give_one_gradient(
     )
     assert te.metrics["loss"] == pytest.approx(local.metrics["loss"], rel=TOLERANCE)
     assert gradient_error(te.gradients, local.gradients) <= TOLERANCE
+
+
+@contextmanager
+def waits_are_errors() -> Iterator[None]:
+    """Whatever makes the CPU wait for the GPU raises."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("case", CASES[:2], ids=str)
+def test_a_step_waits_for_the_gpu_at_its_end_alone(
+    case: Case, recompute: Any, bf16_shelf: Bf16Shelf, single_process: Groups
+) -> None:
+    """Forward and backward of two microbatches, and the update, are queued at one go."""
+    need_transformer_engine()
+    run = loop.prepare(train_config(replace(case, recompute=recompute), bf16_shelf))
+    loop.train_step(run)  # compiles, and makes what is made once
+    for chunk in run.model:
+        chunk.zero_grad_buffer()
+    run.optimizer.zero_grad()
+    with waits_are_errors():
+        packs = rank_packs(run.pairs, [0], run.groups, budget_tokens=run.budget_tokens)
+        packs += rank_packs(run.pairs, [1], run.groups, budget_tokens=run.budget_tokens)
+        read_sums = run_microbatches(
+            run.model, packs, run.objective, run.groups, forward_only=False
+        )
+        _, grad_norm, _ = run.optimizer.step()
+    with pytest.raises(RuntimeError, match="synchroniz"), waits_are_errors():
+        read_sums()
+    assert math.isfinite(float(grad_norm))
 
 
 @pytest.mark.parametrize("layers", [None, 1])

@@ -19,6 +19,7 @@ from megatron_longpo.parallel.context import NoExchange
 from megatron_longpo.parallel.layout import TokenLayout, lay_out
 from tests.data.forests import check_layout
 from tests.model.dense_attention import dense_attention, dense_gradients
+from tests.operators import Operators
 
 quick = settings(max_examples=80, deadline=None, derandomize=True)
 
@@ -198,6 +199,60 @@ def test_ranks_with_gathered_keys_make_up_the_whole(forest: Forest, ranks: tuple
         value_grads += value_grad
     torch.testing.assert_close(key_grads, expected_grads[1], rtol=1e-10, atol=1e-11)
     torch.testing.assert_close(value_grads, expected_grads[2], rtol=1e-10, atol=1e-11)
+
+
+class UnseenKernel(CpuFlashKernel):
+    """Takes many blocks at once, for nothing; its own operators are not counted."""
+
+    def __init__(self, seen: Operators) -> None:
+        self.seen = seen
+        self.calls = 0
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        before = len(self.seen.names)
+        result = super().forward(*args, **kwargs)
+        self._forget(before)
+        return result
+
+    def backward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        before = len(self.seen.names)
+        result = super().backward(*args, **kwargs)
+        self._forget(before)
+        return result
+
+    def forward_blocks(
+        self, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], *, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        return self.forward(query, key, value, causal=True, scale=scale)
+
+    def backward_blocks(self, *args: Any, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+        return self.backward(*args[:-1], causal=True, scale=scale)
+
+    def _forget(self, before: int) -> None:
+        del self.seen.names[before:]
+        self.calls += 1
+
+
+@pytest.mark.parametrize(
+    ("parents", "contexts"), [([NO_PARENT], 0), ([NO_PARENT, 0, 0], 1), ([NO_PARENT, 0, 0] * 2, 2)]
+)
+def test_little_is_launched_beside_the_kernels(parents: list[int], contexts: int) -> None:
+    """Short rows are bound by the CPU, which pays for every operator of every layer."""
+    forest = make_forest(
+        [p if p < 0 else i // 3 * 3 for i, p in enumerate(parents)], [5] * len(parents)
+    )
+    plan = lay_out(forest, device=CPU).attention
+    (query, key, value), grad = random_inputs(forest.num_tokens, torch.bfloat16)
+    entered = (query.squeeze(1), key.squeeze(1), value.squeeze(1))
+    seen = Operators()
+    kernel = UnseenKernel(seen)
+    with seen:
+        output, logsumexp = attend(entered, plan, kernel, scale=1.0)
+    assert kernel.calls == 1 + contexts and len(seen.launched) <= 7 * contexts, seen.launched
+    seen.names.clear()
+    with seen:
+        attend_backward(grad, entered, output, logsumexp, plan, kernel, scale=1.0)
+    assert kernel.calls == 2 + 2 * contexts and len(seen.launched) <= 4 * contexts, seen.launched
 
 
 def test_attended_pairs_is_what_the_mask_lets_through() -> None:
