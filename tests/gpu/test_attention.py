@@ -147,8 +147,10 @@ def test_lengths_near_each_other_have_one_plan() -> None:
         ([NO_PARENT], [500]),
         ([NO_PARENT, 0, 0], [900, 150, 200]),
         ([NO_PARENT, 0, 1, 0, NO_PARENT, 4], [300, 170, 140, 260, 400, 3]),
+        # More blocks than Transformer Engine's smallest plan is for, 32.
+        ([NO_PARENT, *[0] * 40], [400, *[17] * 40]),
     ],
-    ids=["row", "pair", "forest"],
+    ids=["row", "pair", "forest", "brush"],
 )
 def test_a_tree_is_its_dense_mask(setting: str, parents: list[int], lengths: list[int]) -> None:
     heads, groups, head_dim = 8, 2, 128
