@@ -117,7 +117,8 @@ def replacing(path: str | Path, *, partial: Path | None = None) -> Iterator[Bina
         with disk_errors(path):
             os.replace(partial, path)
     except BaseException:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # what is raised says why, not that there is nothing to remove
+            partial.unlink(missing_ok=True)
         raise
 
 

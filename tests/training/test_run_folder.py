@@ -62,14 +62,6 @@ def test_the_written_config_can_be_run_again(tmp_path: Path) -> None:
     assert load_train_config(["--config", str(path)]) == config
 
 
-def test_a_failed_write_leaves_the_file_before(tmp_path: Path) -> None:
-    path = tmp_path / "file.txt"
-    run_folder.write_text(path, "before")
-    with pytest.raises(UnicodeEncodeError):
-        run_folder.write_text(path, "\ud800")
-    assert path.read_text() == "before"
-
-
 @pytest.mark.parametrize("key", ["logging.dir", "checkpoint.dir"])
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path, key: str) -> None:
     config = config_in(tmp_path / "new" / "run")
