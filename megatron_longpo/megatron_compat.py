@@ -94,11 +94,13 @@ class RMSprop(torch.optim.AdamW):
             params = [param for param in group["params"] if param.grad is not None]
             if not params:
                 continue
-            alone = [param for param in params if _is_updated_alone(param)]
-            for param in alone:
-                self._update_alone(param, group)
-            are_alone = set(map(id, alone))
-            for batch in _batches([param for param in params if id(param) not in are_alone]):
+            others = []
+            for param in params:
+                if _is_updated_alone(param):
+                    self._update_alone(param, group)
+                else:
+                    others.append(param)
+            for batch in _batches(others):
                 self._update(batch, group)
             if _STATE_HOLDS_STEP:
                 torch._foreach_add_([self.state[param]["step"] for param in params], 1)

@@ -184,7 +184,7 @@ def _mean_kl(group: Sequence[Result]) -> float:
 
 
 def _ruler(results: Path) -> Iterator[str]:
-    """RULER by length, and by task at the longest that there is."""
+    """RULER by length, and by task."""
     found = read_ruler(results)
     if not found:
         return

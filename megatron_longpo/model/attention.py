@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from megatron_longpo.model.activation_offload import ActivationOffload, Offloaded
-from megatron_longpo.model.kernels import AttentionKernel
+from megatron_longpo.model.kernels import AttentionKernel, padded
 from megatron_longpo.parallel.context import ContextExchange, QueryKeyValue
 from megatron_longpo.parallel.layout import AttentionPlan, Span
 
@@ -172,7 +172,11 @@ def attend(
         )
     num_queries, own = sum(plan.lengths), plan.own_keys
     output, logsumexp = kernel.forward_blocks(
-        _first(query, num_queries), _at(key, own), _at(value, own), plan.lengths, scale=scale
+        _at(query, slice(0, num_queries)),
+        _at(key, own),
+        _at(value, own),
+        plan.lengths,
+        scale=scale,
     )
     for piece in plan.pieces:
         if not piece.context:
@@ -191,7 +195,7 @@ def attend(
         _merge_(output[rows], logsumexp[:, rows], parts)
     padding = len(query) - num_queries
     if padding:
-        output, logsumexp = _lengthened(output, padding), F.pad(logsumexp, (0, padding))
+        output, logsumexp = padded(output, len(query)), F.pad(logsumexp, (0, padding))
     return output, logsumexp
 
 
@@ -218,17 +222,18 @@ def attend_backward(
         )
         return torch.zeros_like(query), key_grad, value_grad
     num_queries, own = sum(plan.lengths), plan.own_keys
+    queries = slice(0, num_queries)
     query_grad, *key_and_value_grads = kernel.backward_blocks(
-        _first(output_grad, num_queries),
-        _first(query, num_queries),
+        _at(output_grad, queries),
+        _at(query, queries),
         _at(key, own),
         _at(value, own),
-        _first(output, num_queries),
-        logsumexp[:, :num_queries],
+        _at(output, queries),
+        logsumexp[:, queries],
         plan.lengths,
         scale=scale,
     )
-    query_grad = _lengthened(query_grad, len(query) - num_queries)
+    query_grad = padded(query_grad, len(query))
     contexts = [(piece.queries, piece.context) for piece in plan.pieces if piece.context]
     is_exact = plan.adds_once
     if plan.order is not None:
@@ -238,17 +243,17 @@ def attend_backward(
     key_grad, value_grad = (
         _placed(gradient, own, len(key), dtype=accumulator) for gradient in key_and_value_grads
     )
-    for queries, context in contexts:
-        rows = _rows(query_grad, queries)
+    for span, context in contexts:
+        rows = _rows(query_grad, span)
         total = rows.to(accumulator)
         for keys in context:
             gradients = kernel.backward(
-                _rows(output_grad, queries),
-                _rows(query, queries),
+                _rows(output_grad, span),
+                _rows(query, span),
                 _rows(key, keys),
                 _rows(value, keys),
-                _rows(output, queries),
-                logsumexp[:, queries.start : queries.stop],
+                _rows(output, span),
+                logsumexp[:, span.start : span.stop],
                 causal=False,
                 scale=scale,
             )
@@ -263,18 +268,10 @@ def _rows(tensor: Tensor, span: Span) -> Tensor:
     return tensor[span.start : span.stop]
 
 
-def _first(tensor: Tensor, length: int) -> Tensor:
-    return tensor if len(tensor) == length else tensor[:length]
-
-
 def _at(tensor: Tensor, rows: slice | Tensor) -> Tensor:
+    """`tensor[rows]`, where a whole tensor costs no operator."""
     is_whole = isinstance(rows, slice) and rows.stop - rows.start == len(tensor)
     return tensor if is_whole else tensor[rows]
-
-
-def _lengthened(tensor: Tensor, padding: int) -> Tensor:
-    """[t,X,D] -> [t+padding,X,D], zeros behind."""
-    return F.pad(tensor, (0, 0, 0, 0, 0, padding)) if padding else tensor
 
 
 def _placed(gradient: Tensor, own: slice | Tensor, num_keys: int, *, dtype: torch.dtype) -> Tensor:

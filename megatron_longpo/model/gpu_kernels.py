@@ -121,7 +121,7 @@ class CudnnKernel(BlockByBlock):
         statistics = logsumexp.contiguous()[None]
         if self._logsumexp_dims == 4:
             statistics = statistics.unsqueeze(-1)
-        no_dropout_state = torch.zeros((), dtype=torch.int64, device=query.device)
+        no_dropout = no_dropout_state(torch.int64, query.device, size=())
         # torch keeps plans by the strides of query, key and value alone: output and its gradient
         # must have the same ones in every call.
         gradients = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
@@ -131,8 +131,8 @@ class CudnnKernel(BlockByBlock):
             _heads_first(value),
             _heads_first(output.contiguous()),
             statistics,
-            no_dropout_state,
-            no_dropout_state,
+            no_dropout,
+            no_dropout,
             None,
             None,
             None,
@@ -212,6 +212,8 @@ def _heads_first(tensor: Tensor) -> Tensor:
 
 
 @functools.cache
-def no_dropout_state(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[2] zeros: the random numbers of a dropout that there is none of; only read."""
-    return torch.zeros(2, dtype=dtype, device=device)
+def no_dropout_state(
+    dtype: torch.dtype, device: torch.device, *, size: tuple[int, ...] = (2,)
+) -> Tensor:
+    """Zeros: the random numbers of a dropout that there is none of; only read."""
+    return torch.zeros(size, dtype=dtype, device=device)

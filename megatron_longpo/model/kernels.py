@@ -3,7 +3,8 @@
 A kernel returns the log-sum-exp of its scores beside its output, so that blocks over different
 keys can be merged exactly, and takes the merged output and log-sum-exp in backward, which makes
 each block's gradients those of the whole (Milakov and Gimelshein 2018; Dao 2023). Those of GPUs
-are in gpu_kernels.py; kernel_choice.py chooses.
+are in gpu_kernels.py, and in varlen_kernels.py where they take many blocks a call; kernel_choice.py
+chooses.
 
 Letters: q queries, k keys, H heads, G key/value heads (H is a multiple of G), D head size.
 """
@@ -14,6 +15,7 @@ import itertools
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -210,6 +212,12 @@ class MathKernel(BlockByBlock):
             future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
             scores = scores.masked_fill(future, float("-inf"))
         return scores
+
+
+def padded(tensor: Tensor, length: int) -> Tensor:
+    """[t,X,D] -> [length,X,D], zeros behind; the tensor itself where nothing is missing."""
+    missing = length - len(tensor)
+    return F.pad(tensor, (0, 0, 0, 0, 0, missing)) if missing else tensor
 
 
 def _consecutive(lengths: tuple[int, ...]) -> list[slice]:

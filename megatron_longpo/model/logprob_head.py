@@ -23,6 +23,7 @@ from torch.distributed import ProcessGroup, ReduceOp
 from torch.profiler import record_function
 
 from megatron_longpo.model.logit_rows import logits_gradient_, row_statistics
+from megatron_longpo.parallel.layout import to_device
 
 CHUNK_BYTES = 1280 * 2**20
 """Room for one chunk's logits, of which there is one copy: gradients overwrite them. Fewer chunks
@@ -200,7 +201,7 @@ class _HiddenGradient:
         self.edges = edges
         make = torch.empty_like if edges.is_covered else torch.zeros_like
         self.gradient = make(hidden, memory_format=torch.contiguous_format)
-        self.repeated = _on_device_of(hidden, edges.repeated)
+        self.repeated = to_device(edges.repeated, hidden.device)
         self.sums = hidden.new_zeros(len(edges.repeated), hidden.shape[1], dtype=accumulator)
 
     def add(self, chunk: slice, logits_grad: Tensor, weight: Tensor) -> None:
@@ -215,19 +216,15 @@ class _HiddenGradient:
             sources = self.edges.on_host[chunk]
             here = np.flatnonzero(np.isin(sources, self.edges.repeated))
             slots = np.searchsorted(self.edges.repeated, sources[here])
+            device = rows.device
             self.sums.index_add_(
-                0, _on_device_of(rows, slots), rows[_on_device_of(rows, here)].to(self.sums.dtype)
+                0, to_device(slots, device), rows[to_device(here, device)].to(self.sums.dtype)
             )
 
     def total(self) -> Tensor:
         """[t,h]."""
         self.gradient[self.repeated] = self.sums.to(self.gradient.dtype)
         return self.gradient
-
-
-def _on_device_of(tensor: Tensor, array: np.ndarray) -> Tensor:
-    """Nothing waits for the copy: it would wait for all that the GPU has to do before."""
-    return torch.from_numpy(array).to(tensor.device, non_blocking=True)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

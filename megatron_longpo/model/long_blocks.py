@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_longpo.model.kernels import AttentionKernel, BlockByBlock
+from megatron_longpo.model.kernels import AttentionKernel, BlockByBlock, padded
 
 SHORTEST_LONG_BLOCK = 25_600
 """Tokens from which on a plan pays: 4 % of a shorter block are less than its share of a plan."""
@@ -78,7 +78,7 @@ class LongBlockKernel(BlockByBlock):
             )
         length = rounded(tokens, self.steps)
         query_grad, key_grad, value_grad = self.long.backward(
-            _padded(output_grad, length),
+            padded(output_grad, length),
             _lengthened(query, length),
             _lengthened(key, length),
             _lengthened(value, length),
@@ -131,9 +131,4 @@ def _lengthened(tensor: Tensor, length: int) -> Tensor:
     )
     if last < tensor.untyped_storage().nbytes() // tensor.element_size():
         return tensor.as_strided(shape, tensor.stride())
-    return _padded(tensor, length)
-
-
-def _padded(tensor: Tensor, length: int) -> Tensor:
-    """[t,X,D] -> [length,X,D], zeros behind."""
-    return F.pad(tensor, (0, 0, 0, 0, 0, length - len(tensor)))
+    return padded(tensor, length)

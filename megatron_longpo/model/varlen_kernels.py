@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 import itertools
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -18,9 +19,11 @@ from megatron_longpo.model.kernels import BlockByBlock
 
 Lengths = tuple[int, ...]
 """Rows of each block."""
+Tensors = tuple[Tensor, ...]
+"""What `forward` takes (query, key, value), or `backward`: its six."""
 
 
-class _VariableLengths(BlockByBlock):
+class _VariableLengths(BlockByBlock, ABC):
     """A kernel with `_forward` and `_backward` for blocks of any number and length."""
 
     takes_many = True
@@ -29,14 +32,14 @@ class _VariableLengths(BlockByBlock):
         self, query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scale: float
     ) -> tuple[Tensor, Tensor]:
         lengths = (len(query),), (len(key),)
-        return self._forward(query, key, value, *lengths, causal=causal, scale=scale)
+        return self._forward((query, key, value), *lengths, causal=causal, scale=scale)
 
     def forward_blocks(
         self, query: Tensor, key: Tensor, value: Tensor, lengths: Lengths, *, scale: float
     ) -> tuple[Tensor, Tensor]:
         if not self.takes_many:
             return super().forward_blocks(query, key, value, lengths, scale=scale)
-        return self._forward(query, key, value, lengths, lengths, causal=True, scale=scale)
+        return self._forward((query, key, value), lengths, lengths, causal=True, scale=scale)
 
     def backward(
         self,
@@ -51,7 +54,7 @@ class _VariableLengths(BlockByBlock):
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         tensors = (output_grad, query, key, value, output, logsumexp)
-        return self._backward(*tensors, (len(query),), (len(key),), causal=causal, scale=scale)
+        return self._backward(tensors, (len(query),), (len(key),), causal=causal, scale=scale)
 
     def backward_blocks(
         self,
@@ -68,36 +71,19 @@ class _VariableLengths(BlockByBlock):
         tensors = (output_grad, query, key, value, output, logsumexp)
         if not self.takes_many:
             return super().backward_blocks(*tensors, lengths, scale=scale)
-        return self._backward(*tensors, lengths, lengths, causal=True, scale=scale)
+        return self._backward(tensors, lengths, lengths, causal=True, scale=scale)
 
+    @abstractmethod
     def _forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        query_lengths: Lengths,
-        key_lengths: Lengths,
-        *,
-        causal: bool,
-        scale: float,
+        self, tensors: Tensors, queries: Lengths, keys: Lengths, *, causal: bool, scale: float
     ) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
+        """Attention of each sequence of queries over its own of keys."""
 
+    @abstractmethod
     def _backward(
-        self,
-        output_grad: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        output: Tensor,
-        logsumexp: Tensor,
-        query_lengths: Lengths,
-        key_lengths: Lengths,
-        *,
-        causal: bool,
-        scale: float,
+        self, tensors: Tensors, queries: Lengths, keys: Lengths, *, causal: bool, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        raise NotImplementedError
+        """Its gradients."""
 
 
 class VarlenKernel(_VariableLengths):
@@ -108,24 +94,17 @@ class VarlenKernel(_VariableLengths):
     """
 
     def _forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        query_lengths: Lengths,
-        key_lengths: Lengths,
-        *,
-        causal: bool,
-        scale: float,
+        self, tensors: Tensors, queries: Lengths, keys: Lengths, *, causal: bool, scale: float
     ) -> tuple[Tensor, Tensor]:
+        query, key, value = tensors
         output, logsumexp, *_ = torch.ops.aten._flash_attention_forward(
             query,
             key,
             value,
-            _ends(query_lengths, query.device),
-            _ends(key_lengths, query.device),
-            max(query_lengths),
-            max(key_lengths),
+            _ends(queries, query.device),
+            _ends(keys, query.device),
+            max(queries),
+            max(keys),
             0.0,
             causal,
             False,
@@ -134,19 +113,9 @@ class VarlenKernel(_VariableLengths):
         return output, logsumexp
 
     def _backward(
-        self,
-        output_grad: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        output: Tensor,
-        logsumexp: Tensor,
-        query_lengths: Lengths,
-        key_lengths: Lengths,
-        *,
-        causal: bool,
-        scale: float,
+        self, tensors: Tensors, queries: Lengths, keys: Lengths, *, causal: bool, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
+        output_grad, query, key, value, output, logsumexp = tensors
         no_dropout = no_dropout_state(torch.uint64, query.device)
         query_grad, key_grad, value_grad = torch.ops.aten._flash_attention_backward(
             output_grad,
@@ -155,10 +124,10 @@ class VarlenKernel(_VariableLengths):
             value,
             output,
             logsumexp.contiguous(),
-            _ends(query_lengths, query.device),
-            _ends(key_lengths, query.device),
-            max(query_lengths),
-            max(key_lengths),
+            _ends(queries, query.device),
+            _ends(keys, query.device),
+            max(queries),
+            max(keys),
             0.0,
             causal,
             no_dropout,
@@ -181,23 +150,14 @@ class TransformerEngineKernel(_VariableLengths):
         )
 
     def _forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        query_lengths: Lengths,
-        key_lengths: Lengths,
-        *,
-        causal: bool,
-        scale: float,
+        self, tensors: Tensors, queries: Lengths, keys: Lengths, *, causal: bool, scale: float
     ) -> tuple[Tensor, Tensor]:
-        query_ends, key_ends = (
-            _ends(lengths, query.device) for lengths in (query_lengths, key_lengths)
-        )
+        query, key, value = tensors
+        query_ends, key_ends = (_ends(lengths, query.device) for lengths in (queries, keys))
         output, (statistics, *_), *_ = self._te.fused_attn_fwd(
             True,
-            max(query_lengths),
-            max(key_lengths),
+            max(queries),
+            max(keys),
             query_ends,
             key_ends,
             query.contiguous(),
@@ -215,30 +175,18 @@ class TransformerEngineKernel(_VariableLengths):
         self.takes_many = statistics.dim() == 3
         if self.takes_many:
             return output, statistics.squeeze(-1).T
-        assert len(query_lengths) == 1, "padded log-sum-exps are read of one block alone"
+        assert len(queries) == 1, "padded log-sum-exps are read of one block alone"
         return output, statistics[0, :, : len(query), 0]
 
     def _backward(
-        self,
-        output_grad: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        output: Tensor,
-        logsumexp: Tensor,
-        query_lengths: Lengths,
-        key_lengths: Lengths,
-        *,
-        causal: bool,
-        scale: float,
+        self, tensors: Tensors, queries: Lengths, keys: Lengths, *, causal: bool, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        query_ends, key_ends = (
-            _ends(lengths, query.device) for lengths in (query_lengths, key_lengths)
-        )
+        output_grad, query, key, value, output, logsumexp = tensors
+        query_ends, key_ends = (_ends(lengths, query.device) for lengths in (queries, keys))
         statistics = logsumexp.T.unsqueeze(-1) if self.takes_many else logsumexp[None, :, :, None]
         query_grad, key_grad, value_grad, *_ = self._te.fused_attn_bwd(
-            max(query_lengths),
-            max(key_lengths),
+            max(queries),
+            max(keys),
             query_ends,
             key_ends,
             query.contiguous(),

@@ -84,7 +84,7 @@ class AttentionPlan:
             _append(joint, piece.own_keys)
         if len(joint) > 1:
             own = np.concatenate([np.arange(span.start, span.stop) for span in joint])
-            own_keys: slice | torch.Tensor = _on_device(own, device)
+            own_keys: slice | torch.Tensor = to_device(own, device)
         else:
             own_keys = slice(joint[0].start, joint[0].stop) if joint else slice(0, 0)
         contexts = sorted(
@@ -239,7 +239,7 @@ def lay_out(
     slots = np.flatnonzero(edge_sources[compared] >= 0)
     compared_here = compared[slots]
 
-    on_device = functools.partial(_on_device, device=device)
+    on_device = functools.partial(to_device, device=device)
     first = context_rank - context_rank % context_inner
     inner_ranks = range(first, first + context_inner)
     order = None
@@ -372,7 +372,7 @@ def lay_out_pack(
         context_size=context_size,
         context_inner=context_inner,
     )
-    on_device = functools.partial(_on_device, device=device)
+    on_device = functools.partial(to_device, device=device)
     turns = np.arange(int(pack.turn_counts.max()))
     return RankPack(
         policy=place(pack.policy),
@@ -385,6 +385,6 @@ def lay_out_pack(
     )
 
 
-def _on_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
     """Nothing waits for the copy: the CPU goes on, and the GPU takes its work in order."""
     return torch.from_numpy(array).to(device, non_blocking=True)
