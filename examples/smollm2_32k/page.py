@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from examples.smollm2_32k.commands import Commands
-from examples.smollm2_32k.pairs import description_of
+from examples.smollm2_32k.pairs import description_of, digest_of
 from examples.smollm2_32k.plan import Run
-from examples.smollm2_32k.plots import Groups, draw_all, gained, retrieval
+from examples.smollm2_32k.plots import Groups, draw_all, ended, gained, retrieval
 from examples.smollm2_32k.results import Result, read_results, read_ruler
 from megatron_longpo.data.jsonl import write_whole
 from megatron_longpo.evaluation.figures import tokens
@@ -31,13 +31,18 @@ EQUAL_RETRIEVAL = 0.05
 """How much less counts as equal: one question of twenty."""
 LEAST_RETRIEVAL = {16384: 0.90, 32768: 0.75}
 """What LongPO is to reach."""
+SHORT_TOKENS = 4096
+"""Up to here retrieval is not to fall below the base's, and answers are to be ended."""
 MOST_EVALUATION_SHARE = 0.03
 EVALUATION_INTERVAL = 50
 
 
 def write_page(results: Path, output: Path, keep: Path, runs: Sequence[Run]) -> None:
     """Writes README.md and its plots into the folder of results, where there are any."""
-    found = {result.name: result for result in read_results(results)}
+    _keep_descriptions(keep, results)
+    found = {
+        result.name: result for result in read_results(results) if _is_of_the_pairs(result, results)
+    }
     if not found:
         return
     measured = [run for run in runs if run.name in found and found[run.name].numbers]
@@ -59,7 +64,7 @@ def write_page(results: Path, output: Path, keep: Path, runs: Sequence[Run]) -> 
         *_ruler(results),
         *(["## Other settings", _table(others)] if others else []),
         *_evaluation_cost(list(found.values())),
-        *_pairs(keep, results),
+        *_pairs(results),
     ]
     write_whole(results / "README.md", "\n\n".join(parts) + "\n")
     print(results / "README.md")
@@ -84,19 +89,28 @@ def _about(results: Sequence[Result]) -> str:
 
 
 def _table(groups: Groups) -> str:
-    """A line a group: retrieval by length, NLL at the longest positions, retention."""
+    """A line a group: retrieval, answers ended, NLL at the longest positions, retention."""
     lengths = sorted({length for found in groups.values() for length in retrieval(found[0])})
     buckets = [key for found in groups.values() for key in found[0].numbers if key[:4] == "nll/"]
     last = list(dict.fromkeys(buckets))[-1:]
-    keys = [f"retrieval/{length}" for length in lengths] + last
-    keys += ["retention/kl", "retention/agreement"]
-    heads = [*map(tokens, lengths), *(f"NLL at {key[4:]}" for key in last), "short KL", "agreement"]
+    found_keys = [f"retrieval/{length}" for length in lengths]
+    other_keys = [*last, "retention/kl", "retention/agreement"]
+    heads = [*map(tokens, lengths), f"ended to {tokens(SHORT_TOKENS)}", "ended"]
+    heads += [*(f"NLL at {key[4:]}" for key in last), "short KL", "agreement"]
     lines = [_line(["", "seeds", *heads]), "|---|" + "---:|" * (len(heads) + 1)]
     for title, found in groups.items():
-        cells = [
-            _spread([result.numbers.get(key) for result in found], 3 if key[-2:] == "kl" else 2)
-            for key in keys
+        found_cells, other_cells = (
+            [
+                _spread([result.numbers.get(key) for result in found], 3 if key[-2:] == "kl" else 2)
+                for key in keys
+            ]
+            for keys in (found_keys, other_keys)
+        )
+        ends_cells = [
+            _spread([ended(result, longest=longest) for result in found], 2)
+            for longest in (SHORT_TOKENS, max(lengths, default=0))
         ]
+        cells = [*found_cells, *ends_cells, *other_cells]
         lines.append(_line([title, str(len(found)), *cells]))
     return "\n".join(lines)
 
@@ -142,7 +156,7 @@ def _targets(compared: Groups, others: Groups, lead: str) -> Iterator[str]:
             what = f"retrieval at {tokens(length)} at least {least:.2f}"
             lines.append(_line([what, f"{mean:.2f}", "met" if mean >= least else "missed"]))
     for length, before in retrieval(base).items():
-        if length <= 4096:
+        if length <= SHORT_TOKENS:
             mean = statistics.mean(retrieval(result)[length] for result in found)
             what = f"retrieval at {tokens(length)} not below the base's {before:.2f}"
             lines.append(_line([what, f"{mean:.2f}", "met" if mean >= before else "missed"]))
@@ -228,12 +242,24 @@ def _evaluation_cost(results: Sequence[Result]) -> Iterator[str]:
         yield f"{result.name}: {result.seconds_per_step:.3f} s a step without evaluations."
 
 
-def _pairs(keep: Path, results: Path) -> Iterator[str]:
-    """What the rows look like; descriptions are kept with the results, which are committed."""
+def _keep_descriptions(keep: Path, results: Path) -> None:
+    """What pairs look like stays with the results, which are committed."""
     for path in sorted(keep.glob("pairs-*.jsonl.gz")):
         described = description_of(path)
         if described.exists():
+            results.mkdir(parents=True, exist_ok=True)
             write_whole(results / described.name, described.read_text(encoding="utf-8"))
+
+
+def _is_of_the_pairs(result: Result, results: Path) -> bool:
+    """Whether a result is of the pairs that are described, and not of earlier ones."""
+    if result.pairs is None:
+        return not result.curves
+    return result.pairs == digest_of(results / f"pairs-{result.iteration}.jsonl.gz")
+
+
+def _pairs(results: Path) -> Iterator[str]:
+    """What the rows look like."""
     for path in sorted(results.glob("pairs-*.json")):
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         answers, generated = found["answers"], found["generated"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import random
 from collections import Counter
@@ -46,6 +47,7 @@ def choose_pairs(
     summary_path = examples_path.with_suffix(".summary.json")
     summary = json.loads(summary_path.read_text(encoding="utf-8"))
     described = {
+        "digest": hashlib.sha256(_unpacked(pairs_path)).hexdigest()[:16],
         "generated": {key: value for key, value in summary.items() if key != "put_aside"},
         "answers": dict(answers),
         "pairs": len(chosen),
@@ -63,10 +65,22 @@ def description_of(pairs_path: Path) -> Path:
     return pairs_path.with_name(pairs_path.name.removesuffix(".jsonl.gz") + ".json")
 
 
+def digest_of(pairs_path: Path) -> str | None:
+    """What tells a file of pairs from others, without being it; None where it is not there."""
+    path = description_of(pairs_path)
+    if not path.exists():
+        return None
+    return str(json.loads(path.read_text(encoding="utf-8"))["digest"])
+
+
 def unpack(pairs_path: Path, target: Path) -> None:
     """The pairs as plain JSONL, for `longpo tokenize`."""
+    write_whole(target, _unpacked(pairs_path).decode())
+
+
+def _unpacked(pairs_path: Path) -> bytes:
     with gzip.open(pairs_path, "rb") as file:
-        write_whole(target, file.read().decode())
+        return file.read()
 
 
 def _with_turns(example: Example, numbers: Sequence[int]) -> Example:

@@ -44,6 +44,16 @@ def retrieval(result: Result) -> dict[int, float]:
     return {int(length): found[length] for length in sorted(found, key=len) if length.isdecimal()}
 
 
+def ended(result: Result, *, longest: int) -> float | None:
+    """Share of answers ended, mean over lengths up to that one; None where not measured."""
+    values = [
+        result.numbers[key]
+        for length in retrieval(result)
+        if length <= longest and (key := f"ends/{length}") in result.numbers
+    ]
+    return statistics.mean(values) if values else None
+
+
 def gained(result: Result) -> float:
     """Mean retrieval at the two longest lengths."""
     return statistics.mean(list(retrieval(result).values())[-2:])

@@ -48,6 +48,8 @@ class Result:
     options: Mapping[str, Any]
     device: str
     versions: Mapping[str, str]
+    pairs: str | None = None
+    """Digest of the pairs that its rows are made of."""
 
     @property
     def seconds_per_step(self) -> float | None:
@@ -63,6 +65,7 @@ def write_result(
     evaluation_file: Path | None,
     metrics_file: Path | None,
     device: str,
+    pairs: str | None,
 ) -> None:
     """Puts together what a run has left."""
     evaluation = {} if evaluation_file is None else _read(evaluation_file)
@@ -93,6 +96,7 @@ def write_result(
             if any(key.startswith("eval/") for key in row)
         ],
         "options": {**method, **run.options},
+        "pairs": pairs,
         "device": device,
         "versions": package_versions(),
     }
@@ -125,7 +129,11 @@ def ruler_path(folder: Path, name: str) -> Path:
 
 def read_results(folder: Path) -> list[Result]:
     """All results of a folder, by name."""
-    return [Result(**_read(path)) for path in sorted(folder.glob("run-*.json"))]
+    return [read_result(path) for path in sorted(folder.glob("run-*.json"))]
+
+
+def read_result(path: Path) -> Result:
+    return Result(**_read(path))
 
 
 def result_path(folder: Path, run: Run) -> Path:

@@ -13,9 +13,10 @@ from threading import Lock
 from typing import Any
 
 from examples.smollm2_32k.commands import Commands, OutOfTime, longpo, options
-from examples.smollm2_32k.pairs import choose_pairs, unpack
+from examples.smollm2_32k.pairs import choose_pairs, digest_of, unpack
 from examples.smollm2_32k.plan import Run, Scale
 from examples.smollm2_32k.results import (
+    read_result,
     read_results,
     result_path,
     ruler_path,
@@ -104,7 +105,7 @@ class Study:
 
     def make_pairs(self, iteration: int) -> Path:
         """Generates and chooses; returns where the pairs are."""
-        pairs = self.keep / f"pairs-{iteration}.jsonl.gz"
+        pairs = self._pairs(iteration)
         if pairs.exists():
             return pairs
         examples = self.keep / f"examples-{iteration}.jsonl"
@@ -121,6 +122,9 @@ class Study:
         print(f"{pairs}: {described['pairs']} rows, {described['turns']} turns", flush=True)
         examples.unlink()
         return pairs
+
+    def _pairs(self, iteration: int) -> Path:
+        return self.keep / f"pairs-{iteration}.jsonl.gz"
 
     def _generate(self, iteration: int, examples: Path) -> None:
         least, most = self.scale.document_tokens
@@ -167,6 +171,16 @@ class Study:
     def _folder(self, run: Run) -> Path:
         return self.output / "runs" / run.name
 
+    def is_done(self, run: Run) -> bool:
+        """Whether its result is there, of the pairs that are there: others are another study's."""
+        path = result_path(self.results, run)
+        if not path.exists():
+            return False
+        return read_result(path).pairs == self._digest(run)
+
+    def _digest(self, run: Run) -> str | None:
+        return None if run.method is None else digest_of(self._pairs(run.iteration))
+
     def do(self, run: Run) -> None:
         """Makes the result of a run, and what it needs and is not there.
 
@@ -199,6 +213,7 @@ class Study:
             evaluation_file=None if evaluated is None else evaluated / "evaluation.json",
             metrics_file=None if run.method is None else folder / "metrics.jsonl",
             device=self.device,
+            pairs=self._digest(run),
         )
         # Gigabytes; the parent's model has been exported.
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)

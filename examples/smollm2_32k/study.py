@@ -5,7 +5,8 @@
 
 Makes what is missing, in this order: documents, pairs, and run by run a model and its evaluation;
 then the page. What is finished is never done again, so the same command goes on after any kind of
-end. OUTPUT/keep (documents and pairs) and the results are all that has to outlive a machine.
+end. OUTPUT/keep (documents and pairs) and the results are all that has to outlive a machine; with
+other pairs all trained runs are done again, since they are compared on the same rows.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from queue import SimpleQueue
 from examples.smollm2_32k.commands import ROOT, CommandFailed, OutOfTime
 from examples.smollm2_32k.page import write_page
 from examples.smollm2_32k.plan import BETA, FULL, PREFERENCE_WEIGHT, TINY, Run, plan
-from examples.smollm2_32k.results import result_path
 from examples.smollm2_32k.stages import Study
 from megatron_longpo.errors import EXIT_DONE, EXIT_STOPPED_ON_REQUEST
 
@@ -104,7 +104,7 @@ def parse_arguments() -> argparse.Namespace:
 def print_plan(study: Study, runs: Sequence[Run]) -> None:
     total = 0.0
     for run in runs:
-        is_done = result_path(study.results, run).exists()
+        is_done = study.is_done(run)
         seconds = 0.0 if is_done else study.predicted_seconds(run)
         total += seconds
         print(f"{run.name:45} {'done' if is_done else f'{seconds:4.0f} s'}  {run.title}")
@@ -113,7 +113,6 @@ def print_plan(study: Study, runs: Sequence[Run]) -> None:
 
 def do_all(study: Study, runs: Sequence[Run], *, gpus: Sequence[str], jobs: int) -> int:
     """Makes what is missing, `jobs` runs at a time on each GPU; returns the exit code."""
-    missing = [run for run in runs if not result_path(study.results, run).exists()]
     try:
         study.make_model()
         study.make_documents()
@@ -123,6 +122,7 @@ def do_all(study: Study, runs: Sequence[Run], *, gpus: Sequence[str], jobs: int)
     except CommandFailed as error:
         print(f"failed: {error}", flush=True)
         return EXIT_FAILED
+    missing = [run for run in runs if not study.is_done(run)]
     free: SimpleQueue[str | None] = SimpleQueue()
     for gpu in jobs * [*(gpus or [None])]:
         free.put(gpu)

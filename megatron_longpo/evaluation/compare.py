@@ -18,7 +18,9 @@ from megatron_longpo.evaluation.results import Record, flat_numbers
 from megatron_longpo.training.metrics import EVALUATION_NAME
 from megatron_longpo.training.report import Run, read_run
 
-HIGHER_IS_BETTER = ("retrieval/", "generated/", "retention/agreement", "rewards/", "suite/")
+HIGHER_IS_BETTER = (
+    *("retrieval/", "ends/", "generated/", "retention/agreement", "rewards/", "suite/"),
+)
 PAIR_KEYS = ("rewards/accuracies", "rewards/margins", "nll_loss")
 """What of a run's last evaluation of data.eval_path is compared too."""
 
@@ -100,7 +102,7 @@ def _read_training_run(run: Run, name: str) -> Evaluated:
 
 
 def _numbers_of_row(row: dict[str, Any]) -> dict[str, float]:
-    prefixes = ("retrieval/", "nll/", "retention/")
+    prefixes = ("retrieval/", "ends/", "nll/", "retention/")
     numbers = {key.removeprefix("eval/"): value for key, value in row.items() if value is not None}
     return {
         key: float(value)

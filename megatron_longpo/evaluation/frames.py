@@ -33,6 +33,8 @@ class Frame:
     """Where in the tail the answer begins: what is before it is the prompt."""
     value: slice
     """Where in the tail the answer's value is: the tokens that another value would change."""
+    end: int
+    """Where in the tail the token is that ends the answer's turn."""
 
     def __len__(self) -> int:
         return len(self.head) + len(self.tail)
@@ -60,12 +62,14 @@ def make_frame(tokenizer: ChatTokenizer, question: str, answer: str, other_answe
     start = common_prefix_length(ids, other_value.input_ids)
     stop = len(ids) - _common_suffix_length(ids, other_value.input_ids)
     answer_start = int(np.flatnonzero(row.labels != IGNORED_LABEL)[0])
-    assert head_length <= tail_start <= answer_start <= start < stop, "a template with two places"
+    end = _end_of_answer(tokenizer, ids)
+    assert head_length <= tail_start <= answer_start <= start < stop <= end, "two places for texts"
     return Frame(
         head=ids[:head_length].astype(np.int32),
         tail=ids[tail_start:].astype(np.int32),
         answer_start=answer_start - tail_start,
         value=slice(start - tail_start, stop - tail_start),
+        end=end - tail_start,
     )
 
 
@@ -80,6 +84,14 @@ def plain_ids(tokenizer: ChatTokenizer, text: str) -> list[int]:
     for left, right in itertools.pairwise([0, *cuts, len(text)]):
         ids += tokenizer.encode(text[left:right])
     return ids
+
+
+def _end_of_answer(tokenizer: ChatTokenizer, ids: np.ndarray) -> int:
+    """Index of the first of the special tokens that a row ends with: templates have one or more."""
+    end = len(ids) - 1
+    while not tokenizer.decode([int(ids[end - 1])], skip_special=True):
+        end -= 1
+    return end
 
 
 def _common_suffix_length(one: np.ndarray, other: np.ndarray) -> int:

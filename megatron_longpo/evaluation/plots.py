@@ -88,24 +88,30 @@ def _draw_heatmap(axes: Axes, cells: Sequence[dict[str, Any]]) -> None:
 
 
 def draw_by_length(evaluated: Sequence[Evaluated]) -> Figure | None:
-    """Exact matches against length, a line a model; what was written is dashed."""
+    """Exact matches against length, a line a model, what was written dashed; beside them how many
+    of the answers are ended."""
     series = [
-        (one.name, number, style, points)
+        (panel, one.name if style == "-" else f"{one.name}, written", number, style, points)
         for number, one in enumerate(evaluated)
-        for prefix, style in (("retrieval/", "-"), ("generated/", "--"))
+        for panel, prefix, style in (
+            *(("exact match", "retrieval/", "-"), ("exact match", "generated/", "--")),
+            ("answers ended", "ends/", "-"),
+        )
         if (points := _by_length(one.numbers, prefix))
     ]
     if not series:
         return None
-    figure, (axes,) = grid(1, width=6.4, height=4.2)
-    for name, number, style, points in series:
-        label = name if style == "-" else f"{name}, written"
-        axes.plot(*zip(*points, strict=True), style, label=label, **look(number))
-    length_axis(axes, sorted({length for *_, points in series for length, _ in points}))
-    axes.set_ylim(-0.03, 1.03)
-    axes.set_ylabel("exact match")
-    axes.set_xlabel("length (tokens)")
-    axes.legend(fontsize=8)
+    panels = list(dict.fromkeys(panel for panel, *_ in series))
+    figure, all_axes = grid(len(panels), width=5.2, height=4.0)
+    for panel, axes in zip(panels, all_axes, strict=True):
+        for other, label, number, style, points in series:
+            if other == panel:
+                axes.plot(*zip(*points, strict=True), style, label=label, **look(number))
+        length_axis(axes, sorted({length for *_, points in series for length, _ in points}))
+        axes.set_ylim(-0.03, 1.03)
+        axes.set_ylabel(panel)
+        axes.set_xlabel("length (tokens)")
+    all_axes[0].legend(fontsize=8)
     return figure
 
 
@@ -195,7 +201,7 @@ def draw_curves(evaluated: Sequence[Evaluated]) -> Figure | None:
         key
         for key in dict.fromkeys(key for _, one in runs for key in one.numbers)
         # Kinds by themselves are in the table and the heat maps.
-        if not key.startswith(tuple(f"retrieval/{kind}/" for kind in get_args(RetrievalKind)))
+        if not set(key.split("/")) & set(get_args(RetrievalKind))
     ]
     figure, axes = grid(len(keys), width=4.2, height=2.8)
     for axis, key in zip(axes, keys, strict=True):
@@ -210,7 +216,7 @@ def draw_curves(evaluated: Sequence[Evaluated]) -> Figure | None:
         axis.set_title(key, fontsize=10)
         axis.set_xlabel("step")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if key.startswith(("retrieval/", "retention/agreement", "rewards/accuracies")):
+        if key.startswith(("retrieval/", "ends/", "retention/agreement", "rewards/accuracies")):
             axis.set_ylim(-0.03, 1.03)
     legend_above(figure, axes, columns=4)
     return figure

@@ -3,8 +3,9 @@
 A record has up to four keys:
 
     retrieval   a list of cells: kind, length, depth, samples, exact (share of the numbers of which
-                every token is what greedy decoding would write), token_accuracy, and generated (the
-                share found in what the model wrote), where it was asked to write
+                every token is what greedy decoding would write), token_accuracy, ends (share of
+                the answers after whose full stop it would end the turn), and generated (the share
+                found in what the model wrote), where it was asked to write
     nll         a list of buckets: start, stop, tokens, nll (nats a token)
     retention   prompts, positions, kl (nats a position), agreement (share of positions)
     suites      what lm-evaluation-harness found, by suite (harness/records.py)
@@ -36,6 +37,7 @@ def retrieval_cells(retrieval: RetrievalSet, hits: np.ndarray) -> list[Record]:
         rows = [question.row for question in questions]
         groups = [question.group for question in questions]
         hit, count = hits[rows, groups], counts[rows, groups]
+        ended = hits[rows, [question.end_group for question in questions]]
         found.append(
             {
                 "kind": kind,
@@ -44,6 +46,7 @@ def retrieval_cells(retrieval: RetrievalSet, hits: np.ndarray) -> list[Record]:
                 "samples": len(questions),
                 "exact": float((hit == count).mean()),
                 "token_accuracy": float(hit.sum() / count.sum()),
+                "ends": float(ended.mean()),
             }
         )
     return found
@@ -80,13 +83,14 @@ def flat_numbers(record: Record) -> dict[str, float]:
     """The numbers that are followed over steps and compared among models.
 
     `retrieval/LENGTH` is the mean over depths and kinds, `retrieval/KIND/LENGTH` that of one kind
-    where there are several, `generated/LENGTH` the same of what was written; `nll/START-STOP`;
-    `retention/kl` and `retention/agreement`; `suite/...` as `suite_numbers` says.
+    where there are several, `ends/LENGTH` and `generated/LENGTH` the same of what was ended and of
+    what was written; `nll/START-STOP`; `retention/kl` and `retention/agreement`; `suite/...` as
+    `suite_numbers` says.
     """
     numbers: dict[str, float] = {}
     cells = record.get("retrieval", [])
     kinds = list(dict.fromkeys(cell["kind"] for cell in cells))
-    for name, key in (("retrieval", "exact"), ("generated", "generated")):
+    for name, key in (("retrieval", "exact"), ("ends", "ends"), ("generated", "generated")):
         having = [cell for cell in cells if cell.get(key) is not None]
         numbers |= _by_length(having, key, prefix=f"{name}/")
         if len(kinds) > 1:

@@ -1,8 +1,8 @@
 """Numbers hidden in long texts, and questions that ask for them.
 
 A question is teacher-forced: the answer's words are given, and it counts as found where every token
-of the number is what the model would write next. One row is one text; the questions of
-`multi_needle` about the same text share it.
+of the number is what the model would write next, and as ended where after its full stop the end of
+the turn is. One row is one text; the questions of `multi_needle` about the same text share it.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ class Question:
     row: int
     group: int
     """Of the row's groups the one of this number's tokens."""
+    end_group: int
+    """And that of the token that ends the answer."""
     value: str
     prompt_tokens: int
     """Of the question's branch, before the answer."""
@@ -178,12 +180,13 @@ class _RowMaker:
         for group, (needle, depth) in enumerate(zip(needles, depths, strict=True)):
             frame = needle.frame
             before = len(frame.head) + len(text)
-            targets = np.arange(frame.value.start, frame.value.stop) + before
+            end_group = len(needles) + group
+            value = np.arange(frame.value.start, frame.value.stop)
             branches.append(
                 ProbeBranch(
                     input_ids=np.concatenate([frame.head, text, frame.tail]),
-                    targets=targets,
-                    groups=np.full(len(targets), group),
+                    targets=np.append(value, frame.end) + before,
+                    groups=np.append(np.full(len(value), group), end_group),
                 )
             )
             self.questions.append(
@@ -194,6 +197,7 @@ class _RowMaker:
                     sample=sample,
                     row=len(self.rows),
                     group=group,
+                    end_group=end_group,
                     value=needle.value,
                     prompt_tokens=before + frame.answer_start,
                 )

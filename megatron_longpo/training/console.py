@@ -30,7 +30,7 @@ SHOWN = {
 """Metrics of a line, with the words that it uses."""
 
 
-SUITE_KEYS = ("eval/retrieval/", "eval/nll/", "eval/retention/")
+SUITE_KEYS = ("eval/retrieval/", "eval/ends/", "eval/nll/", "eval/retention/")
 """What the settings `evaluation` add to a line."""
 
 

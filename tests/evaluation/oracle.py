@@ -24,23 +24,25 @@ def oracle_record(policy: Any, base: Any, suite: Suite) -> Record:
     """What `Suite.measure` gives."""
     record: Record = {}
     if suite.retrieval is not None:
-        cells: dict[Any, list[tuple[int, int]]] = {}
+        cells: dict[Any, list[tuple[int, int, bool]]] = {}
         for question in suite.retrieval.questions:
             branch = suite.retrieval.probes.rows[question.row].branches[question.group]
             logps = logps_of(policy, branch.input_ids)
             targets = torch.as_tensor(branch.targets)
             wanted = torch.as_tensor(branch.input_ids.astype("int64"))[targets]
-            hits = logps[targets - 1].argmax(-1) == wanted
+            # The last one is the end of the turn.
+            *hits, ends = (logps[targets - 1].argmax(-1) == wanted).tolist()
             key = (question.kind, question.length, question.depth)
-            cells.setdefault(key, []).append((int(hits.sum()), len(hits)))
+            cells.setdefault(key, []).append((sum(hits), len(hits), ends))
         record["retrieval"] = [
             {
                 "kind": kind,
                 "length": length,
                 "depth": depth,
                 "samples": len(found),
-                "exact": sum(hit == count for hit, count in found) / len(found),
-                "token_accuracy": sum(h for h, _ in found) / sum(c for _, c in found),
+                "exact": sum(hit == count for hit, count, _ in found) / len(found),
+                "token_accuracy": sum(h for h, _, _ in found) / sum(c for _, c, _ in found),
+                "ends": sum(ends for *_, ends in found) / len(found),
             }
             for (kind, length, depth), found in cells.items()
         ]

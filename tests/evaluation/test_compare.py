@@ -24,6 +24,7 @@ def record_of(gain: float) -> dict[str, Any]:
                 "samples": 4,
                 "exact": min(1.0, gain + 0.25 * depth),
                 "token_accuracy": 0.9,
+                "ends": gain,
             }
             for length in (4096, 8192)
             for depth in (0.0, 1.0)
@@ -103,6 +104,7 @@ def test_the_best_is_known_where_there_is_a_choice(tmp_path: Path) -> None:
         for name, gain in (("a", 0.2), ("b", 0.6))
     )
     assert best_of("retrieval/4096", [one, other]) == other.numbers["retrieval/4096"]
+    assert best_of("ends/8192", [one, other]) == other.numbers["ends/8192"] == 0.6
     assert best_of("retention/kl", [one, other]) == one.numbers["retention/kl"]
     assert best_of("retention/kl", [one]) is None
     assert best_of("retention/kl", [one, one]) is None

@@ -54,8 +54,17 @@ def test_a_row_hides_one_number_and_scores_its_tokens(tokenizer: ChatTokenizer) 
         branch = retrieval.probes.rows[question.row].branches[question.group]
         assert len(branch.input_ids) == question.length or question.kind == "multi_needle"
         assert len(branch.input_ids) <= question.length
-        scored = tokenizer.decode(branch.input_ids[branch.targets])
-        assert scored.strip().rstrip(".") == question.value
+        number, end = (
+            tokenizer.decode(branch.input_ids[branch.targets[branch.groups == group]])
+            for group in (question.group, question.end_group)
+        )
+        assert number.strip().rstrip(".") == question.value
+        assert (
+            end
+            == {"chatml": "<|im_end|>", "llama3": "<|eot_id|>", "mistral": "</s>"}[tokenizer.name]
+        )
+        ended = int(branch.targets[-1])
+        assert tokenizer.decode(branch.input_ids[:ended]).endswith(".")
         text, prompt = tokenizer.decode(branch.input_ids), retrieval.prompt(question)
         assert text.count(question.value) == (3 if question.kind == "passkey" else 2)
         asked = tokenizer.decode(prompt)
@@ -77,6 +86,7 @@ def test_the_questions_of_a_text_share_it() -> None:
     for question in retrieval.questions:
         names[question.row].add(question.group)
     assert all(groups == {0, 1, 2} for groups in names.values())
+    assert [question.end_group for question in retrieval.questions[:3]] == [3, 4, 5]
 
 
 def test_the_same_seed_gives_the_same_rows() -> None:

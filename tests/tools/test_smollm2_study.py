@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import os
 import sys
@@ -104,6 +105,8 @@ def test_pairs_without_right_rejected_answers(examples: Path, tmp_path: Path) ->
     assert found[2].turns[0].question == "q1?"
     assert found[2].meta == {"kinds": ["y"], "facts": [["A"]], "model": "m"}
     assert json.loads(pairs.description_of(target).read_text()) == described
+    assert pairs.digest_of(target) == hashlib.sha256(plain.read_bytes()).hexdigest()[:16]
+    assert pairs.digest_of(tmp_path / "pairs-2.jsonl.gz") is None
     assert described["kinds"] == {"x": 2, "y": 3}
     first = target.read_bytes()
     pairs.choose_pairs(examples, target, number=3, keep_all=False, seed=0)
@@ -176,8 +179,10 @@ def test_options_are_yaml() -> None:
     assert found == ["--a", "null", "--b.c", "false", "--d", "[1, 2]", "--e", "0.0001", "--f", "x"]
 
 
-def results_of(tmp_path: Path, values: dict[str, tuple[float, float, float]]) -> Path:
-    """Results with retrieval at 4K and 16K and KL, of runs by name."""
+def results_of(
+    tmp_path: Path, values: dict[str, tuple[float, float, float]], *, pairs: str = "here"
+) -> Path:
+    """Results with retrieval and ends at 4K and 16K and KL, of runs by name."""
     runs = {run.name: run for run in RUNS}
     for name, (short, long, kl) in values.items():
         cells = [
@@ -188,6 +193,7 @@ def results_of(tmp_path: Path, values: dict[str, tuple[float, float, float]]) ->
         record["nll"] = [{"start": 0, "stop": 4096, "tokens": 9, "nll": 2.5}]
         record["retention"] = {"prompts": 1, "positions": 9, "kl": kl, "agreement": 0.9}
         numbers = {"retrieval/4096": short, "retrieval/16384": long, "nll/0-4096": 2.5}
+        numbers |= {"ends/4096": short, "ends/16384": long}
         numbers |= {"retention/kl": kl, "retention/agreement": 0.9}
         evaluated = tmp_path / "evaluation.json"
         evaluated.write_text(json.dumps({"numbers": numbers, "results": record}))
@@ -204,8 +210,35 @@ def results_of(tmp_path: Path, values: dict[str, tuple[float, float, float]]) ->
             evaluation_file=evaluated,
             metrics_file=None if run.method is None else metrics,
             device="CPU",
+            pairs=None if run.method is None else pairs,
         )
     return tmp_path / "results"
+
+
+def describe_pairs(folder: Path, digest: str) -> None:
+    generated = {"num_documents": 3, "num_examples": 2, "dropped": {"document: x": 1}}
+    described = {
+        **{"digest": digest, "generated": generated, "kinds": {"x": 2}, "pairs": 2, "turns": 2},
+        **{"answers": {"turns": 2, "rejected_wrong": 2}, "shown": []},
+    }
+    folder.mkdir(exist_ok=True)
+    (folder / "pairs-1.json").write_text(json.dumps(described))
+
+
+def test_runs_are_compared_on_the_same_pairs(tmp_path: Path) -> None:
+    results = results_of(tmp_path, {"base-theta1e5": (0.9, 0, 0), "nll-s42": (0.8, 0.5, 0.1)})
+    results_of(tmp_path, {"sft-s42": (0.7, 0.4, 0.2)}, pairs="of another machine")
+    arguments: dict[str, Any] = {"scale": FULL, "runs": RUNS, "model": None, "shards": 1}
+    made = study.Study(**arguments, output=tmp_path, results=results, minutes=None, jobs=1)
+    runs = {run.name: run for run in RUNS}
+    assert not made.is_done(runs["nll-s42"]), "its pairs are not there"
+    describe_pairs(tmp_path / "keep", "here")
+    done = [run.name for run in RUNS if made.is_done(run)]
+    assert sorted(done) == ["base-theta1e5", "nll-s42"]
+    describe_pairs(results, "here")
+    page.write_page(results, tmp_path, tmp_path / "keep", RUNS)
+    text = (results / "README.md").read_text()
+    assert "| NLL of the chosen row | 1 |" in text and "SFT" not in text
 
 
 def test_page(tmp_path: Path) -> None:
@@ -217,11 +250,13 @@ def test_page(tmp_path: Path) -> None:
         "longpo-b0.1-w1-s42": (0.5, 0.5, 0.5),
     }
     results = results_of(tmp_path, values)
+    describe_pairs(results, "here")
     page.write_page(results, tmp_path, tmp_path / "keep", RUNS)
     text = (results / "README.md").read_text()
     lead = "LongPO, beta 0.1, weight 0.1"
-    assert f"| {lead} | 2 | 0.95 ± 0.07 | 0.95 ± 0.07 | 2.50 ± 0.00 | 0.110 ± 0.014 |" in text
-    assert "| base | 1 | 0.95 | 0.00 | 2.50 | 0.000 | 0.90 |" in text
+    line = "0.95 ± 0.07 | 0.95 ± 0.07 | 0.95 ± 0.07 | 0.95 ± 0.00 | 2.50 ± 0.00 | 0.110 ± 0.014"
+    assert f"| {lead} | 2 | {line} |" in text
+    assert "| base | 1 | 0.95 | 0.00 | 0.95 | 0.47 | 2.50 | 0.000 | 0.90 |" in text
     # The grid has a table of its own, after the targets.
     assert text.index("weight 1 |") > text.index("## Other settings") > text.index("## Targets")
     assert "| retrieval at 16K at least 0.90 | 0.95 | met |" in text
