@@ -116,6 +116,9 @@ class ObjectiveConfig:
     """Weight of the next-token loss; null = by objective."""
     nll_scope: Literal["chosen_row", "chosen_answers"] | None = None
     """Tokens of the next-token loss: the whole chosen row or its answers; null = by objective."""
+    answer_nll_weight: float = field(default=0.0, metadata=limits(at_least=0))
+    """Weight of a further next-token loss, of the chosen answers that a preference compares: it
+    keeps them likely, their ends included."""
     turns: Literal["summed", "per_turn"] = "summed"
     """One logistic a pair over the sum of its turns, or one a turn, averaged."""
     label_smoothing: float = field(default=0.0, metadata=limits(at_least=0, below=0.5))

@@ -41,6 +41,9 @@ class ObjectiveDefaults:
         return self.divergence_weight > 0
 
 
+WITHOUT_PREFERENCE = ("label_smoothing", "turns", "answer_nll_weight")
+"""Keys that mean nothing where no answers are compared."""
+
 OBJECTIVE_DEFAULTS = {
     "longpo": ObjectiveDefaults(
         beta=0.01,
@@ -57,16 +60,14 @@ OBJECTIVE_DEFAULTS = {
     # beta and gamma / beta within the ranges that SimPO's paper found good.
     "simpo": ObjectiveDefaults(beta=2.0, gamma=1.0, preference_weight=1.0),
     "orpo": ObjectiveDefaults(preference_weight=0.1, nll_weight=1.0, unused=("label_smoothing",)),
-    "sft": ObjectiveDefaults(nll_weight=1.0, unused=("label_smoothing", "turns")),
-    "sft_rejected": ObjectiveDefaults(
-        nll_weight=1.0, unused=("label_smoothing", "turns", "nll_scope")
-    ),
+    "sft": ObjectiveDefaults(nll_weight=1.0, unused=WITHOUT_PREFERENCE),
+    "sft_rejected": ObjectiveDefaults(nll_weight=1.0, unused=(*WITHOUT_PREFERENCE, "nll_scope")),
     "sft_short_to_long": ObjectiveDefaults(
         nll_weight=1.0,
         divergence_weight=0.1,
         context="short",
         mode="online",
-        unused=("label_smoothing", "turns", "divergence_scope"),
+        unused=(*WITHOUT_PREFERENCE, "divergence_scope"),
     ),
     "solopo_dpo": ObjectiveDefaults(
         beta=0.1,
@@ -90,7 +91,7 @@ OBJECTIVE_DEFAULTS = {
         divergence_scope="rejected_answers",
         context="short",
         mode="online",
-        unused=("label_smoothing", "turns", "nll_scope", "nll_weight"),
+        unused=(*WITHOUT_PREFERENCE, "nll_scope", "nll_weight"),
     ),
 }
 
@@ -139,7 +140,9 @@ def check_objective(config: TrainConfig, defaults: ObjectiveDefaults) -> None:
 
 
 def _only_value(key: str, defaults: ObjectiveDefaults) -> Any:
-    return {"label_smoothing": 0.0, "turns": "summed"}.get(key, getattr(defaults, key, None))
+    return {"label_smoothing": 0.0, "turns": "summed", "answer_nll_weight": 0.0}.get(
+        key, getattr(defaults, key, None)
+    )
 
 
 def _check_something_trains(objective: ObjectiveConfig, defaults: ObjectiveDefaults) -> None:
@@ -148,6 +151,7 @@ def _check_something_trains(objective: ObjectiveConfig, defaults: ObjectiveDefau
         for key in ("preference_weight", "nll_weight", "alignment_weight", "divergence_weight")
         if getattr(defaults, key) or (key == "nll_weight" and defaults.has_preference)
     ]
+    weights += ["answer_nll_weight"] * defaults.has_preference
     if not any(getattr(objective, key) for key in weights):
         named = " and ".join(f"objective.{key} (0)" for key in weights)
         raise UserError(f"{named}: nothing is left to train. Set one of them above 0")

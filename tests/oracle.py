@@ -61,6 +61,7 @@ def oracle_step(
     preference_weight: float = 0.01,
     nll_weight: float = 1.0,
     nll_scope: str = "chosen_row",
+    answer_nll_weight: float = 0.0,
     turns: str = "summed",
     label_smoothing: float = 0.0,
     gamma: float = 0.0,
@@ -147,6 +148,11 @@ def oracle_step(
                     "reference_logps/chosen": float(r[f"{asked}_chosen"].sum()),
                     "reference_logps/rejected": float(r[f"{asked}_rejected"].sum()),
                 }
+            if answer_nll_weight:
+                answers = f"{context}_chosen"
+                answer_nll = -p[answers].sum() / counts[answers].sum()
+                loss = loss + answer_nll_weight * answer_nll
+                column["answer_nll_loss"] = float(answer_nll)
             if short_to_long:
                 gap = (reward("short_chosen") - reward("long_chosen")).abs().mean()
                 loss = loss + alignment_weight * gap

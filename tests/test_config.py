@@ -56,6 +56,7 @@ CONTRACT_DEFAULTS: dict[str, Any] = {
     "objective.preference_weight": 0.01,
     "objective.nll_weight": 1.0,
     "objective.nll_scope": "chosen_row",
+    "objective.answer_nll_weight": 0.0,
     "objective.turns": "summed",
     "objective.label_smoothing": 0.0,
     "objective.gamma": 0.0,
@@ -445,6 +446,10 @@ def test_what_is_required_is_asked_for() -> None:
         (["--objective.name=dpo", "--objective.alignment_weight=1"], "use objective.name solopo_"),
         (["--objective.name=ipo", "--objective.label_smoothing=0.1"], "ipo has no use for it"),
         (["--objective.name=opsdl", "--objective.turns=per_turn"], "opsdl has no use for it"),
+        (
+            ["--objective.name=sft", "--objective.answer_nll_weight=0.1"],
+            "objective.answer_nll_weight (0.1): sft has no use for it. Remove it",
+        ),
         (["--objective.name=simpo", "--reference.mode=online"], "simpo uses no reference"),
         (
             ["--objective.name=opsdl", "--reference.mode=none"],

@@ -7,10 +7,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 SEEDS = (42, 43, 44)
-BETA, PREFERENCE_WEIGHT = 0.1, 0.1
-"""LongPO's setting in the comparison; the grid has others."""
-GRID = ((0.1, 1.0), (0.1, 0.01), (0.01, 0.01), (1.0, 0.1))
-"""Other beta and preference weight; (0.1, 0.01) is the paper's, (0.01, 0.01) its code's."""
+Setting = tuple[float, float, float]
+"""Of LongPO: beta, weight of the preference, weight of the answers' NLL."""
+SETTING: Setting = (0.1, 0.1, 0.1)
+"""In the comparison; the grid has others."""
+GRID: tuple[Setting, ...] = (
+    (0.1, 0.1, 0.0),
+    (0.1, 0.1, 0.03),
+    (0.1, 0.1, 0.3),
+    (0.1, 0.1, 1.0),
+    (0.1, 1.0, 0.0),
+    (0.1, 0.01, 0.0),
+    (0.01, 0.01, 0.0),
+)
+"""(0.1, 0.01, 0) is the paper's, (0.01, 0.01, 0) its code's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,22 +136,27 @@ class Run:
         return self.name.removesuffix(f"-s{self.seed}")
 
 
-def longpo(beta: float, weight: float) -> Method:
+def longpo(setting: Setting) -> Method:
+    beta, weight, answers = setting
+    options = {
+        "objective.name": "longpo",
+        "objective.beta": beta,
+        "objective.preference_weight": weight,
+    }
     return Method(
-        name=f"longpo-b{beta:g}-w{weight:g}",
-        title=f"LongPO, beta {beta:g}, weight {weight:g}",
-        options={
-            "objective.name": "longpo",
-            "objective.beta": beta,
-            "objective.preference_weight": weight,
-        },
+        name=f"longpo-b{beta:g}-w{weight:g}" + (f"-a{answers:g}" if answers else ""),
+        title=f"LongPO, beta {beta:g}, weight {weight:g}"
+        + (f", answers {answers:g}" if answers else ""),
+        options=options | ({"objective.answer_nll_weight": answers} if answers else {}),
         step_seconds=0.7,
     )
 
 
-def methods(beta: float, weight: float) -> list[Method]:
+def methods(setting: Setting) -> list[Method]:
     """LongPO and what it is compared with, LongPO first."""
-    first = longpo(beta, weight)
+    first = longpo(setting)
+    beta, weight, _ = setting
+    preference = longpo((beta, weight, 0.0))
     # The same rows, learning rate and steps for all; only the loss differs.
     return [
         first,
@@ -164,9 +179,9 @@ def methods(beta: float, weight: float) -> list[Method]:
             step_seconds=0.8,
         ),
         Method(
-            name=f"{first.name}-no-nll",
+            name=f"{preference.name}-no-nll",
             title="LongPO without NLL",
-            options={**first.options, "objective.nll_weight": 0},
+            options={**preference.options, "objective.nll_weight": 0},
             step_seconds=0.7,
         ),
         Method(
@@ -178,11 +193,11 @@ def methods(beta: float, weight: float) -> list[Method]:
     ]
 
 
-def plan(beta: float, weight: float, *, is_tiny: bool = False) -> list[Run]:
+def plan(setting: Setting, *, is_tiny: bool = False) -> list[Run]:
     """All runs, the most telling first; a tiny study has one seed and no other settings."""
-    compared = methods(beta, weight)
+    compared = methods(setting)
     main = compared[0]
-    grid = [longpo(*values) for values in GRID if values != (beta, weight) and not is_tiny]
+    grid = [longpo(values) for values in GRID if values != setting and not is_tiny]
     first, *further = SEEDS[:1] if is_tiny else SEEDS
     parent = _trained(main, first, is_parent=True)
     return [

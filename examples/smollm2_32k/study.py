@@ -22,7 +22,7 @@ from queue import SimpleQueue
 
 from examples.smollm2_32k.commands import ROOT, CommandFailed, OutOfTime
 from examples.smollm2_32k.page import write_page
-from examples.smollm2_32k.plan import BETA, FULL, PREFERENCE_WEIGHT, TINY, Run, plan
+from examples.smollm2_32k.plan import FULL, SETTING, TINY, Run, plan
 from examples.smollm2_32k.stages import Study
 from megatron_longpo.errors import EXIT_DONE, EXIT_STOPPED_ON_REQUEST
 
@@ -32,7 +32,7 @@ EXIT_FAILED = 1
 def main() -> int:
     arguments = parse_arguments()
     scale = TINY if arguments.tiny else FULL
-    runs = plan(*arguments.longpo, is_tiny=scale.is_tiny)
+    runs = plan(tuple(arguments.longpo), is_tiny=scale.is_tiny)
     study = Study(
         scale=scale,
         runs=runs,
@@ -77,10 +77,10 @@ def parse_arguments() -> argparse.Namespace:
     add("--only", nargs="*", metavar="RUN", help="only these runs; none: only the pairs")
     add(
         "--longpo",
-        nargs=2,
+        nargs=3,
         type=float,
-        default=(BETA, PREFERENCE_WEIGHT),
-        metavar=("BETA", "WEIGHT"),
+        default=SETTING,
+        metavar=("BETA", "WEIGHT", "ANSWERS"),
         help="LongPO's setting in the comparison",
     )
     add(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch.nn.functional as F
 from torch import Tensor
 
-from .turns import mean_over_tokens, mean_over_units, sum_over_units
+from .turns import mean_over_tokens, mean_over_units, sum_over_units, token_mean
 from .types import (
     Branch,
     Context,
@@ -39,22 +39,33 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Preference(Objective):
-    """L_n = nll_weight * NLL_n + preference_weight * mean over units of the comparison's loss.
+    """L_n = nll_weight * NLL_n + preference_weight * mean over units of the comparison's loss
+          + answer_nll_weight * mean over the chosen answers' tokens of -log pi_theta.
 
     `preference_weight: 0` leaves NLL alone to train; the preference loss and the rewards are
     still reported. `nll_weight: 0` drops the NLL term from the work and from the report.
+
+    A preference is over differences, and may lower what both answers have in common, such as the
+    token that ends them (likelihood displacement, arXiv 2410.08847). NLL of a whole long row hardly
+    holds against it, since answers are few of its tokens; `answer_nll_weight` does (the NLL term of
+    arXiv 2404.19733, over all turns' tokens).
     """
 
     preference_weight: float
     nll_weight: float
     nll_scope: NllScope
+    answer_nll_weight: float
     turns: Turns
+
+    @property
+    @abstractmethod
+    def compared(self) -> tuple[Row, Row]: ...
 
     @abstractmethod
     def compare(self, logps: PairLogps) -> Comparison: ...
 
     def __call__(self, logps: PairLogps) -> LossOutput:
-        """`PairLogps -> LossOutput`; NLL is None where its weight is 0."""
+        """`PairLogps -> LossOutput`; an NLL is None where its weight is 0."""
         comparison = self.compare(logps)
         preference_N = mean_over_units(comparison.losses_NU, logps.turn_mask_NT, self.turns)
         output = LossOutput(
@@ -63,12 +74,27 @@ class Preference(Objective):
             chosen_rewards_N=self._total(comparison.chosen_rewards_NU, logps),
             rejected_rewards_N=self._total(comparison.rejected_rewards_NU, logps),
         )
-        if not self.nll_weight:
-            return output
-        nll_N = mean_over_tokens(logps.nll_sum_N, logps.nll_count_N)
-        return replace(
-            output, loss_N=output.loss_N + self.nll_weight * nll_N, nll_loss_N=nll_N.detach()
+        if self.nll_weight:
+            nll_N = mean_over_tokens(logps.nll_sum_N, logps.nll_count_N)
+            output = replace(
+                output, loss_N=output.loss_N + self.nll_weight * nll_N, nll_loss_N=nll_N.detach()
+            )
+        if self.answer_nll_weight:
+            nll_N = self._answer_nll(logps)
+            output = replace(
+                output,
+                loss_N=output.loss_N + self.answer_nll_weight * nll_N,
+                answer_nll_loss_N=nll_N.detach(),
+            )
+        return output
+
+    def _answer_nll(self, logps: PairLogps) -> Tensor:
+        """`-> [N]`: of the chosen row that is compared."""
+        chosen, _ = self.compared
+        mean_N1 = token_mean(
+            logps.policy[chosen], logps.token_counts[chosen], logps.turn_mask_NT, "summed"
         )
+        return -mean_N1.squeeze(1)
 
     def _total(self, rewards_NU: Tensor, logps: PairLogps) -> Tensor:
         return sum_over_units(rewards_NU.detach(), logps.turn_mask_NT, self.turns)

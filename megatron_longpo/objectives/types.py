@@ -74,6 +74,8 @@ class LossOutput:
     """[N] float."""
     nll_loss_N: Tensor | None = None
     """[N] float: mean over the NLL tokens of the pair."""
+    answer_nll_loss_N: Tensor | None = None
+    """[N] float: mean NLL over the chosen answers' tokens, beside the NLL term's own."""
     alignment_loss_N: Tensor | None = None
     """[N] float: distance of the chosen answer's rewards under the two contexts."""
     divergence_loss_N: Tensor | None = None

@@ -157,6 +157,7 @@ def _metric_sums(
         "loss": output.loss_N,
         "preference_loss": output.preference_loss_N,
         "nll_loss": output.nll_loss_N,
+        "answer_nll_loss": output.answer_nll_loss_N,
         "alignment_loss": output.alignment_loss_N,
         "divergence_loss": output.divergence_loss_N,
         "rewards/chosen": chosen,

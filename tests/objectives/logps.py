@@ -14,6 +14,7 @@ DEFAULTS: dict[str, Any] = {
     "preference_weight": 1.0,
     "nll_weight": 0.0,
     "nll_scope": "chosen_answers",
+    "answer_nll_weight": 0.0,
     "turns": "summed",
     "label_smoothing": 0.0,
     "gamma": 0.0,

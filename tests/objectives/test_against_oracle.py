@@ -61,14 +61,14 @@ def logps_of(pairs: list[PairSums]) -> PairLogps:
 SETTINGS: dict[str, dict[str, Any]] = {
     "longpo": {"nll_weight": 1.0, "nll_scope": "chosen_row", "label_smoothing": 0.15},
     "dpo": {"label_smoothing": 0.15},
-    "ipo": {"nll_weight": 0.3},
+    "ipo": {"nll_weight": 0.3, "answer_nll_weight": 0.4},
     "simpo": {"gamma": 0.7, "label_smoothing": 0.15},
     "orpo": {"nll_weight": 1.0},
     "sft": {"nll_weight": 0.5},
     "sft_rejected": {"nll_weight": 0.5},
     "sft_short_to_long": {"nll_weight": 1.0, "divergence_weight": 0.4},
     "solopo_dpo": {"alignment_weight": 3.0, "label_smoothing": 0.15},
-    "solopo_simpo": {"alignment_weight": 0.6, "gamma": 0.7},
+    "solopo_simpo": {"alignment_weight": 0.6, "gamma": 0.7, "answer_nll_weight": 0.4},
     "solopo_orpo": {"alignment_weight": 0.6, "nll_weight": 1.0},
     "opsdl": {"divergence_weight": 0.4, "divergence_scope": "rejected_answers"},
 }
@@ -84,6 +84,7 @@ def test_every_objective(name: str, turns: str) -> None:
         "preference_weight": 0.6,
         "nll_weight": 0.0,
         "nll_scope": "chosen_answers",
+        "answer_nll_weight": 0.0,
         "turns": turns,
         "label_smoothing": 0.0,
         "gamma": 0.0,
@@ -99,6 +100,7 @@ def test_every_objective(name: str, turns: str) -> None:
     for values_N, key in (
         (out.preference_loss_N, "preference_loss"),
         (out.nll_loss_N, "nll_loss"),
+        (out.answer_nll_loss_N, "answer_nll_loss"),
         (out.alignment_loss_N, "alignment_loss"),
         (out.divergence_loss_N, "divergence_loss"),
         (out.chosen_rewards_N, "rewards/chosen"),

@@ -120,6 +120,19 @@ def test_without_preference_weight_the_metrics_stay() -> None:
     close(logps.policy[W].grad, [[0.0, 0.0], [0.0, 0.0]])  # type: ignore[list-item]
 
 
+def test_the_nll_of_chosen_answers_is_a_mean_over_all_turns() -> None:
+    logps = two_pairs()
+    counts = torch.tensor([[2, 5], [3, 99]])
+    logps = replace(logps, token_counts={W: counts, L: counts})
+    out = objective(preference_weight=0.0, answer_nll_weight=0.5)(logps)
+    # (3 + 4) / (2 + 5) = 1 and 6 / 3 = 2.
+    close(out.answer_nll_loss_N, [1.0, 2.0])
+    close(out.loss_N, [0.5, 1.0])
+    out.loss_N.sum().backward()
+    close(logps.policy[W].grad, [[-0.5 / 7, -0.5 / 7], [-0.5 / 3, 0.0]])  # type: ignore[list-item]
+    assert objective()(two_pairs()).answer_nll_loss_N is None
+
+
 def test_without_a_reference_its_logps_are_zero() -> None:
     logps = replace(two_pairs(), reference={})
     out = objective()(logps)

@@ -265,6 +265,10 @@ OBJECTIVE_CASES = [
         objective=ObjectiveConfig(beta=0.1, preference_weight=0.5, nll_scope="chosen_answers"),
     ),
     Case(
+        name="longpo_with_nll_of_answers_too",
+        objective=ObjectiveConfig(beta=0.1, preference_weight=0.5, answer_nll_weight=0.3),
+    ),
+    Case(
         name="longpo_without_nll",
         objective=ObjectiveConfig(beta=0.1, preference_weight=1.0, nll_weight=0.0),
     ),

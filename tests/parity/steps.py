@@ -46,6 +46,7 @@ METRICS = (
     "loss",
     "nll_loss",
     "preference_loss",
+    "answer_nll_loss",
     "alignment_loss",
     "divergence_loss",
     "grad_norm",

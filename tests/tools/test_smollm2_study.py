@@ -18,7 +18,7 @@ import yaml
 
 from examples.smollm2_32k import page, pairs, study
 from examples.smollm2_32k.commands import ROOT, CommandFailed, Commands, OutOfTime, options
-from examples.smollm2_32k.plan import BETA, FULL, PREFERENCE_WEIGHT, SEEDS, Run, plan
+from examples.smollm2_32k.plan import FULL, SEEDS, SETTING, Run, plan
 from examples.smollm2_32k.results import (
     read_results,
     result_path,
@@ -31,7 +31,7 @@ from megatron_longpo.data.examples import Example, ExampleFile, Turn, write_exam
 from megatron_longpo.generation.planted_facts import PLANTED_KINDS
 
 HERE = ROOT / "examples" / "smollm2_32k"
-RUNS = plan(BETA, PREFERENCE_WEIGHT)
+RUNS = plan(SETTING)
 
 
 def test_plan_compares_the_same_rows() -> None:
@@ -44,7 +44,9 @@ def test_plan_compares_the_same_rows() -> None:
     keys = {key for run in RUNS if run.method is not None for key in run.method.options}
     assert all(key.startswith("objective.") or key == "reference.context" for key in keys)
     # The first seed of everything comes before the second of anything.
-    assert names.index("longpo-b0.1-w0.1-s43") > names.index("longpo-b0.1-w0.1-long-reference-s42")
+    assert names.index("longpo-b0.1-w0.1-a0.1-s43") > names.index(
+        "longpo-b0.1-w0.1-a0.1-long-reference-s42"
+    )
 
 
 @pytest.mark.parametrize("run", [r for r in RUNS if r.method is not None and r.seed == 42])
@@ -244,8 +246,8 @@ def test_runs_are_compared_on_the_same_pairs(tmp_path: Path) -> None:
 def test_page(tmp_path: Path) -> None:
     values = {
         "base-theta1e5": (0.95, 0.0, 0.0),
-        "longpo-b0.1-w0.1-s42": (1.0, 0.90, 0.10),
-        "longpo-b0.1-w0.1-s43": (0.9, 1.00, 0.12),
+        "longpo-b0.1-w0.1-a0.1-s42": (1.0, 0.90, 0.10),
+        "longpo-b0.1-w0.1-a0.1-s43": (0.9, 1.00, 0.12),
         "nll-s42": (1.0, 0.75, 0.145),
         "longpo-b0.1-w1-s42": (0.5, 0.5, 0.5),
     }
@@ -253,7 +255,7 @@ def test_page(tmp_path: Path) -> None:
     describe_pairs(results, "here")
     page.write_page(results, tmp_path, tmp_path / "keep", RUNS)
     text = (results / "README.md").read_text()
-    lead = "LongPO, beta 0.1, weight 0.1"
+    lead = "LongPO, beta 0.1, weight 0.1, answers 0.1"
     line = "0.95 ± 0.07 | 0.95 ± 0.07 | 0.95 ± 0.07 | 0.95 ± 0.00 | 2.50 ± 0.00 | 0.110 ± 0.014"
     assert f"| {lead} | 2 | {line} |" in text
     assert "| base | 1 | 0.95 | 0.00 | 0.95 | 0.47 | 2.50 | 0.000 | 0.90 |" in text
