@@ -51,7 +51,7 @@ def write_page(results: Path, output: Path, keep: Path, runs: Sequence[Run]) -> 
     plots = draw_all(compared, results) if compared else []
     if compared:
         plots += _compare(compared, results, output)
-    lead = next(run.title for run in runs if run.is_parent)
+    leads = dict.fromkeys(run.title for run in runs if run.is_compared and _is_longpo(run))
     parts = [
         "# Results",
         "Written by `python -m examples.smollm2_32k.study`; [what it is](../README.md).",
@@ -60,7 +60,7 @@ def write_page(results: Path, output: Path, keep: Path, runs: Sequence[Run]) -> 
         _table(compared),
         *_earlier(compared),
         *(f"![{name}]({name})" for name in plots),
-        *_targets(compared, others, lead),
+        *_targets(compared, others, list(leads)),
         *_ruler(results),
         *(["## Other settings", _table(others)] if others else []),
         *_evaluation_cost(list(found.values())),
@@ -143,11 +143,30 @@ def _earlier(compared: Groups) -> Iterator[str]:
     yield "\n".join(lines)
 
 
-def _targets(compared: Groups, others: Groups, lead: str) -> Iterator[str]:
+def _is_longpo(run: Run) -> bool:
+    """Whether all of LongPO's loss is there, and its first iteration."""
+    if run.method is None or run.iteration > 1:
+        return False
+    options = run.method.options
+    return (
+        options["objective.name"] == "longpo"
+        and "objective.nll_weight" not in options
+        and "reference.context" not in options
+    )
+
+
+def _targets(compared: Groups, others: Groups, leads: Sequence[str]) -> Iterator[str]:
     """Whether LongPO does what it is to do, where its lengths were measured."""
-    if lead not in compared or "base" not in compared:
-        return
-    found, base = compared[lead], compared["base"][0]
+    leads = [lead for lead in leads if lead in compared and "base" in compared]
+    if leads:
+        yield "## Targets"
+    for lead in leads:
+        yield f"{lead}:"
+        lines = _target_lines(compared[lead], compared["base"][0], {**compared, **others})
+        yield "\n".join([_line(["target", "seen", ""]), "|---|---:|---|", *lines])
+
+
+def _target_lines(found: Sequence[Result], base: Result, groups: Groups) -> list[str]:
     lines = []
     for length, least in LEAST_RETRIEVAL.items():
         values = [value for r in found if (value := retrieval(r).get(length)) is not None]
@@ -160,15 +179,10 @@ def _targets(compared: Groups, others: Groups, lead: str) -> Iterator[str]:
             mean = statistics.mean(retrieval(result)[length] for result in found)
             what = f"retrieval at {tokens(length)} not below the base's {before:.2f}"
             lines.append(_line([what, f"{mean:.2f}", "met" if mean >= before else "missed"]))
-    plain = {
-        title: group
-        for title, group in {**compared, **others}.items()
-        if title.startswith(PLAIN_NLL)
-    }
+    plain = {title: group for title, group in groups.items() if title.startswith(PLAIN_NLL)}
     if plain:
         lines.append(_line(_kl_target(found, plain)))
-    yield f"## Targets\n\n{lead}:"
-    yield "\n".join([_line(["target", "seen", ""]), "|---|---:|---|", *lines])
+    return lines
 
 
 def _kl_target(found: Sequence[Result], plain: Groups) -> list[str]:

@@ -44,8 +44,8 @@ def test_plan_compares_the_same_rows() -> None:
     keys = {key for run in RUNS if run.method is not None for key in run.method.options}
     assert all(key.startswith("objective.") or key == "reference.context" for key in keys)
     # The first seed of everything comes before the second of anything.
-    assert names.index("longpo-b0.1-w0.1-a0.1-s43") > names.index(
-        "longpo-b0.1-w0.1-a0.1-long-reference-s42"
+    assert names.index("longpo-b0.1-w0.1-a1-s43") > names.index(
+        "longpo-b0.1-w0.1-a1-long-reference-s42"
     )
 
 
@@ -246,8 +246,8 @@ def test_runs_are_compared_on_the_same_pairs(tmp_path: Path) -> None:
 def test_page(tmp_path: Path) -> None:
     values = {
         "base-theta1e5": (0.95, 0.0, 0.0),
-        "longpo-b0.1-w0.1-a0.1-s42": (1.0, 0.90, 0.10),
-        "longpo-b0.1-w0.1-a0.1-s43": (0.9, 1.00, 0.12),
+        "longpo-b0.1-w0.1-a1-s42": (1.0, 0.90, 0.10),
+        "longpo-b0.1-w0.1-a1-s43": (0.9, 1.00, 0.12),
         "nll-s42": (1.0, 0.75, 0.145),
         "longpo-b0.1-w1-s42": (0.5, 0.5, 0.5),
     }
@@ -255,7 +255,7 @@ def test_page(tmp_path: Path) -> None:
     describe_pairs(results, "here")
     page.write_page(results, tmp_path, tmp_path / "keep", RUNS)
     text = (results / "README.md").read_text()
-    lead = "LongPO, beta 0.1, weight 0.1, answers 0.1"
+    lead = "LongPO, beta 0.1, weight 0.1, answers 1"
     line = "0.95 ± 0.07 | 0.95 ± 0.07 | 0.95 ± 0.07 | 0.95 ± 0.00 | 2.50 ± 0.00 | 0.110 ± 0.014"
     assert f"| {lead} | 2 | {line} |" in text
     assert "| base | 1 | 0.95 | 0.00 | 0.95 | 0.47 | 2.50 | 0.000 | 0.90 |" in text
