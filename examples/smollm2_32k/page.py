@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.smollm2_32k.commands import Commands
+from examples.smollm2_32k.outlines import outline_of
 from examples.smollm2_32k.pairs import description_of, digest_of
 from examples.smollm2_32k.plan import Run
 from examples.smollm2_32k.plots import Groups, draw_all, ended, gained, retrieval
@@ -257,12 +258,12 @@ def _evaluation_cost(results: Sequence[Result]) -> Iterator[str]:
 
 
 def _keep_descriptions(keep: Path, results: Path) -> None:
-    """What pairs look like stays with the results, which are committed."""
+    """What pairs look like, and their outlines, stay with the results, which are committed."""
     for path in sorted(keep.glob("pairs-*.jsonl.gz")):
-        described = description_of(path)
-        if described.exists():
-            results.mkdir(parents=True, exist_ok=True)
-            write_whole(results / described.name, described.read_text(encoding="utf-8"))
+        for kept in (description_of(path), outline_of(path)):
+            if kept.exists():
+                results.mkdir(parents=True, exist_ok=True)
+                (results / kept.name).write_bytes(kept.read_bytes())
 
 
 def _is_of_the_pairs(result: Result, results: Path) -> bool:

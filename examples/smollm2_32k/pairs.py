@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from examples.smollm2_32k.outlines import write_outlines
 from megatron_longpo.data.examples import Example, ExampleFile, example_columns
 from megatron_longpo.data.jsonl import write_packed_jsonl, write_whole
 from megatron_longpo.generation.facts import holds_fact
@@ -20,9 +21,16 @@ NUM_SHOWN = 6
 
 
 def choose_pairs(
-    examples_path: Path, pairs_path: Path, *, number: int, keep_all: bool, seed: int
+    examples_path: Path,
+    pairs_path: Path,
+    *,
+    number: int,
+    keep_all: bool,
+    seed: int,
+    documents: Path | None = None,
 ) -> dict[str, Any]:
-    """Writes up to `number` examples, gzipped, and beside them what they look like as JSON.
+    """Writes up to `number` examples, gzipped, and beside them what they look like as JSON, and,
+    with the file of `documents` that they were made of, their outline.
 
     Turns whose rejected answer holds the fact too are left out, since they prefer nothing;
     `keep_all` keeps them. Examples with more turns come first, others by chance.
@@ -43,11 +51,13 @@ def choose_pairs(
     random.Random(seed).shuffle(kept)
     kept.sort(key=lambda example: -len(example.turns))
     chosen = kept[:number]
+    if documents is not None:
+        write_outlines(pairs_path, chosen, documents)
     write_packed_jsonl(pairs_path, map(example_columns, chosen))
     summary_path = examples_path.with_suffix(".summary.json")
     summary = json.loads(summary_path.read_text(encoding="utf-8"))
     described = {
-        "digest": hashlib.sha256(_unpacked(pairs_path)).hexdigest()[:16],
+        "digest": _digest(chosen),
         "generated": {key: value for key, value in summary.items() if key != "put_aside"},
         "answers": dict(answers),
         "pairs": len(chosen),
@@ -75,12 +85,14 @@ def digest_of(pairs_path: Path) -> str | None:
 
 def unpack(pairs_path: Path, target: Path) -> None:
     """The pairs as plain JSONL, for `longpo tokenize`."""
-    write_whole(target, _unpacked(pairs_path).decode())
-
-
-def _unpacked(pairs_path: Path) -> bytes:
     with gzip.open(pairs_path, "rb") as file:
-        return file.read()
+        write_whole(target, file.read().decode())
+
+
+def _digest(examples: Sequence[Example]) -> str:
+    """Of what is trained on, wherever it was made."""
+    made = [{**example_columns(example), "meta": None} for example in examples]
+    return hashlib.sha256(json.dumps(made).encode()).hexdigest()[:16]
 
 
 def _with_turns(example: Example, numbers: Sequence[int]) -> Example:

@@ -6,14 +6,13 @@ import json
 import shutil
 import statistics
 import time
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 from examples.smollm2_32k.commands import Commands, OutOfTime, longpo, options
-from examples.smollm2_32k.pairs import choose_pairs, digest_of, unpack
+from examples.smollm2_32k.outlines import outline_of, restore_pairs
+from examples.smollm2_32k.pairs import choose_pairs, description_of, digest_of, unpack
 from examples.smollm2_32k.plan import Run, Scale
 from examples.smollm2_32k.results import (
     read_result,
@@ -63,9 +62,6 @@ class Study:
         self.first_model = self.output / f"{self.parent.name}-hf"
         self.commands = Commands(self.output / "logs", minutes=minutes, gpus=gpus)
         self.device = device_name()
-        # Runs at the same time may need the same rows, or the model of one of them.
-        self._making: dict[int, Lock] = defaultdict(Lock)
-        self._training: dict[str, Lock] = defaultdict(Lock)
 
     # ---------------------------------------------------------------- data
 
@@ -103,6 +99,21 @@ class Study:
             *("--held-out", *HELD_OUT),
         )
 
+    def take_our_pairs(self) -> None:
+        """Puts the pairs that the results are of back into their documents.
+
+        Raises:
+            UserError: where these are not the same documents.
+        """
+        for iteration in (1, 2):
+            pairs = self._pairs(iteration)
+            kept = [self.results / path.name for path in (outline_of(pairs), description_of(pairs))]
+            if pairs.exists() or not all(path.exists() for path in kept):
+                continue
+            restore_pairs(kept[0], self.documents, pairs)
+            for path in kept:
+                shutil.copyfile(path, self.keep / path.name)
+
     def make_pairs(self, iteration: int) -> Path:
         """Generates and chooses; returns where the pairs are."""
         pairs = self._pairs(iteration)
@@ -118,6 +129,7 @@ class Study:
             number=self.scale.num_pairs,
             keep_all=self.scale.is_tiny,
             seed=iteration,
+            documents=None if self.scale.is_tiny else self.documents,
         )
         print(f"{pairs}: {described['pairs']} rows, {described['turns']} turns", flush=True)
         examples.unlink()
@@ -182,7 +194,7 @@ class Study:
         return None if run.method is None else digest_of(self._pairs(run.iteration))
 
     def do(self, run: Run) -> None:
-        """Makes the result of a run, and what it needs and is not there.
+        """Makes the result of a run; its rows are there.
 
         Raises:
             OutOfTime: where the time left is not enough for all of it, or was not.
@@ -190,17 +202,9 @@ class Study:
         """
         folder = self._folder(run)
         seconds: dict[str, float] = {}
-        if run.method is not None:
-            with self._making[1]:
-                rows = self.make_rows(1)
-            if run.iteration > 1:
-                with self._making[run.iteration]:
-                    self.make_first_model()
-                    rows = self.make_rows(run.iteration)
         self.require(self.predicted_seconds(run), run.name)
         if run.method is not None:
-            with self._training[run.name]:
-                seconds["train"] = self.train(run, folder, rows)
+            seconds["train"] = self.train(run, folder, self.make_rows(run.iteration))
         evaluated = folder / "evaluated" if run.is_evaluated else None
         if evaluated is not None:
             started = time.monotonic()
@@ -223,8 +227,7 @@ class Study:
         if self.first_model.exists():
             return
         self.require(self._predicted_training(self.parent), self.parent.name)
-        with self._training[self.parent.name]:
-            self.train(self.parent, self._folder(self.parent), self.make_rows(1))
+        self.train(self.parent, self._folder(self.parent), self.make_rows(1))
 
     def train(self, run: Run, folder: Path, rows: Path) -> float:
         """Trains, if that has not been done here; returns the seconds it took."""

@@ -24,7 +24,12 @@ from examples.smollm2_32k.commands import ROOT, CommandFailed, OutOfTime
 from examples.smollm2_32k.page import write_page
 from examples.smollm2_32k.plan import FULL, SETTING, TINY, Run, plan
 from examples.smollm2_32k.stages import Study
-from megatron_longpo.errors import EXIT_DONE, EXIT_STOPPED_ON_REQUEST
+from megatron_longpo.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_DONE,
+    EXIT_STOPPED_ON_REQUEST,
+    UserError,
+)
 
 EXIT_FAILED = 1
 
@@ -53,7 +58,11 @@ def main() -> int:
         if unknown := [name for name in arguments.only if name not in names]:
             sys.exit(f"--only {unknown[0]}: no such run; --list names them")
         wanted = [names[name] for name in arguments.only]
-    code = do_all(study, wanted, gpus=arguments.gpus, jobs=arguments.jobs)
+    try:
+        code = do_all(study, wanted, arguments)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return EXIT_BAD_INPUT
     if arguments.ruler is not None and code == EXIT_DONE:
         code = do_ruler(study, None if arguments.ruler == "" else Path(arguments.ruler))
     if not arguments.no_page:
@@ -73,6 +82,11 @@ def parse_arguments() -> argparse.Namespace:
     add("--gpus", nargs="+", default=(), metavar="GPU", help="such as 0 1; runs have one each")
     add("--shards", type=int, default=1, help="processes that generate, over all GPUs (default: 1)")
     add("--jobs", type=int, default=1, help="runs at a time on a GPU: 2 fill the gaps of starts")
+    add(
+        "--our-pairs",
+        action="store_true",
+        help="the pairs that the results are of, put back into their documents, not new ones",
+    )
     add("--minutes", type=float, help="begin nothing that would end later than this")
     add("--only", nargs="*", metavar="RUN", help="only these runs; none: only the pairs")
     add(
@@ -111,25 +125,38 @@ def print_plan(study: Study, runs: Sequence[Run]) -> None:
     print(f"{total / 60:.0f} minutes, and what making pairs takes")
 
 
-def do_all(study: Study, runs: Sequence[Run], *, gpus: Sequence[str], jobs: int) -> int:
-    """Makes what is missing, `jobs` runs at a time on each GPU; returns the exit code."""
-    try:
-        study.make_model()
-        study.make_documents()
-        study.make_rows(1)
-    except OutOfTime:
-        return _stopped()
-    except CommandFailed as error:
-        print(f"failed: {error}", flush=True)
-        return EXIT_FAILED
-    missing = [run for run in runs if not study.is_done(run)]
+def do_all(study: Study, runs: Sequence[Run], arguments: argparse.Namespace) -> int:
+    """Makes what is missing, `--jobs` runs at a time on each GPU; returns the exit code.
+
+    Iteration by iteration: what writes pairs has the GPUs to itself.
+    """
     free: SimpleQueue[str | None] = SimpleQueue()
-    for gpu in jobs * [*(gpus or [None])]:
+    for gpu in arguments.jobs * [*(arguments.gpus or [None])]:
         free.put(gpu)
-    with ThreadPoolExecutor(free.qsize()) as pool:
-        codes = list(pool.map(partial(do_one, study, free), missing))
-    if EXIT_STOPPED_ON_REQUEST in codes:
-        return _stopped()
+    codes = []
+    for iteration in sorted({1, *(run.iteration for run in runs)}):
+        try:
+            if iteration == 1:
+                study.make_model()
+                study.make_documents()
+                if arguments.our_pairs:
+                    study.take_our_pairs()
+            of_iteration = [run for run in runs if run.iteration == iteration]
+            if iteration > 1 and not all(map(study.is_done, of_iteration)):
+                study.make_first_model()
+            study.make_pairs(iteration)
+            missing = [run for run in of_iteration if not study.is_done(run)]
+            if any(run.method is not None for run in missing):
+                study.make_rows(iteration)
+        except OutOfTime:
+            return _stopped()
+        except CommandFailed as error:
+            print(f"failed: {error}", flush=True)
+            return EXIT_FAILED
+        with ThreadPoolExecutor(free.qsize()) as pool:
+            codes += list(pool.map(partial(do_one, study, free), missing))
+        if EXIT_STOPPED_ON_REQUEST in codes:
+            return _stopped()
     return max(codes, default=EXIT_DONE)
 
 

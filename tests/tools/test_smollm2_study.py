@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
 import os
 import sys
 import time
+from argparse import Namespace
 from collections import Counter
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -16,7 +18,7 @@ from typing import Any
 import pytest
 import yaml
 
-from examples.smollm2_32k import page, pairs, study
+from examples.smollm2_32k import outlines, page, pairs, study
 from examples.smollm2_32k.commands import ROOT, CommandFailed, Commands, OutOfTime, options
 from examples.smollm2_32k.plan import FULL, SEEDS, SETTING, Run, plan
 from examples.smollm2_32k.results import (
@@ -28,6 +30,8 @@ from examples.smollm2_32k.results import (
 )
 from megatron_longpo.config import load_train_config, resolve
 from megatron_longpo.data.examples import Example, ExampleFile, Turn, write_examples
+from megatron_longpo.data.jsonl import write_packed_jsonl
+from megatron_longpo.errors import UserError
 from megatron_longpo.generation.planted_facts import PLANTED_KINDS
 
 HERE = ROOT / "examples" / "smollm2_32k"
@@ -107,7 +111,6 @@ def test_pairs_without_right_rejected_answers(examples: Path, tmp_path: Path) ->
     assert found[2].turns[0].question == "q1?"
     assert found[2].meta == {"kinds": ["y"], "facts": [["A"]], "model": "m"}
     assert json.loads(pairs.description_of(target).read_text()) == described
-    assert pairs.digest_of(target) == hashlib.sha256(plain.read_bytes()).hexdigest()[:16]
     assert pairs.digest_of(tmp_path / "pairs-2.jsonl.gz") is None
     assert described["kinds"] == {"x": 2, "y": 3}
     first = target.read_bytes()
@@ -116,6 +119,59 @@ def test_pairs_without_right_rejected_answers(examples: Path, tmp_path: Path) ->
     kept = pairs.choose_pairs(examples, target, number=9, keep_all=True, seed=0)
     assert (kept["pairs"], kept["turns"]) == (5, 10)
     assert len(gzip.decompress(target.read_bytes()).splitlines()) == 5
+
+
+def test_pairs_come_back_from_their_outlines(tmp_path: Path) -> None:
+    texts = [f"Chapter {n}.\n\nIt rains in \u00c5s.\n\nThe end." for n in range(3)]
+    documents = tmp_path / "documents.jsonl.gz"
+    write_packed_jsonl(documents, ({"text": text} for text in texts))
+    written = []
+    for n, text in enumerate(texts):
+        planted = text.replace("\n\nThe", f"\n\nThe key is {n}.\n\nA clock is {n}.\n\nThe")
+        span = (planted.index("The key"), len(planted) - 3)
+        turn = Turn(
+            **{"chunk": planted[slice(*span)], "chunk_span": span, "question": "Which key?"},
+            **{"chosen": f"It is {n}.", "rejected": "None."},
+        )
+        meta = {"kinds": ["x"], "facts": [[str(n)]], "model": "m"}
+        meta |= {"source": f"/elsewhere/documents.jsonl.gz:{n + 1}"}
+        written.append(Example(id=f"d{n}", document=planted, turns=(turn,), meta=meta))
+    examples = tmp_path / "examples.jsonl"
+    write_examples(examples, written)
+    summary = {"num_documents": 3, "num_examples": 3, "dropped": {}}
+    examples.with_suffix(".summary.json").write_text(json.dumps(summary))
+    results, keep = tmp_path / "results", tmp_path / "keep"
+    results.mkdir()
+    made = pairs.choose_pairs(
+        examples,
+        results / "pairs-1.jsonl.gz",
+        number=2,
+        keep_all=False,
+        seed=1,
+        documents=documents,
+    )
+    outlined = outlines.outline_of(results / "pairs-1.jsonl.gz")
+    assert "rains" not in gzip.decompress(outlined.read_bytes()).decode()
+
+    arguments: dict[str, Any] = {"scale": FULL, "runs": RUNS, "model": None, "shards": 1}
+    other = study.Study(**arguments, output=tmp_path, results=results, minutes=None, jobs=1)
+    keep.mkdir()
+    write_packed_jsonl(keep / documents.name, ({"text": text} for text in ["new", *texts]))
+    other.take_our_pairs()
+    one, back = (tmp_path / f"{name}.jsonl" for name in ("one", "back"))
+    pairs.unpack(results / "pairs-1.jsonl.gz", one)
+    pairs.unpack(keep / "pairs-1.jsonl.gz", back)
+    for ours, theirs in zip(ExampleFile(back), ExampleFile(one), strict=True):
+        line = int(str(theirs.meta["source"]).rpartition(":")[2])
+        assert ours.meta["source"] == f"{keep / documents.name}:{line + 1}"
+        same = {"source": "", "meta": {**theirs.meta, "source": ours.meta["source"]}}
+        assert replace(ours, source="") == replace(theirs, **same)
+    assert pairs.digest_of(keep / "pairs-1.jsonl.gz") == made["digest"]
+
+    (keep / "pairs-1.jsonl.gz").unlink()
+    write_packed_jsonl(keep / documents.name, ({"text": text} for text in ["new", texts[0]]))
+    with pytest.raises(UserError, match=r"--our-pairs: .* lacks the documents of [12] of 2 pairs"):
+        other.take_our_pairs()
 
 
 def test_commands_end_in_time(tmp_path: Path) -> None:
@@ -151,6 +207,8 @@ def test_runs_have_a_gpu_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     under_way, most, lock = Counter[str](), Counter[str](), Lock()
 
     def do(run: Run) -> None:
+        with lock:
+            order.append(run.name)
         log = Path(made.commands.log_path(run.name))
         code = "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])"
         made.commands.python(run.name, "-c", code)
@@ -163,11 +221,22 @@ def test_runs_have_a_gpu_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             under_way[gpu] -= 1
 
     monkeypatch.setattr(made, "do", do)
-    for part in ("make_model", "make_documents"):
-        monkeypatch.setattr(made, part, lambda: None)
-    monkeypatch.setattr(made, "make_rows", lambda iteration: None)
-    assert study.do_all(made, RUNS[:12], gpus=("3", "5"), jobs=2) == 0
+    order: list[Any] = []
+    for part in ("make_model", "make_documents", "make_first_model"):
+        monkeypatch.setattr(made, part, partial(order.append, part))
+    for part in ("make_pairs", "make_rows"):
+        monkeypatch.setattr(
+            made, part, lambda iteration, part=part: order.append((part, iteration))
+        )
+    given = Namespace(gpus=("3", "5"), jobs=2, our_pairs=False)
+    second = [run for run in RUNS if run.iteration == 2]
+    assert study.do_all(made, [*second, *RUNS[:12]], given) == 0
     assert set(most) == {"3", "5"} and max(most.values()) == 2
+    # The second iteration's pairs are made by a model of the first, when no run is under way.
+    names = [step if isinstance(step, str) else step[0] for step in order]
+    assert names[:4] == ["make_model", "make_documents", "make_pairs", "make_rows"]
+    assert set(names[4:-4]) == {run.name for run in RUNS[:12]}
+    assert names[-4:] == ["make_first_model", "make_pairs", "make_rows", second[0].name]
 
 
 def test_a_failed_command_shows_its_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -304,7 +373,7 @@ def test_all_of_it_tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(sys, "argv", [*arguments, "--jobs", "2"])
     assert study.main() == 0
     found = read_results(tmp_path / "out" / "results")
-    assert Counter(bool(result.numbers) for result in found) == {True: 10, False: 1}
+    assert Counter(bool(result.numbers) for result in found) == {True: 11, False: 1}
     text = (tmp_path / "out" / "results" / "README.md").read_text()
     assert "LongPO, second iteration" in text and "Pairs of iteration 2" in text
     assert not list((tmp_path / "out" / "runs").glob("*/checkpoints"))
