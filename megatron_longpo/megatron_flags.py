@@ -85,7 +85,7 @@ SWIFT_FLAGS = {
     "data_seed": "data.seed",
     "rlhf_type": "objective.name",
     "loss_type": "objective.name",
-    "rpo_alpha": "objective.nll_weight",
+    "rpo_alpha": "objective.answer_nll_weight",
     "sequence_parallel_size": "parallel.context",
     "ddp_timeout": "parallel.timeout_minutes",
     "per_device_train_batch_size": "data.pack_tokens",

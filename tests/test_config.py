@@ -171,6 +171,11 @@ def test_the_objective_decides_what_is_left_out(name: str, expected: tuple[Any, 
     )
 
 
+def test_the_nll_of_answers_can_be_all_that_trains() -> None:
+    none = ["--objective.preference_weight=0", "--objective.nll_weight=0"]
+    assert load(*none, "--objective.answer_nll_weight=1").objective.answer_nll_weight == 1
+
+
 def test_what_the_user_says_wins_over_the_objective() -> None:
     config = load(
         "--objective.name=dpo",

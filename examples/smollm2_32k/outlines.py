@@ -7,7 +7,6 @@ same pairs, on a machine that never generated.
 
 from __future__ import annotations
 
-import difflib
 import gzip
 import hashlib
 import json
@@ -28,22 +27,24 @@ def outline_of(pairs_path: Path) -> Path:
     return pairs_path.with_name(pairs_path.name.removesuffix(".jsonl.gz") + ".outline.jsonl.gz")
 
 
-def write_outlines(pairs_path: Path, examples: Sequence[Example], documents: Path) -> None:
-    """Writes the outline of the pairs beside them."""
+def write_outlines(path: Path, examples: Sequence[Example], documents: Path) -> None:
+    """Writes the outline of the examples, or none where something else than lines was planted."""
     texts = list(_texts(documents))
-    write_packed_jsonl(
-        outline_of(pairs_path),
-        (outline(example, texts[_line(example) - 1]) for example in examples),
-    )
+    found = [outline(example, texts[_line(example) - 1]) for example in examples]
+    path.unlink(missing_ok=True)
+    if None in found:
+        print(f"{path}: not written; a fact was planted within a line", flush=True)
+    else:
+        write_packed_jsonl(path, (one for one in found if one is not None))
 
 
-def restore_pairs(outlines: Path, documents: Path, pairs_path: Path) -> None:
-    """Writes the pairs of an outline.
+def restored_examples(outlines: Path, documents: Path) -> list[Example]:
+    """The examples of an outline.
 
     Raises:
-        UserError: where a document is not the one that the pairs were made of.
+        UserError: where a document is not the one that they were made of.
     """
-    found = {digest(text): (line, text) for line, text in enumerate(_texts(documents), start=1)}
+    found = {_digest(text): (line, text) for line, text in enumerate(_texts(documents), start=1)}
     kept = list(_lines(outlines))
     missing = [one["id"] for one in kept if one["digest"] not in found]
     if missing:
@@ -55,31 +56,36 @@ def restore_pairs(outlines: Path, documents: Path, pairs_path: Path) -> None:
     for one in kept:
         line, text = found[one["digest"]]
         examples.append(restored(one, text, source=f"{documents}:{line}"))
-    write_packed_jsonl(pairs_path, map(example_columns, examples))
+    return examples
 
 
-def outline(example: Example, text: str) -> Outline:
-    """What an example holds beside the text of its document."""
-    before, after = text.split("\n"), example.document.split("\n")
-    planted = []
-    for kind, start, _, first, last in difflib.SequenceMatcher(
-        None, before, after, autojunk=False
-    ).get_opcodes():
-        assert kind in ("equal", "insert"), "planting takes nothing away"
-        if kind == "insert":
-            planted.append([start, after[first:last]])
+def outline(example: Example, text: str) -> Outline | None:
+    """What an example holds beside the text of its document; None where its document is not that
+    text with further lines in it."""
+    before = text.split("\n")
+    planted: list[tuple[int, list[str]]] = []
+    at = 0
+    for line in example.document.split("\n"):
+        if at < len(before) and line == before[at]:
+            at += 1
+        elif planted and planted[-1][0] == at:
+            planted[-1][1].append(line)
+        else:
+            planted.append((at, [line]))
+    if at < len(before):
+        return None
     turns = example_columns(example)["turns"]
     return {
         "id": example.id,
-        "digest": digest(text),
+        "digest": _digest(text),
         "planted": planted,
         "turns": [{key: value for key, value in turn.items() if key != "chunk"} for turn in turns],
         "meta": {key: example.meta[key] for key in KEPT_META if key in example.meta},
     }
 
 
-def restored(kept: Outline, text: str, *, source: str) -> Example:
-    """The example of an outline."""
+def restored(kept: Mapping[str, Any], text: str, *, source: str) -> Example:
+    """The example of an outline; its chunks are what their spans say."""
     lines = text.split("\n")
     for start, planted in reversed(kept["planted"]):
         lines[start:start] = planted
@@ -95,7 +101,7 @@ def restored(kept: Outline, text: str, *, source: str) -> Example:
     return check_example(value, source=source)
 
 
-def digest(text: str) -> str:
+def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

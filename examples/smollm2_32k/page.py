@@ -10,8 +10,8 @@ from typing import Any
 
 from examples.smollm2_32k.commands import Commands
 from examples.smollm2_32k.outlines import outline_of
-from examples.smollm2_32k.pairs import description_of, digest_of
-from examples.smollm2_32k.plan import Run
+from examples.smollm2_32k.pairs import copy_whole, description_of, digest_in
+from examples.smollm2_32k.plan import ITERATIONS, Run
 from examples.smollm2_32k.plots import Groups, draw_all, ended, gained, retrieval
 from examples.smollm2_32k.results import Result, read_results, read_ruler
 from megatron_longpo.data.jsonl import write_whole
@@ -33,7 +33,7 @@ EQUAL_RETRIEVAL = 0.05
 LEAST_RETRIEVAL = {16384: 0.90, 32768: 0.75}
 """What LongPO is to reach."""
 SHORT_TOKENS = 4096
-"""Up to here retrieval is not to fall below the base's, and answers are to be ended."""
+"""Up to here retrieval is not to fall below the base's."""
 MOST_EVALUATION_SHARE = 0.03
 EVALUATION_INTERVAL = 50
 
@@ -214,7 +214,7 @@ def _mean_kl(group: Sequence[Result]) -> float:
 
 def _ruler(results: Path) -> Iterator[str]:
     """RULER by length, and by task."""
-    found = read_ruler(results)
+    found = read_ruler(results, pairs=digest_in(results, 1))
     if not found:
         return
     keys = list(dict.fromkeys(key for numbers in found.values() for key in numbers))
@@ -260,25 +260,33 @@ def _evaluation_cost(results: Sequence[Result]) -> Iterator[str]:
 def _keep_descriptions(keep: Path, results: Path) -> None:
     """What pairs look like, and their outlines, stay with the results, which are committed."""
     for path in sorted(keep.glob("pairs-*.jsonl.gz")):
-        for kept in (description_of(path), outline_of(path)):
+        described, outline = description_of(path), outline_of(path)
+        if not described.exists():
+            continue
+        results.mkdir(parents=True, exist_ok=True)
+        # An outline of other pairs would not belong to the description.
+        (results / outline.name).unlink(missing_ok=True)
+        for kept in (outline, described):
             if kept.exists():
-                results.mkdir(parents=True, exist_ok=True)
-                (results / kept.name).write_bytes(kept.read_bytes())
+                copy_whole(kept, results / kept.name)
 
 
 def _is_of_the_pairs(result: Result, results: Path) -> bool:
     """Whether a result is of the pairs that are described, and not of earlier ones."""
     if result.pairs is None:
         return not result.curves
-    return result.pairs == digest_of(results / f"pairs-{result.iteration}.jsonl.gz")
+    return result.pairs == digest_in(results, result.iteration)
 
 
 def _pairs(results: Path) -> Iterator[str]:
     """What the rows look like."""
-    for path in sorted(results.glob("pairs-*.json")):
+    for iteration in ITERATIONS:
+        if digest_in(results, iteration) is None:
+            continue
+        path = description_of(results / f"pairs-{iteration}.jsonl.gz")
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         answers, generated = found["answers"], found["generated"]
-        yield f"## Pairs of iteration {path.stem.removeprefix('pairs-')}"
+        yield f"## Pairs of iteration {iteration}"
         kinds = ", ".join(f"{kind} {number}" for kind, number in found["kinds"].items())
         yield (
             f"{generated['num_documents']} documents gave {generated['num_examples']} examples "

@@ -12,9 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from examples.smollm2_32k.outlines import write_outlines
+from examples.smollm2_32k.outlines import outline_of, restored_examples, write_outlines
 from megatron_longpo.data.examples import Example, ExampleFile, example_columns
-from megatron_longpo.data.jsonl import write_packed_jsonl, write_whole
+from megatron_longpo.data.jsonl import replacing, write_packed_jsonl, write_whole
+from megatron_longpo.errors import UserError
 from megatron_longpo.generation.facts import holds_fact
 
 NUM_SHOWN = 6
@@ -28,9 +29,11 @@ def choose_pairs(
     keep_all: bool,
     seed: int,
     documents: Path | None = None,
+    parent: str | None = None,
 ) -> dict[str, Any]:
     """Writes up to `number` examples, gzipped, and beside them what they look like as JSON, and,
-    with the file of `documents` that they were made of, their outline.
+    with the file of `documents` that they were made of, their outline. `parent` is the digest of
+    the pairs that the model which wrote these was trained on.
 
     Turns whose rejected answer holds the fact too are left out, since they prefer nothing;
     `keep_all` keeps them. Examples with more turns come first, others by chance.
@@ -52,12 +55,12 @@ def choose_pairs(
     kept.sort(key=lambda example: -len(example.turns))
     chosen = kept[:number]
     if documents is not None:
-        write_outlines(pairs_path, chosen, documents)
-    write_packed_jsonl(pairs_path, map(example_columns, chosen))
+        write_outlines(outline_of(pairs_path), chosen, documents)
     summary_path = examples_path.with_suffix(".summary.json")
     summary = json.loads(summary_path.read_text(encoding="utf-8"))
     described = {
-        "digest": _digest(chosen),
+        "digest": digest(chosen),
+        "parent": parent,
         "generated": {key: value for key, value in summary.items() if key != "put_aside"},
         "answers": dict(answers),
         "pairs": len(chosen),
@@ -67,6 +70,8 @@ def choose_pairs(
         "shown": list(_shown(chosen[:NUM_SHOWN])),
     }
     write_whole(description_of(pairs_path), json.dumps(described, indent=1) + "\n")
+    # Last: pairs are never there without what they are.
+    write_packed_jsonl(pairs_path, map(example_columns, chosen))
     return described
 
 
@@ -75,12 +80,45 @@ def description_of(pairs_path: Path) -> Path:
     return pairs_path.with_name(pairs_path.name.removesuffix(".jsonl.gz") + ".json")
 
 
-def digest_of(pairs_path: Path) -> str | None:
-    """What tells a file of pairs from others, without being it; None where it is not there."""
-    path = description_of(pairs_path)
+def digest_in(folder: Path, iteration: int) -> str | None:
+    """What tells the pairs of an iteration from others, by their description in a folder; None
+    where there is none, or where they were written by a model of other pairs."""
+    path = description_of(folder / f"pairs-{iteration}.jsonl.gz")
     if not path.exists():
         return None
-    return str(json.loads(path.read_text(encoding="utf-8"))["digest"])
+    described = json.loads(path.read_text(encoding="utf-8"))
+    if iteration > 1 and described.get("parent") != digest_in(folder, iteration - 1):
+        return None
+    return described.get("digest")
+
+
+def restore_pairs(results: Path, pairs_path: Path, documents: Path) -> None:
+    """Puts pairs that results are of back into their documents, out of the outline among these.
+
+    Raises:
+        UserError: where there is no outline, or these are not the same documents.
+    """
+    outline = outline_of(results / pairs_path.name)
+    description = description_of(results / pairs_path.name)
+    for path in (outline, description):
+        if not path.exists():
+            raise UserError(f"--our-pairs: {path} is not there. Leave it out to make your own")
+    examples = restored_examples(outline, documents)
+    wanted = json.loads(description.read_text(encoding="utf-8"))["digest"]
+    if digest(examples) != wanted:
+        raise UserError(
+            f"--our-pairs: {outline} gives other pairs than those of {description} ({wanted}). "
+            "Take both from the same commit, or leave --our-pairs out"
+        )
+    for path in (outline, description):
+        copy_whole(path, pairs_path.with_name(path.name))
+    write_packed_jsonl(pairs_path, map(example_columns, examples))
+
+
+def copy_whole(source: Path, target: Path) -> None:
+    """Copies a small file, which appears when it is whole."""
+    with replacing(target) as file:
+        file.write(source.read_bytes())
 
 
 def unpack(pairs_path: Path, target: Path) -> None:
@@ -89,7 +127,7 @@ def unpack(pairs_path: Path, target: Path) -> None:
         write_whole(target, file.read().decode())
 
 
-def _digest(examples: Sequence[Example]) -> str:
+def digest(examples: Sequence[Example]) -> str:
     """Of what is trained on, wherever it was made."""
     made = [{**example_columns(example), "meta": None} for example in examples]
     return hashlib.sha256(json.dumps(made).encode()).hexdigest()[:16]

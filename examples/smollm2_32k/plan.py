@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 SEEDS = (42, 43, 44)
+ITERATIONS = (1, 2)
 Setting = tuple[float, float, float]
 """Of LongPO: beta, weight of the preference, weight of the answers' NLL."""
 SETTING: Setting = (0.1, 0.1, 1.0)
@@ -198,7 +199,8 @@ def plan(setting: Setting, *, is_tiny: bool = False) -> list[Run]:
     compared = methods(setting)
     main = compared[0]
     plain_nll = next(method for method in compared if method.name == "nll")
-    grid = [longpo(values) for values in GRID if values != setting and not is_tiny]
+    grid = [] if is_tiny else [longpo(values) for values in GRID]
+    grid = [method for method in grid if method.name not in {other.name for other in compared}]
     first, *further = SEEDS[:1] if is_tiny else SEEDS
     parent = _trained(main, first, is_parent=True)
     return [

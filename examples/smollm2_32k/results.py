@@ -17,6 +17,7 @@ CURVES = (
     "loss",
     "preference_loss",
     "nll_loss",
+    "answer_nll_loss",
     "rewards/margins",
     "rewards/accuracies",
     "grad_norm",
@@ -104,12 +105,16 @@ def write_result(
     write_whole(path, json.dumps(contents, separators=(",", ":")) + "\n")
 
 
-def write_ruler(path: Path, evaluation_file: Path, *, title: str, device: str) -> None:
-    """What a model does on RULER: `longpo evaluate`'s numbers, by task and length."""
+def write_ruler(
+    path: Path, evaluation_file: Path, *, title: str, device: str, pairs: str | None
+) -> None:
+    """What a model does on RULER: `longpo evaluate`'s numbers, by task and length. `pairs` as in
+    `Result`."""
     evaluation = _read(evaluation_file)
     contents = {
         "title": title,
         "numbers": evaluation["numbers"],
+        "pairs": pairs,
         "device": device,
         "versions": package_versions(),
     }
@@ -117,10 +122,15 @@ def write_ruler(path: Path, evaluation_file: Path, *, title: str, device: str) -
     write_whole(path, json.dumps(contents, separators=(",", ":")) + "\n")
 
 
-def read_ruler(folder: Path) -> dict[str, Mapping[str, float]]:
-    """Numbers of RULER by the model's title."""
+def read_ruler(folder: Path, *, pairs: str | None) -> dict[str, Mapping[str, float]]:
+    """Numbers of RULER by the model's title: of the base, and of a model of these pairs."""
     found = [_read(path) for path in sorted(folder.glob("ruler-*.json"))]
-    return {one["title"]: one["numbers"] for one in found}
+    return {one["title"]: one["numbers"] for one in found if one["pairs"] in (None, pairs)}
+
+
+def has_ruler(path: Path, *, pairs: str | None) -> bool:
+    """Whether a model of these pairs was measured there."""
+    return path.exists() and _read(path)["pairs"] == pairs
 
 
 def ruler_path(folder: Path, name: str) -> Path:
@@ -133,6 +143,7 @@ def read_results(folder: Path) -> list[Result]:
 
 
 def read_result(path: Path) -> Result:
+    """The result that `write_result` wrote there."""
     return Result(**_read(path))
 
 

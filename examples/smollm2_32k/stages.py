@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from examples.smollm2_32k.commands import Commands, OutOfTime, longpo, options
-from examples.smollm2_32k.outlines import outline_of, restore_pairs
-from examples.smollm2_32k.pairs import choose_pairs, description_of, digest_of, unpack
-from examples.smollm2_32k.plan import Run, Scale
+from examples.smollm2_32k.pairs import choose_pairs, digest_in, restore_pairs, unpack
+from examples.smollm2_32k.plan import ITERATIONS, Run, Scale
 from examples.smollm2_32k.results import (
+    has_ruler,
     read_result,
     read_results,
     result_path,
@@ -23,6 +23,7 @@ from examples.smollm2_32k.results import (
     write_ruler,
 )
 from megatron_longpo.data.jsonl import write_whole
+from megatron_longpo.errors import UserError
 
 HERE = Path(__file__).resolve().parent
 HELD_OUT = ("git-doc", "r-doc", "debian-policy", "developers-reference")
@@ -59,7 +60,6 @@ class Study:
         self.model = (self.output / "model") if model is None else model.resolve()
         self.keep = self.output / "keep"
         self.parent = next(run for run in runs if run.is_parent)
-        self.first_model = self.output / f"{self.parent.name}-hf"
         self.commands = Commands(self.output / "logs", minutes=minutes, gpus=gpus)
         self.device = device_name()
 
@@ -72,6 +72,18 @@ class Study:
     @property
     def held_out(self) -> Path:
         return self.keep / ("held_out" if self.scale.is_tiny else "held_out.jsonl.gz")
+
+    @property
+    def first_model(self) -> Path:
+        return self._made_of(1) / f"{self.parent.name}-hf"
+
+    def _made_of(self, iteration: int) -> Path:
+        """Where everything is that was made of an iteration's pairs, and of no others."""
+        return self.output / f"of-pairs-{self.digest(iteration)}"
+
+    def digest(self, iteration: int) -> str | None:
+        """Of the pairs that are there."""
+        return digest_in(self.keep, iteration) if self._pairs(iteration).exists() else None
 
     def make_model(self) -> None:
         if (self.model / "config.json").exists():
@@ -103,23 +115,28 @@ class Study:
         """Puts the pairs that the results are of back into their documents.
 
         Raises:
-            UserError: where these are not the same documents.
+            UserError: where these are not the same documents, or there are other pairs.
         """
-        for iteration in (1, 2):
-            pairs = self._pairs(iteration)
-            kept = [self.results / path.name for path in (outline_of(pairs), description_of(pairs))]
-            if pairs.exists() or not all(path.exists() for path in kept):
+        for iteration in ITERATIONS:
+            pairs, ours = self._pairs(iteration), digest_in(self.results, iteration)
+            if ours is None and iteration > 1:
                 continue
-            restore_pairs(kept[0], self.documents, pairs)
-            for path in kept:
-                shutil.copyfile(path, self.keep / path.name)
+            if not pairs.exists():
+                restore_pairs(self.results, pairs, self.documents)
+            elif self.digest(iteration) != ours:
+                raise UserError(
+                    f"--our-pairs: {pairs} has others than the results are of. Choose another "
+                    "--output, or leave --our-pairs out"
+                )
 
     def make_pairs(self, iteration: int) -> Path:
         """Generates and chooses; returns where the pairs are."""
         pairs = self._pairs(iteration)
-        if pairs.exists():
+        if self.digest(iteration) is not None:
             return pairs
-        examples = self.keep / f"examples-{iteration}.jsonl"
+        parent = self.digest(iteration - 1) if iteration > 1 else None
+        of_parent = "" if parent is None else f"-of-{parent}"
+        examples = self.keep / f"examples-{iteration}{of_parent}.jsonl"
         if not examples.exists():
             self.require(LEAST_GENERATION_SECONDS, f"pairs-{iteration}")
             self._generate(iteration, examples)
@@ -130,6 +147,7 @@ class Study:
             keep_all=self.scale.is_tiny,
             seed=iteration,
             documents=None if self.scale.is_tiny else self.documents,
+            parent=parent,
         )
         print(f"{pairs}: {described['pairs']} rows, {described['turns']} turns", flush=True)
         examples.unlink()
@@ -163,11 +181,13 @@ class Study:
         )
 
     def make_rows(self, iteration: int) -> Path:
-        rows = self.output / f"rows-{iteration}.jsonl"
+        pairs = self.make_pairs(iteration)
+        rows = self._made_of(iteration) / "rows.jsonl"
         if rows.exists():
             return rows
-        examples = self.output / f"pairs-{iteration}.jsonl"
-        unpack(self.make_pairs(iteration), examples)
+        rows.parent.mkdir(parents=True, exist_ok=True)
+        examples = rows.with_name("pairs.jsonl")
+        unpack(pairs, examples)
         values = {
             "examples": examples,
             "output": rows,
@@ -181,17 +201,18 @@ class Study:
     # ---------------------------------------------------------------- runs
 
     def _folder(self, run: Run) -> Path:
-        return self.output / "runs" / run.name
+        above = self.output if run.method is None else self._made_of(run.iteration)
+        return above / "runs" / run.name
 
     def is_done(self, run: Run) -> bool:
         """Whether its result is there, of the pairs that are there: others are another study's."""
         path = result_path(self.results, run)
         if not path.exists():
             return False
-        return read_result(path).pairs == self._digest(run)
-
-    def _digest(self, run: Run) -> str | None:
-        return None if run.method is None else digest_of(self._pairs(run.iteration))
+        if run.method is None:
+            return True
+        digest = self.digest(run.iteration)
+        return digest is not None and read_result(path).pairs == digest
 
     def do(self, run: Run) -> None:
         """Makes the result of a run; its rows are there.
@@ -217,7 +238,7 @@ class Study:
             evaluation_file=None if evaluated is None else evaluated / "evaluation.json",
             metrics_file=None if run.method is None else folder / "metrics.jsonl",
             device=self.device,
-            pairs=self._digest(run),
+            pairs=None if run.method is None else self.digest(run.iteration),
         )
         # Gigabytes; the parent's model has been exported.
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -284,11 +305,18 @@ class Study:
             OutOfTime: where the time was over before the end.
             CommandFailed: such as without the extra `eval`.
         """
-        models = {"base": ("base", self.model)}
+        models: dict[str, tuple[str, Path, str | None]] = {"base": ("base", self.model, None)}
         if self.first_model.exists():
-            models[self.parent.name] = (self.parent.title, self.first_model)
-        missing = [name for name in models if not ruler_path(self.results, name).exists()]
-        folders = {name: self.keep / "ruler" / name for name in missing}
+            models[self.parent.name] = (self.parent.title, self.first_model, self.digest(1))
+        missing = [
+            name
+            for name, (*_, pairs) in models.items()
+            if not has_ruler(ruler_path(self.results, name), pairs=pairs)
+        ]
+        folders = {
+            name: self.keep / "ruler" / "-of-".join(filter(None, [name, models[name][2]]))
+            for name in missing
+        }
         values = dict(self.scale.ruler) | ({} if data is None else {"harness.data": data.resolve()})
         config = ("--config", HERE / "ruler.yaml")
         commands = {
@@ -301,8 +329,14 @@ class Study:
         if commands:
             self.commands.together(commands)
         for name, folder in folders.items():
-            path = ruler_path(self.results, name)
-            write_ruler(path, folder / "evaluation.json", title=models[name][0], device=self.device)
+            title, _, pairs = models[name]
+            write_ruler(
+                ruler_path(self.results, name),
+                folder / "evaluation.json",
+                title=title,
+                device=self.device,
+                pairs=pairs,
+            )
 
     # ---------------------------------------------------------------- time
 

@@ -59,7 +59,13 @@ def main() -> int:
             sys.exit(f"--only {unknown[0]}: no such run; --list names them")
         wanted = [names[name] for name in arguments.only]
     try:
-        code = do_all(study, wanted, arguments)
+        code = do_all(
+            study,
+            wanted,
+            gpus=arguments.gpus,
+            jobs=arguments.jobs,
+            takes_our_pairs=arguments.our_pairs,
+        )
     except UserError as error:
         print(error, file=sys.stderr)
         return EXIT_BAD_INPUT
@@ -107,6 +113,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--no-page", action="store_true", help="leave results/README.md as it is")
     add("--list", action="store_true", help="show runs and predicted times, and stop")
     arguments = parser.parse_args()
+    if arguments.tiny and arguments.our_pairs:
+        parser.error("--our-pairs: they are of real documents, which --tiny has none of")
     if arguments.output is None:
         arguments.output = ROOT / "outputs" / ("smollm2_tiny" if arguments.tiny else "smollm2_32k")
     if arguments.results is None:
@@ -125,13 +133,15 @@ def print_plan(study: Study, runs: Sequence[Run]) -> None:
     print(f"{total / 60:.0f} minutes, and what making pairs takes")
 
 
-def do_all(study: Study, runs: Sequence[Run], arguments: argparse.Namespace) -> int:
-    """Makes what is missing, `--jobs` runs at a time on each GPU; returns the exit code.
+def do_all(
+    study: Study, runs: Sequence[Run], *, gpus: Sequence[str], jobs: int, takes_our_pairs: bool
+) -> int:
+    """Makes what is missing, `jobs` runs at a time on each GPU; returns the exit code.
 
     Iteration by iteration: what writes pairs has the GPUs to itself.
     """
     free: SimpleQueue[str | None] = SimpleQueue()
-    for gpu in arguments.jobs * [*(arguments.gpus or [None])]:
+    for gpu in jobs * [*(gpus or [None])]:
         free.put(gpu)
     codes = []
     for iteration in sorted({1, *(run.iteration for run in runs)}):
@@ -139,7 +149,7 @@ def do_all(study: Study, runs: Sequence[Run], arguments: argparse.Namespace) -> 
             if iteration == 1:
                 study.make_model()
                 study.make_documents()
-                if arguments.our_pairs:
+                if takes_our_pairs:
                     study.take_our_pairs()
             of_iteration = [run for run in runs if run.iteration == iteration]
             if iteration > 1 and not all(map(study.is_done, of_iteration)):
@@ -149,15 +159,20 @@ def do_all(study: Study, runs: Sequence[Run], arguments: argparse.Namespace) -> 
             if any(run.method is not None for run in missing):
                 study.make_rows(iteration)
         except OutOfTime:
-            return _stopped()
+            _stopped()
+            codes.append(EXIT_STOPPED_ON_REQUEST)
+            break
         except CommandFailed as error:
             print(f"failed: {error}", flush=True)
-            return EXIT_FAILED
+            codes.append(EXIT_FAILED)
+            break
         with ThreadPoolExecutor(free.qsize()) as pool:
             codes += list(pool.map(partial(do_one, study, free), missing))
         if EXIT_STOPPED_ON_REQUEST in codes:
-            return _stopped()
-    return max(codes, default=EXIT_DONE)
+            _stopped()
+            break
+    # A failure is told, though the time was over too.
+    return EXIT_FAILED if EXIT_FAILED in codes else max(codes, default=EXIT_DONE)
 
 
 def do_one(study: Study, free: SimpleQueue[str | None], run: Run) -> int:

@@ -88,8 +88,9 @@ def plain_ids(tokenizer: ChatTokenizer, text: str) -> list[int]:
 
 def _end_of_answer(tokenizer: ChatTokenizer, ids: np.ndarray) -> int:
     """Index of the first of the special tokens that a row ends with: templates have one or more."""
+    special = {tokenizer.encode(text)[0] for text in tokenizer.special_texts}
     end = len(ids) - 1
-    while not tokenizer.decode([int(ids[end - 1])], skip_special=True):
+    while int(ids[end - 1]) in special:
         end -= 1
     return end
 

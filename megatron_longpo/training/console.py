@@ -21,6 +21,7 @@ SHOWN = {
     "loss": "loss",
     "preference_loss": "preference",
     "nll_loss": "nll",
+    "answer_nll_loss": "answer nll",
     "rewards/accuracies": "accuracy",
     "rewards/margins": "margin",
     "grad_norm": "grad norm",

@@ -21,6 +21,7 @@ PANELS = (
     ("loss", "nats"),
     ("preference_loss", "nats"),
     ("nll_loss", "nats a token"),
+    ("answer_nll_loss", "nats a token"),
     ("rewards/margins", "nats x beta"),
     ("rewards/accuracies", "share of pairs"),
     ("grad_norm", ""),

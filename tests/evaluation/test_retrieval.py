@@ -38,8 +38,14 @@ def tokenizers() -> list[ChatTokenizer]:
         (byte_level(tuple(CHATML_SPECIAL), "<|im_end|>"), CHATML),
         (byte_level(tuple(LLAMA3_SPECIAL), "<|end_of_text|>", "<|begin_of_text|>"), LLAMA3),
         (space_prefixing(), MISTRAL_V2),
+        # A space before the end of a turn, and two tokens that end it.
+        (space_prefixing(), MISTRAL_V2.replace("{{ eos_token }}", " {{ eos_token }}")),
+        (
+            byte_level(tuple(CHATML_SPECIAL), "<|im_end|>"),
+            CHATML.replace("<|im_end|>", "<|im_end|><|endoftext|>"),
+        ),
     ]
-    names = ("chatml", "llama3", "mistral")
+    names = ("chatml", "llama3", "mistral", "spaced", "two ends")
     found: list[ChatTokenizer] = []
     for name, (tokenizer, template) in zip(names, made, strict=True):
         found.append(HuggingFaceTokenizer(tokenizer, name=name, chat_template=template))
@@ -59,12 +65,10 @@ def test_a_row_hides_one_number_and_scores_its_tokens(tokenizer: ChatTokenizer) 
             for group in (question.group, question.end_group)
         )
         assert number.strip().rstrip(".") == question.value
-        assert (
-            end
-            == {"chatml": "<|im_end|>", "llama3": "<|eot_id|>", "mistral": "</s>"}[tokenizer.name]
-        )
+        ends = {"llama3": "<|eot_id|>", "mistral": "</s>", "spaced": "</s>"}
+        assert end == ends.get(tokenizer.name, "<|im_end|>")
         ended = int(branch.targets[-1])
-        assert tokenizer.decode(branch.input_ids[:ended]).endswith(".")
+        assert tokenizer.decode(branch.input_ids[:ended]).rstrip().endswith(".")
         text, prompt = tokenizer.decode(branch.input_ids), retrieval.prompt(question)
         assert text.count(question.value) == (3 if question.kind == "passkey" else 2)
         asked = tokenizer.decode(prompt)

@@ -61,7 +61,7 @@ def logps_of(pairs: list[PairSums]) -> PairLogps:
 SETTINGS: dict[str, dict[str, Any]] = {
     "longpo": {"nll_weight": 1.0, "nll_scope": "chosen_row", "label_smoothing": 0.15},
     "dpo": {"label_smoothing": 0.15},
-    "ipo": {"nll_weight": 0.3, "answer_nll_weight": 0.4},
+    "ipo": {"nll_weight": 0.3, "nll_scope": "chosen_row", "answer_nll_weight": 0.4},
     "simpo": {"gamma": 0.7, "label_smoothing": 0.15},
     "orpo": {"nll_weight": 1.0},
     "sft": {"nll_weight": 0.5},

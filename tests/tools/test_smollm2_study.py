@@ -7,7 +7,6 @@ import json
 import os
 import sys
 import time
-from argparse import Namespace
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -20,8 +19,9 @@ import yaml
 
 from examples.smollm2_32k import outlines, page, pairs, study
 from examples.smollm2_32k.commands import ROOT, CommandFailed, Commands, OutOfTime, options
-from examples.smollm2_32k.plan import FULL, SEEDS, SETTING, Run, plan
+from examples.smollm2_32k.plan import FULL, GRID, SEEDS, SETTING, Run, plan
 from examples.smollm2_32k.results import (
+    has_ruler,
     read_results,
     result_path,
     ruler_path,
@@ -41,6 +41,9 @@ RUNS = plan(SETTING)
 def test_plan_compares_the_same_rows() -> None:
     names = [run.name for run in RUNS]
     assert len(set(names)) == len(names)
+    for beta, weight, _ in GRID:
+        other = [run.name for run in plan((beta, weight, 0.5))]
+        assert len(set(other)) == len(other)
     methods = {run.method.name for run in RUNS if run.method is not None and run.is_compared}
     for name in methods:
         assert [run.seed for run in RUNS if run.name.startswith(f"{name}-s4")] == list(SEEDS)
@@ -111,7 +114,15 @@ def test_pairs_without_right_rejected_answers(examples: Path, tmp_path: Path) ->
     assert found[2].turns[0].question == "q1?"
     assert found[2].meta == {"kinds": ["y"], "facts": [["A"]], "model": "m"}
     assert json.loads(pairs.description_of(target).read_text()) == described
-    assert pairs.digest_of(tmp_path / "pairs-2.jsonl.gz") is None
+    assert described["digest"] == pairs.digest_in(tmp_path, 1)
+    assert pairs.digest_in(tmp_path, 2) is None
+    # A second iteration's pairs are another's where those of the first are.
+    second = tmp_path / "pairs-2.jsonl.gz"
+    choose = partial(pairs.choose_pairs, examples, second, number=3, keep_all=False, seed=0)
+    choose(parent=described["digest"])
+    assert pairs.digest_in(tmp_path, 2) == described["digest"]
+    choose(parent="of others")
+    assert pairs.digest_in(tmp_path, 2) is None
     assert described["kinds"] == {"x": 2, "y": 3}
     first = target.read_bytes()
     pairs.choose_pairs(examples, target, number=3, keep_all=False, seed=0)
@@ -166,12 +177,31 @@ def test_pairs_come_back_from_their_outlines(tmp_path: Path) -> None:
         assert ours.meta["source"] == f"{keep / documents.name}:{line + 1}"
         same = {"source": "", "meta": {**theirs.meta, "source": ours.meta["source"]}}
         assert replace(ours, source="") == replace(theirs, **same)
-    assert pairs.digest_of(keep / "pairs-1.jsonl.gz") == made["digest"]
+    assert other.digest(1) == made["digest"]
+    other.take_our_pairs()
 
+    described = keep / "pairs-1.json"
+    described.write_text(described.read_text().replace(made["digest"], "of others"))
+    with pytest.raises(UserError, match=r"pairs-1.jsonl.gz has others than the results are of"):
+        other.take_our_pairs()
     (keep / "pairs-1.jsonl.gz").unlink()
+    mine = (results / "pairs-1.json").read_text()
+    (results / "pairs-1.json").write_text(mine.replace(made["digest"], "of others"))
+    with pytest.raises(UserError, match=r"gives other pairs than those of .* \(of others\)"):
+        other.take_our_pairs()
+    (results / "pairs-1.json").write_text(mine)
     write_packed_jsonl(keep / documents.name, ({"text": text} for text in ["new", texts[0]]))
     with pytest.raises(UserError, match=r"--our-pairs: .* lacks the documents of [12] of 2 pairs"):
         other.take_our_pairs()
+    outlined.unlink()
+    with pytest.raises(UserError, match=r"pairs-1.outline.jsonl.gz is not there"):
+        other.take_our_pairs()
+
+
+def test_a_fact_within_a_line_has_no_outline(examples: Path, tmp_path: Path) -> None:
+    (example, *_) = ExampleFile(examples)
+    assert outlines.outline(example, "a text") is not None
+    assert outlines.outline(replace(example, document="a KEY text"), "a text") is None
 
 
 def test_commands_end_in_time(tmp_path: Path) -> None:
@@ -228,9 +258,10 @@ def test_runs_have_a_gpu_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(
             made, part, lambda iteration, part=part: order.append((part, iteration))
         )
-    given = Namespace(gpus=("3", "5"), jobs=2, our_pairs=False)
     second = [run for run in RUNS if run.iteration == 2]
-    assert study.do_all(made, [*second, *RUNS[:12]], given) == 0
+    wanted = [*second, *RUNS[:12]]
+    done = study.do_all(made, wanted, gpus=("3", "5"), jobs=2, takes_our_pairs=False)
+    assert done == 0
     assert set(most) == {"3", "5"} and max(most.values()) == 2
     # The second iteration's pairs are made by a model of the first, when no run is under way.
     names = [step if isinstance(step, str) else step[0] for step in order]
@@ -294,6 +325,7 @@ def describe_pairs(folder: Path, digest: str) -> None:
     }
     folder.mkdir(exist_ok=True)
     (folder / "pairs-1.json").write_text(json.dumps(described))
+    (folder / "pairs-1.jsonl.gz").write_bytes(gzip.compress(b""))
 
 
 def test_runs_are_compared_on_the_same_pairs(tmp_path: Path) -> None:
@@ -306,6 +338,11 @@ def test_runs_are_compared_on_the_same_pairs(tmp_path: Path) -> None:
     describe_pairs(tmp_path / "keep", "here")
     done = [run.name for run in RUNS if made.is_done(run)]
     assert sorted(done) == ["base-theta1e5", "nll-s42"]
+    model = made.first_model
+    describe_pairs(tmp_path / "keep", "of another draw")
+    assert [run.name for run in RUNS if made.is_done(run)] == ["base-theta1e5"]
+    assert made.first_model != model, "what was made of other pairs is not taken"
+    describe_pairs(tmp_path / "keep", "here")
     describe_pairs(results, "here")
     page.write_page(results, tmp_path, tmp_path / "keep", RUNS)
     text = (results / "README.md").read_text()
@@ -356,7 +393,11 @@ def test_page_with_ruler(tmp_path: Path) -> None:
         numbers = {"suite/ruler": value, "suite/ruler/4096": value, "suite/ruler/vt": value / 2}
         evaluated = tmp_path / "ruler.json"
         evaluated.write_text(json.dumps({"numbers": {**numbers, "suite/ruler/vt/4096": 0.1}}))
-        write_ruler(ruler_path(results, name), evaluated, title=title, device="CPU")
+        made_of = None if name == "base" else "here"
+        path = ruler_path(results, name)
+        write_ruler(path, evaluated, title=title, device="CPU", pairs=made_of)
+        assert has_ruler(path, pairs=made_of) and not has_ruler(path, pairs="others")
+    describe_pairs(results, "here")
     page.write_page(results, tmp_path, tmp_path / "keep", RUNS)
     text = (results / "README.md").read_text()
     assert "|  | 4K |" in text and "| LongPO | 0.500 |" in text
@@ -376,7 +417,7 @@ def test_all_of_it_tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert Counter(bool(result.numbers) for result in found) == {True: 11, False: 1}
     text = (tmp_path / "out" / "results" / "README.md").read_text()
     assert "LongPO, second iteration" in text and "Pairs of iteration 2" in text
-    assert not list((tmp_path / "out" / "runs").glob("*/checkpoints"))
+    assert not list((tmp_path / "out").glob("**/runs/*/checkpoints"))
     before = time.monotonic()
     assert study.main() == 0
     assert time.monotonic() - before < 120
