@@ -1,4 +1,4 @@
-"""Plots of the study: retrieval by length, gained against lost, and curves over training.
+"""Plots of the study: found and ended by length, gained against lost, and curves over training.
 
 Plain matplotlib without pyplot: it draws without a display and leaves no global state.
 """
@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from examples.smollm2_32k.results import Result
-from megatron_longpo.evaluation.figures import grid, legend_above, length_axis, look, save_figures
+from megatron_longpo.evaluation.figures import (
+    color,
+    grid,
+    legend_above,
+    length_axis,
+    look,
+    save_figures,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,22 +43,23 @@ def draw_all(groups: Groups, folder: Path) -> list[str]:
 
 def retrieval(result: Result) -> dict[int, float]:
     """Shares of numbers found, by length."""
-    found = {
-        key.removeprefix("retrieval/"): value
-        for key, value in result.numbers.items()
-        if key.startswith("retrieval/")
-    }
-    return {int(length): found[length] for length in sorted(found, key=len) if length.isdecimal()}
+    return _by_length(result, "retrieval/")
 
 
 def ended(result: Result, *, longest: int) -> float | None:
     """Share of answers ended, mean over lengths up to that one; None where not measured."""
-    values = [
-        result.numbers[key]
-        for length in retrieval(result)
-        if length <= longest and (key := f"ends/{length}") in result.numbers
-    ]
+    by_length = _by_length(result, "ends/")
+    values = [value for length, value in by_length.items() if length <= longest]
     return statistics.mean(values) if values else None
+
+
+def _by_length(result: Result, prefix: str) -> dict[int, float]:
+    found = {
+        key.removeprefix(prefix): value
+        for key, value in result.numbers.items()
+        if key.startswith(prefix)
+    }
+    return {int(length): found[length] for length in sorted(found, key=len) if length.isdecimal()}
 
 
 def gained(result: Result) -> float:
@@ -60,22 +68,26 @@ def gained(result: Result) -> float:
 
 
 def draw_retrieval(groups: Groups) -> Figure:
-    """Means over seeds; bars from the least to the most."""
-    figure, (axes,) = grid(1, width=9.0, height=4.6)
-    for number, (title, results) in enumerate(groups.items()):
-        by_length = [retrieval(result) for result in results]
-        lengths = sorted(by_length[0])
-        means = [statistics.mean(found[length] for found in by_length) for length in lengths]
-        lows = [m - min(f[n] for f in by_length) for n, m in zip(lengths, means, strict=True)]
-        highs = [max(f[n] for f in by_length) - m for n, m in zip(lengths, means, strict=True)]
-        axes.errorbar(lengths, means, yerr=[lows, highs], capsize=3, label=title, **look(number))
-    length_axis(
-        axes, sorted({length for found in groups.values() for length in retrieval(found[0])})
-    )
-    axes.set_xlabel("tokens")
-    axes.set_ylabel("numbers found")
-    axes.set_ylim(-0.03, 1.03)
-    figure.legend(loc="outside right upper", fontsize=8)
+    """Numbers found and answers ended: means over seeds; bars from the least to the most."""
+    figure, both_axes = grid(2, width=5.6, height=4.4)
+    panels = (("numbers found", "retrieval/"), ("answers ended", "ends/"))
+    for axes, (what, prefix) in zip(both_axes, panels, strict=True):
+        all_lengths: set[int] = set()
+        for number, (title, results) in enumerate(groups.items()):
+            by_length = [found for result in results if (found := _by_length(result, prefix))]
+            lengths = sorted(by_length[0]) if by_length else []
+            all_lengths |= set(lengths)
+            values = [[found[length] for found in by_length] for length in lengths]
+            means = [statistics.mean(column) for column in values]
+            lows = [mean - min(column) for mean, column in zip(means, values, strict=True)]
+            highs = [max(column) - mean for mean, column in zip(means, values, strict=True)]
+            bars = [lows, highs]
+            axes.errorbar(lengths, means, yerr=bars, capsize=3, label=title, **look(number))
+        length_axis(axes, sorted(all_lengths))
+        axes.set_xlabel("tokens")
+        axes.set_ylabel(what)
+        axes.set_ylim(-0.03, 1.03)
+    legend_above(figure, both_axes, columns=3)
     return figure
 
 
@@ -120,7 +132,7 @@ def draw_curves(groups: Groups) -> Figure:
             else:
                 points = _smooth(run.curves, key)
             if points:
-                line = look(number) if key in evaluated else {"color": f"C{number % 10}"}
+                line = look(number) if key in evaluated else {"color": color(number)}
                 axis.plot(*zip(*points, strict=True), label=title, **line)
         axis.set_title(key, fontsize=9)
         axis.set_xlabel("step", fontsize=8)

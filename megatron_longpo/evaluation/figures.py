@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+COLORS = (*(f"C{number}" for number in range(10)), "black", "gold", "navy")
 MARKERS = "os^Dv<>Ph*"
 
 
@@ -36,10 +37,15 @@ def grid(
     return figure, axes
 
 
+def color(number: int) -> str:
+    """Colour of the line of that number."""
+    return COLORS[number % len(COLORS)]
+
+
 def look(number: int) -> dict[str, Any]:
     """Colour and marker of the line of that number, as arguments of `plot`."""
     return {
-        "color": f"C{number % 10}",
+        "color": color(number),
         "marker": MARKERS[number % len(MARKERS)],
         "linewidth": 1.4,
         "markersize": 5,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from megatron_longpo.evaluation.config import RetrievalKind
 from megatron_longpo.evaluation.figures import (
+    color,
     grid,
     legend_above,
     length_axis,
@@ -111,7 +112,7 @@ def draw_by_length(evaluated: Sequence[Evaluated]) -> Figure | None:
         axes.set_ylim(-0.03, 1.03)
         axes.set_ylabel(panel)
         axes.set_xlabel("length (tokens)")
-    all_axes[0].legend(fontsize=8)
+    legend_above(figure, all_axes, columns=3)
     return figure
 
 
@@ -143,7 +144,7 @@ def draw_retention(evaluated: Sequence[Evaluated]) -> Figure | None:
     figure, (left, right) = grid(2, width=4.8, height=4.0)
     for number, one in having:
         kl, agreement = one.numbers["retention/kl"], one.numbers["retention/agreement"]
-        right.bar(number, agreement, color=f"C{number % 10}")
+        right.bar(number, agreement, color=color(number))
         right.text(number, agreement, f"{agreement:.3f}", ha="center", va="bottom", fontsize=8)
         points = _by_length(one.numbers, "retrieval/")
         if points:
@@ -210,9 +211,7 @@ def draw_curves(evaluated: Sequence[Evaluated]) -> Figure | None:
             if len(points) > 1:
                 axis.plot(*zip(*points, strict=True), label=one.name, **look(number))
             elif key in one.numbers:
-                axis.axhline(
-                    one.numbers[key], color=f"C{number % 10}", linestyle=":", label=one.name
-                )
+                axis.axhline(one.numbers[key], color=color(number), linestyle=":", label=one.name)
         axis.set_title(key, fontsize=10)
         axis.set_xlabel("step")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
