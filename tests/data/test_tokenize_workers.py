@@ -136,7 +136,9 @@ def test_a_worker_that_dies_is_told() -> None:
 
 @pytest.mark.parametrize("stop", ["interrupt", pytest.param("kill", marks=pytest.mark.slow)])
 def test_stopping_leaves_no_process_and_no_file(stop: str, tmp_path: Path, model: str) -> None:
-    long = example(1) | {"document": "Nothing of note. " * 40_000 + CHUNK}
+    # Words that no tokenizer remembers: it would go on for long after it is stopped.
+    words = " ".join(str(number**3) for number in range(60_000))
+    long = example(1) | {"document": f"{words} {CHUNK}"}
     examples = write(tmp_path / "e.jsonl", [long | {"id": str(n)} for n in range(200)])
     command = [sys.executable, "-m", "megatron_longpo", "tokenize", "--examples", examples]
     command += ["--output", str(tmp_path / "rows.jsonl"), "--tokenizer", model]
@@ -155,8 +157,8 @@ def test_stopping_leaves_no_process_and_no_file(stop: str, tmp_path: Path, model
     assert len(children) >= 3, "the server that forks, and two workers"
     if stop == "interrupt":
         os.killpg(process.pid, signal.SIGINT)
-        assert process.communicate(timeout=60)[1].splitlines()[-1:] == ["longpo: interrupted"]
-        assert process.returncode == 130
+        said = process.communicate(timeout=60)[1].splitlines()[-1:]
+        assert (said, process.returncode) == (["longpo: interrupted"], 130)
         assert os.listdir(tmp_path) == ["e.jsonl"]
     else:
         process.kill()
