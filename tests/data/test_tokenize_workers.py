@@ -145,6 +145,8 @@ def test_stopping_leaves_no_process_and_no_file(stop: str, tmp_path: Path, model
     process = subprocess.Popen(
         [*command, "--num_workers", "2", "--max_length", "10000000"],
         start_new_session=True,  # Ctrl-C of a terminal reaches every process of the group
+        # A shell that starts the tests in the background has Ctrl-C ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
