@@ -94,24 +94,27 @@ def _table(groups: Groups) -> str:
     lengths = sorted({length for found in groups.values() for length in retrieval(found[0])})
     buckets = [key for found in groups.values() for key in found[0].numbers if key[:4] == "nll/"]
     last = list(dict.fromkeys(buckets))[-1:]
-    found_keys = [f"retrieval/{length}" for length in lengths]
-    other_keys = [*last, "retention/kl", "retention/agreement"]
     heads = [*map(tokens, lengths), f"ended to {tokens(SHORT_TOKENS)}", "ended"]
     heads += [*(f"NLL at {key[4:]}" for key in last), "short KL", "agreement"]
     lines = [_line(["", "seeds", *heads]), "|---|" + "---:|" * (len(heads) + 1)]
     for title, found in groups.items():
-        found_cells, other_cells = (
+        rows = [
             [
-                _spread([result.numbers.get(key) for result in found], 3 if key[-2:] == "kl" else 2)
-                for key in keys
+                *(result.numbers.get(f"retrieval/{length}") for length in lengths),
+                *(
+                    ended(result, longest=longest)
+                    for longest in (SHORT_TOKENS, max(lengths, default=0))
+                ),
+                *(result.numbers.get(key) for key in last),
+                result.numbers.get("retention/kl"),
+                result.numbers.get("retention/agreement"),
             ]
-            for keys in (found_keys, other_keys)
-        )
-        ends_cells = [
-            _spread([ended(result, longest=longest) for result in found], 2)
-            for longest in (SHORT_TOKENS, max(lengths, default=0))
+            for result in found
         ]
-        cells = [*found_cells, *ends_cells, *other_cells]
+        cells = [
+            _spread(values, 3 if head == "short KL" else 2)
+            for head, *values in zip(heads, *rows, strict=True)
+        ]
         lines.append(_line([title, str(len(found)), *cells]))
     return "\n".join(lines)
 
