@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,14 +13,16 @@ Setting = tuple[float, float, float]
 SETTING: Setting = (0.1, 0.1, 1.0)
 """In the comparison; the grid has others."""
 GRID: tuple[Setting, ...] = (
-    (0.1, 0.1, 0.03),
-    (0.1, 0.1, 0.1),
-    (0.1, 0.1, 0.3),
+    (0.1, 1.0, 1.0),
     (0.1, 1.0, 0.0),
     (0.1, 0.01, 0.0),
     (0.01, 0.01, 0.0),
 )
 """(0.1, 0.01, 0) is the paper's, (0.01, 0.01, 0) its code's."""
+LOW_RATE = ("lr 3e-5", {"optimizer.lr": 3e-5})
+"""What it is called, and the options: a third of train.yaml's learning rate."""
+LOW_RATE_GRID: tuple[Setting, ...] = ((0.1, 0.1, 0.03), (0.1, 0.1, 0.1), (0.1, 0.1, 0.3))
+"""Settings that are tried with it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,6 +125,8 @@ class Run:
     """2 = starts from the model and the rows that the first iteration has made."""
     is_parent: bool = False
     """Whether its model is the one that the second iteration starts from."""
+    is_exported: bool = False
+    """Whether its model is kept in Hugging Face's format, for RULER or another iteration."""
     is_evaluated: bool = True
     """Without: shows what the evaluations in training cost; neither they nor others are made."""
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -198,25 +202,17 @@ def plan(setting: Setting, *, is_tiny: bool = False) -> list[Run]:
     """All runs, the most telling first; a tiny study has one seed and no other settings."""
     compared = methods(setting)
     main = compared[0]
-    plain_nll = next(method for method in compared if method.name == "nll")
-    grid = [] if is_tiny else [longpo(values) for values in GRID]
-    grid = [method for method in grid if method.name not in {other.name for other in compared}]
     first, *further = SEEDS[:1] if is_tiny else SEEDS
-    parent = _trained(main, first, is_parent=True)
+    name, options = LOW_RATE
     return [
         Run(name="base-theta1e5", title="base", theta=1e5),
-        parent,
+        _trained(main, first, is_exported=True),
         *(_trained(method, first) for method in compared[1:]),
         Run(name="base-theta1e6", title="base, theta 1e6", theta=1e6),
         Run(name="base-theta4e5", title="base, theta 4e5", theta=4e5),
         *(_trained(method, seed) for seed in further for method in compared),
-        Run(
-            name=f"{main.name}-second-s{first}",
-            title="LongPO, second iteration",
-            method=main,
-            seed=first,
-            iteration=2,
-        ),
+        _varied(main, name, options, first, is_parent=True),
+        _varied(main, f"{name}, second iteration", options, first, iteration=2),
         Run(
             name=f"{main.name}-unobserved-s{first}",
             title="LongPO, not evaluated in training",
@@ -225,41 +221,58 @@ def plan(setting: Setting, *, is_tiny: bool = False) -> list[Run]:
             is_evaluated=False,
             is_compared=False,
         ),
-        *(_trained(method, first, is_compared=False) for method in grid),
-        *([] if is_tiny else _other_trainings(main, plain_nll, first)),
+        *([] if is_tiny else _other_settings(compared, first)),
     ]
 
 
+def _other_settings(compared: Sequence[Method], seed: int) -> Iterator[Run]:
+    """What explains the comparison: plain NLL with more steps, all methods with a lower rate, and
+    less of the loss on short input that raising theta alone brings."""
+    main, *others = compared
+    plain_nll = next(method for method in compared if method.name == "nll")
+    yield _varied(plain_nll, "480 steps", {"train.steps": 480}, seed)
+    grid = [method for method in map(longpo, LOW_RATE_GRID) if method not in compared]
+    for method in [*others, *grid]:
+        yield _varied(method, *LOW_RATE, seed)
+    for method in map(longpo, GRID):
+        if method not in compared:
+            yield _trained(method, seed, is_compared=False)
+    for method in (main, plain_nll):
+        yield _varied(method, "theta 4e5", {"model.rope_theta": 4e5}, seed)
+
+
 def _trained(
-    method: Method, seed: int, *, is_parent: bool = False, is_compared: bool = True
+    method: Method, seed: int, *, is_exported: bool = False, is_compared: bool = True
 ) -> Run:
     return Run(
         name=f"{method.name}-s{seed}",
         title=method.title,
         method=method,
         seed=seed,
-        is_parent=is_parent,
+        is_exported=is_exported,
         is_compared=is_compared,
     )
 
 
-def _other_trainings(main: Method, plain_nll: Method, seed: int) -> Iterator[Run]:
-    """What explains the comparison: NLL until it finds as much, and less of the loss on short
-    input that raising theta alone brings."""
-    for method, name, options in (
-        (plain_nll, "lr 1e-4, 480 steps", {"optimizer.lr": 1e-4, "train.steps": 480}),
-        (plain_nll, "lr 1e-4", {"optimizer.lr": 1e-4}),
-        (main, "theta 4e5", {"model.rope_theta": 4e5}),
-        (plain_nll, "theta 4e5", {"model.rope_theta": 4e5}),
-        (main, "lr 1e-4", {"optimizer.lr": 1e-4}),
-        (main, "lr 1e-5", {"optimizer.lr": 1e-5}),
-    ):
-        suffix = name.replace(" steps", "").replace(", ", "-").replace(" ", "")
-        yield Run(
-            name=f"{method.name}-{suffix}-s{seed}",
-            title=f"{method.title}, {name}",
-            method=method,
-            seed=seed,
-            options=options,
-            is_compared=False,
-        )
+def _varied(
+    method: Method,
+    what: str,
+    options: Mapping[str, Any],
+    seed: int,
+    *,
+    iteration: int = 1,
+    is_parent: bool = False,
+) -> Run:
+    """A run outside the comparison; `what` differs, such as "lr 3e-5"."""
+    short = what.replace(" steps", "").replace(" iteration", "").replace(", ", "-")
+    return Run(
+        name=f"{method.name}-{short.replace(' ', '')}-s{seed}",
+        title=f"{method.title}, {what}",
+        method=method,
+        seed=seed,
+        iteration=iteration,
+        is_parent=is_parent,
+        is_exported=is_parent,
+        options=options,
+        is_compared=False,
+    )

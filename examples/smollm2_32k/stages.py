@@ -59,6 +59,7 @@ class Study:
         """Runs at a time on a GPU."""
         self.model = (self.output / "model") if model is None else model.resolve()
         self.keep = self.output / "keep"
+        self.runs = runs
         self.parent = next(run for run in runs if run.is_parent)
         self.commands = Commands(self.output / "logs", minutes=minutes, gpus=gpus)
         self.device = device_name()
@@ -75,7 +76,12 @@ class Study:
 
     @property
     def first_model(self) -> Path:
-        return self._made_of(1) / f"{self.parent.name}-hf"
+        """What the second iteration starts from."""
+        return self.exported(self.parent)
+
+    def exported(self, run: Run) -> Path:
+        """Where a run's model is in Hugging Face's format, if it is kept."""
+        return self._made_of(run.iteration) / f"{run.name}-hf"
 
     def _made_of(self, iteration: int) -> Path:
         """Where everything is that was made of an iteration's pairs, and of no others."""
@@ -240,7 +246,7 @@ class Study:
             device=self.device,
             pairs=None if run.method is None else self.digest(run.iteration),
         )
-        # Gigabytes; the parent's model has been exported.
+        # Gigabytes; a model that is needed has been exported.
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
     def make_first_model(self) -> None:
@@ -253,7 +259,8 @@ class Study:
     def train(self, run: Run, folder: Path, rows: Path) -> float:
         """Trains, if that has not been done here; returns the seconds it took."""
         done = folder / TRAINED
-        if done.exists() and not (run.is_parent and not self.first_model.exists()):
+        lacks_export = run.is_exported and not self.exported(run).exists()
+        if done.exists() and not lacks_export:
             return float(json.loads(done.read_text())["seconds"])
         assert run.method is not None
         values: dict[str, Any] = {
@@ -275,9 +282,10 @@ class Study:
         config = ("--config", HERE / "train.yaml")
         self.commands.longpo(f"train-{run.name}", "train", *config, *options(_plain(values)))
         taken = time.monotonic() - started
-        if run.is_parent and not self.first_model.exists():
+        if lacks_export:
             self.commands.longpo(
-                "export", "convert", "export", folder / "checkpoints", self.first_model
+                *(f"export-{run.name}", "convert", "export"),
+                *(folder / "checkpoints", self.exported(run)),
             )
         write_whole(done, json.dumps({"seconds": round(taken, 1)}) + "\n")
         return taken
@@ -299,15 +307,16 @@ class Study:
         )
 
     def measure_ruler(self, data: Path | None) -> None:
-        """RULER for the base and the first model, side by side; goes on task by task.
+        """RULER for the base and the models that are kept, side by side; goes on task by task.
 
         Raises:
             OutOfTime: where the time was over before the end.
             CommandFailed: such as without the extra `eval`.
         """
         models: dict[str, tuple[str, Path, str | None]] = {"base": ("base", self.model, None)}
-        if self.first_model.exists():
-            models[self.parent.name] = (self.parent.title, self.first_model, self.digest(1))
+        for run in self.runs:
+            if run.is_exported and (model := self.exported(run)).exists():
+                models[run.name] = (run.title, model, self.digest(run.iteration))
         missing = [
             name
             for name, (*_, pairs) in models.items()

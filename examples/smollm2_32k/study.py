@@ -108,7 +108,7 @@ def parse_arguments() -> argparse.Namespace:
         nargs="?",
         const="",
         metavar="DATA",
-        help="at the end RULER for the base and the first model (extra eval); DATA: harness.data",
+        help="at the end RULER for the base and the models kept (extra eval); DATA: harness.data",
     )
     add("--no-page", action="store_true", help="leave results/README.md as it is")
     add("--list", action="store_true", help="show runs and predicted times, and stop")
