@@ -420,9 +420,9 @@ def test_all_of_it_tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(sys, "argv", [*arguments, "--jobs", "2"])
     assert study.main() == 0
     found = read_results(tmp_path / "out" / "results")
-    assert Counter(bool(result.numbers) for result in found) == {True: 11, False: 1}
+    assert Counter(bool(result.numbers) for result in found) == {True: 12, False: 1}
     text = (tmp_path / "out" / "results" / "README.md").read_text()
-    assert "LongPO, second iteration" in text and "Pairs of iteration 2" in text
+    assert "lr 3e-5, second iteration" in text and "Pairs of iteration 2" in text
     assert not list((tmp_path / "out").glob("**/runs/*/checkpoints"))
     before = time.monotonic()
     assert study.main() == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import yaml
 
 from megatron_longpo.config import ParallelConfig
+from megatron_longpo.training.checkpoint import newest
 from megatron_longpo.training.run_folder import settings
 from tests.parity.harness import Shelf
 from tests.torchrun import ROOT, rank_environment
@@ -22,22 +24,44 @@ from tests.training.short_runs import metric_rows, short_config
 STEPS, SAVE_EVERY = 12, 3
 PATIENCE_S = 120
 
+HOLD = f"""
+import pathlib, time
 
-def start(config_file: Path) -> subprocess.Popen[bytes]:
-    """Starts `longpo train --nproc 2`."""
+rename = pathlib.Path.rename
+
+
+def held(path, target):
+    if path.name.endswith(".writing"):
+        path.with_name("held").touch()
+        time.sleep({PATIENCE_S})
+    return rename(path, target)
+
+
+pathlib.Path.rename = held
+"""
+"""Python runs it at its start: a checkpoint that is written stays unpublished, until the kill."""
+
+
+def start(config_file: Path, *, held_by: Path | None = None) -> subprocess.Popen[bytes]:
+    """Starts `longpo train --nproc 2`; `held_by` is a folder with `HOLD` as sitecustomize.py."""
     command = [sys.executable, "-W", "ignore", "-m", "megatron_longpo", "train", "--nproc", "2"]
+    environment = rank_environment()
+    if held_by is not None:
+        environment["PYTHONPATH"] = os.pathsep.join([str(held_by), environment["PYTHONPATH"]])
     return subprocess.Popen(
         [*command, "--config", str(config_file)],
         cwd=ROOT,
-        env=rank_environment(),
+        env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
     )
 
 
-def kill_when(config_file: Path, is_time: Callable[[], bool]) -> None:
+def kill_when(
+    config_file: Path, is_time: Callable[[], bool], *, held_by: Path | None = None
+) -> None:
     """Starts the run and kills all its processes as soon as `is_time`."""
-    process = start(config_file)
+    process = start(config_file, held_by=held_by)
     deadline = time.monotonic() + PATIENCE_S
     while not is_time():
         assert time.monotonic() < deadline, "the moment to kill never came"
@@ -82,14 +106,15 @@ def test_killed_thrice_and_resumed_gives_the_same_metrics(
     def has_steps(count: int) -> Callable[[], bool]:
         return lambda: metrics.exists() and metrics.read_bytes().count(b'"loss"') >= count
 
-    def is_writing() -> bool:
-        # On a busy machine the moment may pass unseen; then between two checkpoints.
-        is_late = has_steps(2 * SAVE_EVERY + 1)
-        return any(broken.glob("checkpoints/*.writing/*")) or is_late()
+    hold = tmp_path / "hold"
+    hold.mkdir()
+    (hold / "sitecustomize.py").write_text(HOLD)
+    checkpoints = broken / "checkpoints"
 
     # Before the first checkpoint, while one is written, and between two of them.
     kill_when(file, has_steps(rng.randint(1, SAVE_EVERY - 1)))
-    kill_when(file, is_writing)
+    kill_when(file, (checkpoints / "held").exists, held_by=hold)
+    assert len(list(checkpoints.glob("iter_*.writing/*"))) > 1 and newest(checkpoints) is None
     kill_when(file, has_steps(rng.randint(2 * SAVE_EVERY + 1, 3 * SAVE_EVERY - 1)))
     finish(file)
     assert [row["step"] for row in metric_rows(whole)] == list(range(1, STEPS + 1))
