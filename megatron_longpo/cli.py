@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 import time
 import warnings
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_longpo import __version__, stop
+from megatron_longpo import __version__, parent, stop
 from megatron_longpo.config_help import config_text, help_text
 from megatron_longpo.config_parser import load_config, unchecked_values
 from megatron_longpo.errors import (
@@ -310,6 +311,9 @@ def run_command(command: Command, arguments: list[str]) -> int:
             # Before the imports, which take seconds in which a signal would end the process.
             stop.listen()
         if command.launches:
+            if parent.is_torchrun():
+                # Ranks without a launcher would wait for each other, for up to an hour.
+                parent.when_it_ends(signal.SIGKILL)
             allow_expandable_segments()
         _load(command.run)(config)
         return EXIT_DONE

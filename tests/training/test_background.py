@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from torch.distributed.checkpoint import CheckpointException
 
 from checkpoints_convert.torch_dist import TRACKER_NAME
+from megatron_longpo.parallel import groups
 from megatron_longpo.training import checkpoint, loop
+from megatron_longpo.training.background import BackgroundSaves
 from tests.parity.harness import Shelf, policy_parameters
 from tests.training.short_runs import metric_rows, short_config
 from tests.training.test_checkpoint import assert_bitwise, checkpoints, run_to_end
@@ -147,3 +152,39 @@ def test_a_run_that_fails_ends_its_writers(
     writers = [p for p in multiprocessing.active_children() if "Manager" not in p.name]
     assert len(writers) <= before
     assert checkpoint.newest(tmp_path / "checkpoints") is None
+
+
+def _start_writing(folder: Path) -> None:
+    """A rank whose writer forks another process, and that waits, as both do."""
+    groups.initialize(groups.ParallelSizes())
+
+    def note() -> None:
+        path = folder / f"{os.getpid()}.new"
+        path.touch()
+        path.rename(path.with_suffix(".pid"))
+        time.sleep(120)
+
+    def write() -> None:
+        multiprocessing.get_context("fork").Process(target=note).start()
+        note()
+
+    BackgroundSaves().start(
+        AsyncRequest(async_fn=write, async_fn_args=(), finalize_fns=[]), publish=lambda: None
+    )
+    time.sleep(120)
+
+
+def test_writers_end_with_a_rank_that_is_killed(tmp_path: Path) -> None:
+    rank = multiprocessing.get_context("spawn").Process(target=_start_writing, args=(tmp_path,))
+    rank.start()
+    deadline = time.monotonic() + 60
+    while len(found := list(tmp_path.glob("*.pid"))) < 2:
+        assert rank.is_alive() and time.monotonic() < deadline
+        time.sleep(0.01)
+    writers = [psutil.Process(int(path.stem)) for path in found]
+    assert all(writer.is_running() for writer in writers)
+    rank.kill()
+    _, alive = psutil.wait_procs(writers, timeout=20)
+    # Whoever takes in orphans may not ask for their exit codes.
+    assert all(writer.status() == psutil.STATUS_ZOMBIE for writer in alive)
+    rank.join()
