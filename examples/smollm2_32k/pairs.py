@@ -30,10 +30,11 @@ def choose_pairs(
     seed: int,
     documents: Path | None = None,
     parent: str | None = None,
+    writer: str | None = None,
 ) -> dict[str, Any]:
     """Writes up to `number` examples, gzipped, and beside them what they look like as JSON, and,
-    with the file of `documents` that they were made of, their outline. `parent` is the digest of
-    the pairs that the model which wrote these was trained on.
+    with the file of `documents` that they were made of, their outline. `writer` is the run whose
+    model wrote them, None for the base, and `parent` the digest of the pairs that it trained on.
 
     Turns whose rejected answer holds the fact too are left out, since they prefer nothing;
     `keep_all` keeps them. Examples with more turns come first, others by chance.
@@ -61,6 +62,7 @@ def choose_pairs(
     described = {
         "digest": digest(chosen),
         "parent": parent,
+        "writer": writer,
         "generated": {key: value for key, value in summary.items() if key != "put_aside"},
         "answers": dict(answers),
         "pairs": len(chosen),
@@ -90,6 +92,13 @@ def digest_in(folder: Path, iteration: int) -> str | None:
     if iteration > 1 and described.get("parent") != digest_in(folder, iteration - 1):
         return None
     return described.get("digest")
+
+
+def writer_in(folder: Path, iteration: int) -> str | None:
+    """The run that wrote the pairs which are described there; None for the base."""
+    path = description_of(folder / f"pairs-{iteration}.jsonl.gz")
+    writer: str | None = json.loads(path.read_text(encoding="utf-8")).get("writer")
+    return writer
 
 
 def restore_pairs(results: Path, pairs_path: Path, documents: Path) -> None:

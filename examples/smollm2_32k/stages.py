@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from examples.smollm2_32k.commands import Commands, OutOfTime, longpo, options
-from examples.smollm2_32k.pairs import choose_pairs, digest_in, restore_pairs, unpack
+from examples.smollm2_32k.pairs import (
+    choose_pairs,
+    digest_in,
+    restore_pairs,
+    unpack,
+    writer_in,
+)
 from examples.smollm2_32k.plan import ITERATIONS, Run, Scale
 from examples.smollm2_32k.results import (
     has_ruler,
@@ -88,8 +94,18 @@ class Study:
         return self.output / f"of-pairs-{self.digest(iteration)}"
 
     def digest(self, iteration: int) -> str | None:
-        """Of the pairs that are there."""
-        return digest_in(self.keep, iteration) if self._pairs(iteration).exists() else None
+        """Of the pairs that are there, if they are by whom they should be."""
+        if not self._pairs(iteration).exists():
+            return None
+        return self._digest_in(self.keep, iteration)
+
+    def _digest_in(self, folder: Path, iteration: int) -> str | None:
+        found = digest_in(folder, iteration)
+        is_ours = found is not None and writer_in(folder, iteration) == self._writer(iteration)
+        return found if is_ours else None
+
+    def _writer(self, iteration: int) -> str | None:
+        return self.parent.name if iteration > 1 else None
 
     def make_model(self) -> None:
         if (self.model / "config.json").exists():
@@ -124,7 +140,7 @@ class Study:
             UserError: where these are not the same documents, or there are other pairs.
         """
         for iteration in ITERATIONS:
-            pairs, ours = self._pairs(iteration), digest_in(self.results, iteration)
+            pairs, ours = self._pairs(iteration), self._digest_in(self.results, iteration)
             if ours is None and iteration > 1:
                 continue
             if not pairs.exists():
@@ -141,8 +157,9 @@ class Study:
         if self.digest(iteration) is not None:
             return pairs
         parent = self.digest(iteration - 1) if iteration > 1 else None
-        of_parent = "" if parent is None else f"-of-{parent}"
-        examples = self.keep / f"examples-{iteration}{of_parent}.jsonl"
+        writer = self._writer(iteration)
+        by_writer = "" if writer is None else f"-by-{writer}-of-{parent}"
+        examples = self.keep / f"examples-{iteration}{by_writer}.jsonl"
         if not examples.exists():
             self.require(LEAST_GENERATION_SECONDS, f"pairs-{iteration}")
             self._generate(iteration, examples)
@@ -154,6 +171,7 @@ class Study:
             seed=iteration,
             documents=None if self.scale.is_tiny else self.documents,
             parent=parent,
+            writer=writer,
         )
         print(f"{pairs}: {described['pairs']} rows, {described['turns']} turns", flush=True)
         examples.unlink()
