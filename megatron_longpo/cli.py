@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import signal
 import sys
 import time
 import warnings
@@ -287,6 +286,9 @@ def find_command(arguments: Sequence[str]) -> tuple[Command, list[str]]:
 
 def run_command(command: Command, arguments: list[str]) -> int:
     """Parses the settings of a command and runs it, in this process or in many."""
+    if command.launches:
+        # Ranks without a launcher would wait for each other, for up to an hour.
+        parent.end_with_launcher()
     config_class = _load(command.config)
     if "-h" in arguments or "--help" in arguments:
         print(_help(command, config_class))
@@ -311,9 +313,6 @@ def run_command(command: Command, arguments: list[str]) -> int:
             # Before the imports, which take seconds in which a signal would end the process.
             stop.listen()
         if command.launches:
-            if parent.is_torchrun():
-                # Ranks without a launcher would wait for each other, for up to an hour.
-                parent.when_it_ends(signal.SIGKILL)
             allow_expandable_segments()
         _load(command.run)(config)
         return EXIT_DONE

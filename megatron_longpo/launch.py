@@ -16,6 +16,7 @@ from megatron_longpo.errors import (
     EXIT_INTERRUPTED,
     EXIT_STOPPED_ON_REQUEST,
 )
+from megatron_longpo.parent import LAUNCHER_PID
 
 EXPLAINED_CODES = (EXIT_BAD_INPUT, EXIT_STOPPED_ON_REQUEST, EXIT_INTERRUPTED)
 """Exit codes whose reason the worker has printed."""
@@ -75,6 +76,7 @@ def run_torchrun(launch: Launch, command: str, arguments: Sequence[str]) -> int:
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(
         logging.CRITICAL + 1
     )
+    os.environ[LAUNCHER_PID] = str(os.getpid())
     try:
         run.run(run.parse_args([*options, "-m", "megatron_longpo", command, *arguments]))
     except ChildFailedError as failed:

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from types import FrameType
 
+from megatron_longpo import parent
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 _was_requested = False
@@ -26,16 +28,18 @@ def was_requested() -> bool:
 
 @contextmanager
 def spare_children() -> Iterator[None]:
-    """Processes that are started inside are not ended by a stop signal.
+    """Processes that are forked inside are not ended by a stop signal, and end with this one.
 
     Launchers send it to all processes of a job, and those that write a checkpoint are needed. Here
-    a signal that comes meanwhile is remembered at the end.
+    a signal that comes meanwhile is remembered at the end. Without this process they would keep its
+    GPU memory, and write into the folder of the run that takes over.
     """
     # Where it starts, Python lets these signals through again.
     resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
-        yield
+        with parent.ending_children():
+            yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 

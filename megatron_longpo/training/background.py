@@ -1,21 +1,17 @@
 """Checkpoints that are written while training goes on, through Megatron's queue of async calls.
 
 Megatron copies what is on a GPU to the host and forks a process that writes: it sees this moment's
-memory, whatever the next steps do to it. That process ends with its rank, however that ends: it
-would keep the rank's GPU memory, and write into the folder of the run that takes over.
+memory, whatever the next steps do to it.
 """
 
 from __future__ import annotations
 
-import functools
-import os
-import signal
 from collections.abc import Callable
 from typing import Any
 
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 
-from megatron_longpo import parent, stop
+from megatron_longpo import stop
 
 
 class BackgroundSaves:
@@ -35,13 +31,9 @@ class BackgroundSaves:
             return self._staged
 
         request.add_finalize_fn(publish)
-        write = request.async_fn
         with stop.spare_children():
             self._queue.schedule_async_request(
-                request._replace(
-                    preload_fn=stage if request.preload_fn else None,
-                    async_fn=None if write is None else _ending_with_parent(write),
-                )
+                request._replace(preload_fn=stage if request.preload_fn else None)
             )
 
     def poll(self) -> None:
@@ -62,17 +54,3 @@ class BackgroundSaves:
     def _finalize(self, *, is_blocking: bool) -> None:
         if self._queue.maybe_finalize_async_calls(blocking=is_blocking):
             self._staged = None
-
-
-def _ending_with_parent(write: Callable[..., None]) -> Callable[..., None]:
-    """`write`, for a process that is killed when this one ends, together with those it forks."""
-    end_with = functools.partial(parent.when_it_ends, signal.SIGKILL)
-    rank = os.getpid()
-
-    @functools.wraps(write)
-    def run(*arguments: Any, **settings: Any) -> None:
-        end_with(parent=rank)
-        os.register_at_fork(after_in_child=functools.partial(end_with, parent=os.getpid()))
-        write(*arguments, **settings)
-
-    return run

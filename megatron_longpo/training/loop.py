@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_longpo import parent, stop
+from megatron_longpo import stop
 from megatron_longpo.config import TrainConfig, check_world
 from megatron_longpo.data.catalog import PairCatalog
 from megatron_longpo.data.sampler import PairSampler
@@ -198,9 +197,6 @@ def train(run: Run) -> None:
     """Runs the remaining steps, writing metrics, evaluations and checkpoints as they are due."""
     config = run.config
     stop.listen()
-    if parent.is_torchrun():
-        # There is something to save now.
-        parent.when_it_ends(signal.SIGTERM)
     if not run.groups.is_main:
         _train_or_abandon(run, None)
         return
