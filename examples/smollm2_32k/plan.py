@@ -203,7 +203,7 @@ def plan(setting: Setting, *, is_tiny: bool = False) -> list[Run]:
     compared = methods(setting)
     main = compared[0]
     first, *further = SEEDS[:1] if is_tiny else SEEDS
-    name, options = LOW_RATE
+    low_rate, options = LOW_RATE
     return [
         Run(name="base-theta1e5", title="base", theta=1e5),
         _trained(main, first, is_exported=True),
@@ -211,8 +211,8 @@ def plan(setting: Setting, *, is_tiny: bool = False) -> list[Run]:
         Run(name="base-theta1e6", title="base, theta 1e6", theta=1e6),
         Run(name="base-theta4e5", title="base, theta 4e5", theta=4e5),
         *(_trained(method, seed) for seed in further for method in compared),
-        _varied(main, name, options, first, is_parent=True),
-        _varied(main, f"{name}, second iteration", options, first, iteration=2),
+        _varied(main, low_rate, options, first, is_parent=True),
+        _varied(main, f"{low_rate}, second iteration", options, first, iteration=2),
         Run(
             name=f"{main.name}-unobserved-s{first}",
             title="LongPO, not evaluated in training",
@@ -226,14 +226,19 @@ def plan(setting: Setting, *, is_tiny: bool = False) -> list[Run]:
 
 
 def _other_settings(compared: Sequence[Method], seed: int) -> Iterator[Run]:
-    """What explains the comparison: plain NLL with more steps, all methods with a lower rate, and
-    less of the loss on short input that raising theta alone brings."""
+    """What explains the comparison: plain NLL with more steps, all methods with a lower rate, the
+    most telling with all seeds, and theta 4e5, which costs less on short input than 1e6."""
     main, *others = compared
-    plain_nll = next(method for method in compared if method.name == "nll")
+    plain_nll, sft = (
+        next(method for method in compared if method.name == name) for name in ("nll", "sft")
+    )
     yield _varied(plain_nll, "480 steps", {"train.steps": 480}, seed)
     grid = [method for method in map(longpo, LOW_RATE_GRID) if method not in compared]
     for method in [*others, *grid]:
         yield _varied(method, *LOW_RATE, seed)
+    for further in SEEDS[1:]:
+        for method in (main, plain_nll, sft):
+            yield _varied(method, *LOW_RATE, further)
     for method in map(longpo, GRID):
         if method not in compared:
             yield _trained(method, seed, is_compared=False)

@@ -94,15 +94,16 @@ class Study:
         return self.output / f"of-pairs-{self.digest(iteration)}"
 
     def digest(self, iteration: int) -> str | None:
-        """Of the pairs that are there, if they are by whom they should be."""
+        """Of the pairs that are there; None where another model has written them."""
         if not self._pairs(iteration).exists():
             return None
-        return self._digest_in(self.keep, iteration)
+        return self._digest_by_writer(self.keep, iteration)
 
-    def _digest_in(self, folder: Path, iteration: int) -> str | None:
+    def _digest_by_writer(self, folder: Path, iteration: int) -> str | None:
         found = digest_in(folder, iteration)
-        is_ours = found is not None and writer_in(folder, iteration) == self._writer(iteration)
-        return found if is_ours else None
+        if found is None or writer_in(folder, iteration) != self._writer(iteration):
+            return None
+        return found
 
     def _writer(self, iteration: int) -> str | None:
         return self.parent.name if iteration > 1 else None
@@ -140,7 +141,7 @@ class Study:
             UserError: where these are not the same documents, or there are other pairs.
         """
         for iteration in ITERATIONS:
-            pairs, ours = self._pairs(iteration), self._digest_in(self.results, iteration)
+            pairs, ours = self._pairs(iteration), self._digest_by_writer(self.results, iteration)
             if ours is None and iteration > 1:
                 continue
             if not pairs.exists():
@@ -277,8 +278,7 @@ class Study:
     def train(self, run: Run, folder: Path, rows: Path) -> float:
         """Trains, if that has not been done here; returns the seconds it took."""
         done = folder / TRAINED
-        lacks_export = run.is_exported and not self.exported(run).exists()
-        if done.exists() and not lacks_export:
+        if not self._must_train(run):
             return float(json.loads(done.read_text())["seconds"])
         assert run.method is not None
         values: dict[str, Any] = {
@@ -300,13 +300,17 @@ class Study:
         config = ("--config", HERE / "train.yaml")
         self.commands.longpo(f"train-{run.name}", "train", *config, *options(_plain(values)))
         taken = time.monotonic() - started
-        if lacks_export:
+        if run.is_exported and not self.exported(run).exists():
             self.commands.longpo(
                 *(f"export-{run.name}", "convert", "export"),
                 *(folder / "checkpoints", self.exported(run)),
             )
         write_whole(done, json.dumps({"seconds": round(taken, 1)}) + "\n")
         return taken
+
+    def _must_train(self, run: Run) -> bool:
+        lacks_export = run.is_exported and not self.exported(run).exists()
+        return lacks_export or not (self._folder(run) / TRAINED).exists()
 
     def evaluate(self, run: Run, folder: Path, evaluated: Path) -> None:
         values: dict[str, Any] = {
@@ -335,6 +339,8 @@ class Study:
         for run in self.runs:
             if run.is_exported and (model := self.exported(run)).exists():
                 models[run.name] = (run.title, model, self.digest(run.iteration))
+            elif run.is_exported:
+                print(f"RULER: without {run.name}, whose model is not here", flush=True)
         missing = [
             name
             for name, (*_, pairs) in models.items()
@@ -381,7 +387,7 @@ class Study:
     def predicted_seconds(self, run: Run) -> float:
         """Of what is missing of a run, from results of this device where there are some."""
         total = 0.0
-        if run.method is not None and not (self._folder(run) / TRAINED).exists():
+        if run.method is not None and self._must_train(run):
             total += self._predicted_training(run)
         if run.is_evaluated:
             total += self._seconds(run, "evaluate") or EVALUATE_SECONDS

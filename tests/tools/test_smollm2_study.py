@@ -236,18 +236,21 @@ def test_page(tmp_path: Path) -> None:
     # NLL finds 0.875 of the two longest, LongPO 0.95: no equal, until another NLL run is. That it
     # loses more nevertheless is enough.
     kl = "short KL below plain NLL's at equal retrieval"
-    assert f"| {kl}; none finds 0.90 at the two longest" in text
-    assert "with KL 0.145 | 0.110 | met |" in text
+    title = "NLL of the chosen row"
+    only = f"({title}), which finds only 0.88 at the two longest"
+    assert f"| {kl}: 0.145 {only} | 0.110 | met |" in text
     nearer = results_of(tmp_path, {"nll-s42": (1.0, 0.75, 0.09)})
     page.write_page(nearer, tmp_path, tmp_path / "keep", RUNS)
-    assert "with KL 0.090 | 0.110 | without an equal |" in (results / "README.md").read_text()
+    without = f"| {kl}: 0.090 {only} | 0.110 | without an equal |"
+    assert without in (results / "README.md").read_text()
     longer = {"nll-480-s42": (1.0, 0.9, 0.2)}
     page.write_page(results_of(tmp_path, longer), tmp_path, tmp_path / "keep", RUNS)
-    title = "NLL of the chosen row, 480 steps"
-    assert f"| {kl}: 0.200 ({title}) | 0.110 | met |" in (results / "README.md").read_text()
+    assert (
+        f"| {kl}: 0.200 ({title}, 480 steps) | 0.110 | met |" in (results / "README.md").read_text()
+    )
     # 0.5 s every 50 steps of 0.5 s; the first evaluation does not count.
-    assert "| nll-s42 | 0.500 s | 0.50 s | 2.0% |" in text
-    assert "2.0% of the time in the median of 4 runs, below 3% in 4." in text
+    assert "| nll-s42 | 0.500 s | 0.50 s | 2.0% | met |" in text
+    assert "2.0% in the median of 4 runs, below 3% in 4." in text
     for name in ("retrieval.png", "retention.png", "curves.png", "retrieval_heatmap.png"):
         assert f"![{name}]({name})" in text
         assert (results / name).read_bytes()[:4] == b"\x89PNG"
@@ -258,7 +261,8 @@ def test_page(tmp_path: Path) -> None:
 
 def test_page_with_ruler(tmp_path: Path) -> None:
     results = results_of(tmp_path, {"base-theta1e5": (0.95, 0.0, 0.0)})
-    for name, title, value in (("base", "base", 0.25), ("first", "LongPO", 0.5)):
+    lead = "LongPO, beta 0.1, weight 0.1, answers 1"
+    for name, title, value in (("base", "base", 0.25), ("first", lead, 0.5)):
         numbers = {"suite/ruler": value, "suite/ruler/4096": value, "suite/ruler/vt": value / 2}
         evaluated = tmp_path / "ruler.json"
         evaluated.write_text(json.dumps({"numbers": {**numbers, "suite/ruler/vt/4096": 0.1}}))
@@ -269,8 +273,8 @@ def test_page_with_ruler(tmp_path: Path) -> None:
     describe_pairs(results, "here")
     page.write_page(results, tmp_path, tmp_path / "keep", RUNS)
     text = (results / "README.md").read_text()
-    assert "|  | 4K |" in text and "| LongPO | 0.500 |" in text
-    assert "| task | base | LongPO |" in text and "| vt | 0.12 | 0.25 |" in text
+    assert "|  | 4K |" in text and f"| {lead} | 0.500 |" in text
+    assert f"| task | base | {lead} |" in text and "| vt | 0.12 | 0.25 |" in text
 
 
 @pytest.mark.slow
