@@ -47,6 +47,9 @@ def write_page(results: Path, output: Path, keep: Path, runs: Sequence[Run]) -> 
     }
     if not found:
         return
+    for run in runs:
+        if run.name in found and not found[run.name].is_by_settings_of(run):
+            del found[run.name]
     measured = [run for run in runs if run.name in found and found[run.name].numbers]
     compared = _grouped([run for run in measured if run.is_compared], found)
     others = _grouped([run for run in measured if not run.is_compared], found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import statistics
 from collections.abc import Mapping, Sequence
@@ -9,9 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from examples.smollm2_32k.plan import Run
 from megatron_longpo.data.jsonl import write_whole
 from megatron_longpo.training.run_folder import package_versions
+
+HERE = Path(__file__).resolve().parent
 
 CURVES = (
     "loss",
@@ -51,11 +56,28 @@ class Result:
     versions: Mapping[str, str]
     pairs: str | None = None
     """Digest of the pairs that its rows are made of."""
+    settings: str | None = None
+    """Digest of the files of settings; None where it was not kept yet."""
 
     @property
     def seconds_per_step(self) -> float | None:
         times = [time for time in self.curves.get("step_time_s", ())[1:] if time is not None]
         return statistics.median(times) if times else None
+
+    def is_by_settings_of(self, run: Run) -> bool:
+        """Whether that run, made now, would be made by the same settings."""
+        return self.settings in (None, settings_of(run))
+
+
+def settings_of(run: Run) -> str:
+    """Digest of the files of settings that a run is made by; its options are in its name."""
+    return settings_digest(*([] if run.method is None else ["train.yaml"]), "evaluate.yaml")
+
+
+def settings_digest(*names: str) -> str:
+    """Of what stands in these files beside this one, comments apart."""
+    contents = [yaml.safe_load((HERE / name).read_text(encoding="utf-8")) for name in names]
+    return hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:8]
 
 
 def write_result(
@@ -98,6 +120,7 @@ def write_result(
         ],
         "options": {**method, **run.options},
         "pairs": pairs,
+        "settings": settings_of(run),
         "device": device,
         "versions": package_versions(),
     }

@@ -25,6 +25,7 @@ from examples.smollm2_32k.results import (
     read_results,
     result_path,
     ruler_path,
+    settings_digest,
     write_result,
     write_ruler,
 )
@@ -90,8 +91,9 @@ class Study:
         return self._made_of(run.iteration) / f"{run.name}-hf"
 
     def _made_of(self, iteration: int) -> Path:
-        """Where everything is that was made of an iteration's pairs, and of no others."""
-        return self.output / f"of-pairs-{self.digest(iteration)}"
+        """Where everything is that was made of an iteration's pairs and by train.yaml as it is, and
+        of no others."""
+        return self.output / f"of-pairs-{self.digest(iteration)}-by-{settings_digest('train.yaml')}"
 
     def digest(self, iteration: int) -> str | None:
         """Of the pairs that are there; None where another model has written them."""
@@ -230,14 +232,16 @@ class Study:
         return above / "runs" / run.name
 
     def is_done(self, run: Run) -> bool:
-        """Whether its result is there, of the pairs that are there: others are another study's."""
+        """Whether its result is there, by these settings and of the pairs that are there: others
+        are another study's."""
         path = result_path(self.results, run)
         if not path.exists():
             return False
-        if run.method is None:
-            return True
+        result = read_result(path)
+        if not result.is_by_settings_of(run):
+            return False
         digest = self.digest(run.iteration)
-        return digest is not None and read_result(path).pairs == digest
+        return run.method is None or (digest is not None and result.pairs == digest)
 
     def do(self, run: Run) -> None:
         """Makes the result of a run; its rows are there.

@@ -146,7 +146,11 @@ def test_options_are_yaml() -> None:
 
 
 def results_of(
-    tmp_path: Path, values: dict[str, tuple[float, float, float]], *, pairs: str = "here"
+    tmp_path: Path,
+    values: dict[str, tuple[float, float, float]],
+    *,
+    pairs: str = "here",
+    settings: str | None = None,
 ) -> Path:
     """Results with retrieval and ends at 4K and 16K and KL, of runs by name."""
     runs = {run.name: run for run in RUNS}
@@ -178,6 +182,9 @@ def results_of(
             device="CPU",
             pairs=None if run.method is None else pairs,
         )
+        if settings is not None:
+            path = result_path(tmp_path / "results", run)
+            path.write_text(json.dumps({**json.loads(path.read_text()), "settings": settings}))
     return tmp_path / "results"
 
 
@@ -195,6 +202,7 @@ def describe_pairs(folder: Path, digest: str) -> None:
 def test_runs_are_compared_on_the_same_pairs(tmp_path: Path) -> None:
     results = results_of(tmp_path, {"base-theta1e5": (0.9, 0, 0), "nll-s42": (0.8, 0.5, 0.1)})
     results_of(tmp_path, {"sft-s42": (0.7, 0.4, 0.2)}, pairs="of another machine")
+    results_of(tmp_path, {"dpo-s42": (0.7, 0.4, 0.2)}, settings="another learning rate")
     arguments: dict[str, Any] = {"scale": FULL, "runs": RUNS, "model": None, "shards": 1}
     made = study.Study(**arguments, output=tmp_path, results=results, minutes=None, jobs=1)
     runs = {run.name: run for run in RUNS}
@@ -210,7 +218,8 @@ def test_runs_are_compared_on_the_same_pairs(tmp_path: Path) -> None:
     describe_pairs(results, "here")
     page.write_page(results, tmp_path, tmp_path / "keep", RUNS)
     text = (results / "README.md").read_text()
-    assert "| NLL of the chosen row | 1 | 20 |" in text and "SFT" not in text
+    assert "| NLL of the chosen row | 1 | 20 |" in text
+    assert "SFT" not in text and "DPO" not in text
 
 
 def test_page(tmp_path: Path) -> None:
