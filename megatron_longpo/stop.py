@@ -28,7 +28,7 @@ def was_requested() -> bool:
 
 @contextmanager
 def spare_children() -> Iterator[None]:
-    """Processes that are forked inside are not ended by a stop signal, and end with this one.
+    """Processes that are started inside are not ended by a stop signal; forked ones end with this.
 
     Launchers send it to all processes of a job, and those that write a checkpoint are needed. Here
     a signal that comes meanwhile is remembered at the end. Without this process they would keep its

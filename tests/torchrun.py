@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).parents[1]
 
@@ -26,6 +29,13 @@ def torchrun(
         timeout=timeout_s,
         check=False,
     )
+
+
+def assert_end(processes: Sequence[psutil.Process], *, timeout_s: float) -> None:
+    """Waits for processes that another process has started."""
+    _, alive = psutil.wait_procs(processes, timeout=timeout_s)
+    # Whoever takes in orphans may not ask for their exit codes.
+    assert all(process.status() == psutil.STATUS_ZOMBIE for process in alive)
 
 
 def rank_environment() -> dict[str, str]:

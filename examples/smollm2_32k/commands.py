@@ -127,8 +127,8 @@ def options(values: Mapping[str, Any]) -> list[str]:
     """`--key value` for each; lists and truth values as YAML."""
     found = []
     for key, value in values.items():
-        is_number_or_text = isinstance(value, (int, float, str)) and not isinstance(value, bool)
-        found += [f"--{key}", str(value) if is_number_or_text else json.dumps(value)]
+        is_plain = isinstance(value, (int, float, str, Path)) and not isinstance(value, bool)
+        found += [f"--{key}", str(value) if is_plain else json.dumps(value)]
     return found
 
 

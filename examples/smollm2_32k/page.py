@@ -14,7 +14,8 @@ from examples.smollm2_32k.outlines import outline_of
 from examples.smollm2_32k.pairs import copy_whole, description_of, digest_in
 from examples.smollm2_32k.plan import ITERATIONS, Run
 from examples.smollm2_32k.plots import Groups, draw_all, ended, gained, retrieval
-from examples.smollm2_32k.results import Result, read_results, read_ruler
+from examples.smollm2_32k.results import Result, read_results
+from examples.smollm2_32k.ruler import read_ruler
 from megatron_longpo.data.jsonl import write_whole
 from megatron_longpo.evaluation.figures import tokens
 from megatron_longpo.evaluation.output import FILE_NAME
@@ -42,14 +43,16 @@ EVALUATION_INTERVAL = 50
 def write_page(results: Path, output: Path, keep: Path, runs: Sequence[Run]) -> None:
     """Writes README.md and its plots into the folder of results, where there are any."""
     _keep_descriptions(keep, results)
+    by_name = {result.name: result for result in read_results(results)}
     found = {
-        result.name: result for result in read_results(results) if _is_of_the_pairs(result, results)
+        run.name: result
+        for run in runs
+        if (result := by_name.get(run.name)) is not None
+        and result.is_by_settings_of(run)
+        and _is_of_the_pairs(result, results)
     }
     if not found:
         return
-    for run in runs:
-        if run.name in found and not found[run.name].is_by_settings_of(run):
-            del found[run.name]
     measured = [run for run in runs if run.name in found and found[run.name].numbers]
     compared = _grouped([run for run in measured if run.is_compared], found)
     others = _grouped([run for run in measured if not run.is_compared], found)
@@ -192,21 +195,23 @@ def _target_lines(found: Sequence[Result], base: Result, groups: Groups) -> list
         if values:
             mean = statistics.mean(values)
             what = f"retrieval at {tokens(length)} at least {least:.2f}"
-            lines.append(_line([what, f"{mean:.2f}", _verdict(mean, least)]))
+            lines.append(_least_line(what, mean, least))
     for length, before in retrieval(base).items():
         if length <= SHORT_TOKENS:
             mean = statistics.mean(retrieval(result)[length] for result in found)
             what = f"retrieval at {tokens(length)} not below the base's {before:.2f}"
-            lines.append(_line([what, f"{mean:.2f}", _verdict(mean, before)]))
+            lines.append(_least_line(what, mean, before))
     plain = {title: group for title, group in groups.items() if title.startswith(PLAIN_NLL)}
     if plain:
         lines.append(_line(_kl_target(found, plain)))
     return lines
 
 
-def _verdict(seen: float, least: float) -> str:
-    """Of the numbers as they are shown."""
-    return "met" if round(seen, 2) >= round(least, 2) else "missed"
+def _least_line(what: str, seen: float, least: float) -> str:
+    """With a third digit where two would hide a miss."""
+    is_met = seen >= least
+    digits = 3 if not is_met and round(seen, 2) >= round(least, 2) else 2
+    return _line([what, f"{seen:.{digits}f}", "met" if is_met else "missed"])
 
 
 def _kl_target(found: Sequence[Result], plain: Groups) -> list[str]:
@@ -238,9 +243,9 @@ def _mean_kl(group: Sequence[Result]) -> float:
 def _ruler(results: Path, titles: Sequence[str]) -> Iterator[str]:
     """RULER by length, and by task, in the order of the titles."""
     by_title = read_ruler(results, pairs=digest_in(results, 1))
-    if not by_title:
-        return
     found = {title: by_title[title] for title in titles if title in by_title}
+    if not found:
+        return
     keys = list(dict.fromkeys(key for numbers in found.values() for key in numbers))
     parts = [key.split("/") for key in keys]
     lengths = [int(part[2]) for part in parts if len(part) == 3 and part[2].isdecimal()]

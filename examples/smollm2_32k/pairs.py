@@ -82,23 +82,19 @@ def description_of(pairs_path: Path) -> Path:
     return pairs_path.with_name(pairs_path.name.removesuffix(".jsonl.gz") + ".json")
 
 
-def digest_in(folder: Path, iteration: int) -> str | None:
+def digest_in(folder: Path, iteration: int, *, writer: str | None = None) -> str | None:
     """What tells the pairs of an iteration from others, by their description in a folder; None
-    where there is none, or where they were written by a model of other pairs."""
+    where there is none, or where they were written by a model of other pairs, or, if it is given,
+    by another run than `writer`."""
     path = description_of(folder / f"pairs-{iteration}.jsonl.gz")
     if not path.exists():
         return None
     described = json.loads(path.read_text(encoding="utf-8"))
     if iteration > 1 and described.get("parent") != digest_in(folder, iteration - 1):
         return None
+    if writer is not None and described.get("writer") != writer:
+        return None
     return described.get("digest")
-
-
-def writer_in(folder: Path, iteration: int) -> str | None:
-    """The run that wrote the pairs which are described there; None for the base."""
-    path = description_of(folder / f"pairs-{iteration}.jsonl.gz")
-    writer: str | None = json.loads(path.read_text(encoding="utf-8")).get("writer")
-    return writer
 
 
 def restore_pairs(results: Path, pairs_path: Path, documents: Path) -> None:

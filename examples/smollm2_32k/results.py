@@ -70,12 +70,9 @@ class Result:
 
 
 def settings_of(run: Run) -> str:
-    """Digest of the files of settings that a run is made by; its options are in its name."""
-    return settings_digest(*([] if run.method is None else ["train.yaml"]), "evaluate.yaml")
-
-
-def settings_digest(*names: str) -> str:
-    """Of what stands in these files beside this one, comments apart."""
+    """Digest of the files of settings that a run is made by, comments apart; its options are in its
+    name."""
+    names = ["evaluate.yaml"] if run.method is None else ["train.yaml", "evaluate.yaml"]
     contents = [yaml.safe_load((HERE / name).read_text(encoding="utf-8")) for name in names]
     return hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:8]
 
@@ -91,7 +88,7 @@ def write_result(
     pairs: str | None,
 ) -> None:
     """Puts together what a run has left."""
-    evaluation = {} if evaluation_file is None else _read(evaluation_file)
+    evaluation = {} if evaluation_file is None else read_json(evaluation_file)
     rows = []
     if metrics_file is not None:
         lines = metrics_file.read_text(encoding="utf-8").splitlines()
@@ -128,38 +125,6 @@ def write_result(
     write_whole(path, json.dumps(contents, separators=(",", ":")) + "\n")
 
 
-def write_ruler(
-    path: Path, evaluation_file: Path, *, title: str, device: str, pairs: str | None
-) -> None:
-    """What a model does on RULER: `longpo evaluate`'s numbers, by task and length. `pairs` as in
-    `Result`."""
-    evaluation = _read(evaluation_file)
-    contents = {
-        "title": title,
-        "numbers": evaluation["numbers"],
-        "pairs": pairs,
-        "device": device,
-        "versions": package_versions(),
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(contents, separators=(",", ":")) + "\n")
-
-
-def read_ruler(folder: Path, *, pairs: str | None) -> dict[str, Mapping[str, float]]:
-    """Numbers of RULER by the model's title: of the base, and of a model of these pairs."""
-    found = [_read(path) for path in sorted(folder.glob("ruler-*.json"))]
-    return {one["title"]: one["numbers"] for one in found if one["pairs"] in (None, pairs)}
-
-
-def has_ruler(path: Path, *, pairs: str | None) -> bool:
-    """Whether a model of these pairs was measured there."""
-    return path.exists() and _read(path)["pairs"] == pairs
-
-
-def ruler_path(folder: Path, name: str) -> Path:
-    return folder / f"ruler-{name}.json"
-
-
 def read_results(folder: Path) -> list[Result]:
     """All results of a folder, by name."""
     return [read_result(path) for path in sorted(folder.glob("run-*.json"))]
@@ -167,14 +132,14 @@ def read_results(folder: Path) -> list[Result]:
 
 def read_result(path: Path) -> Result:
     """The result that `write_result` wrote there."""
-    return Result(**_read(path))
+    return Result(**read_json(path))
 
 
 def result_path(folder: Path, run: Run) -> Path:
     return folder / f"run-{run.name}.json"
 
 
-def _read(path: Path) -> Any:
+def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 

@@ -6,28 +6,19 @@ import json
 import shutil
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from examples.smollm2_32k.commands import Commands, OutOfTime, longpo, options
-from examples.smollm2_32k.pairs import (
-    choose_pairs,
-    digest_in,
-    restore_pairs,
-    unpack,
-    writer_in,
-)
+from examples.smollm2_32k.pairs import choose_pairs, digest_in, restore_pairs, unpack
 from examples.smollm2_32k.plan import ITERATIONS, Run, Scale
 from examples.smollm2_32k.results import (
-    has_ruler,
     read_result,
     read_results,
     result_path,
-    ruler_path,
-    settings_digest,
+    settings_of,
     write_result,
-    write_ruler,
 )
 from megatron_longpo.data.jsonl import write_whole
 from megatron_longpo.errors import UserError
@@ -88,24 +79,22 @@ class Study:
 
     def exported(self, run: Run) -> Path:
         """Where a run's model is in Hugging Face's format, if it is kept."""
-        return self._made_of(run.iteration) / f"{run.name}-hf"
+        return self._made_by(run) / f"{run.name}-hf"
 
     def _made_of(self, iteration: int) -> Path:
-        """Where everything is that was made of an iteration's pairs and by train.yaml as it is, and
-        of no others."""
-        return self.output / f"of-pairs-{self.digest(iteration)}-by-{settings_digest('train.yaml')}"
+        """Where everything is that was made of an iteration's pairs, and of no others."""
+        return self.output / f"of-pairs-{self.digest(iteration)}"
+
+    def _made_by(self, run: Run) -> Path:
+        """Within that, or without pairs for the base, what was made by settings as they are."""
+        above = self.output if run.method is None else self._made_of(run.iteration)
+        return above / f"by-{settings_of(run)}"
 
     def digest(self, iteration: int) -> str | None:
         """Of the pairs that are there; None where another model has written them."""
         if not self._pairs(iteration).exists():
             return None
-        return self._digest_by_writer(self.keep, iteration)
-
-    def _digest_by_writer(self, folder: Path, iteration: int) -> str | None:
-        found = digest_in(folder, iteration)
-        if found is None or writer_in(folder, iteration) != self._writer(iteration):
-            return None
-        return found
+        return digest_in(self.keep, iteration, writer=self._writer(iteration))
 
     def _writer(self, iteration: int) -> str | None:
         return self.parent.name if iteration > 1 else None
@@ -143,7 +132,8 @@ class Study:
             UserError: where these are not the same documents, or there are other pairs.
         """
         for iteration in ITERATIONS:
-            pairs, ours = self._pairs(iteration), self._digest_by_writer(self.results, iteration)
+            pairs = self._pairs(iteration)
+            ours = digest_in(self.results, iteration, writer=self._writer(iteration))
             if ours is None and iteration > 1:
                 continue
             if not pairs.exists():
@@ -197,7 +187,7 @@ class Study:
         }
         if iteration > 1:
             values |= {"model": self.first_model, **self.scale.generate_next}
-        arguments = ["generate", "--config", HERE / "generate.yaml", *options(_plain(values))]
+        arguments = ["generate", "--config", HERE / "generate.yaml", *options(values)]
         self.commands.together(
             {
                 f"generate-{iteration}-{shard}": longpo(
@@ -221,15 +211,14 @@ class Study:
             "tokenizer": self.model,
             **self.scale.tokenize,
         }
-        self.commands.longpo(f"tokenize-{iteration}", "tokenize", *options(_plain(values)))
+        self.commands.longpo(f"tokenize-{iteration}", "tokenize", *options(values))
         examples.unlink()
         return rows
 
     # ---------------------------------------------------------------- runs
 
     def _folder(self, run: Run) -> Path:
-        above = self.output if run.method is None else self._made_of(run.iteration)
-        return above / "runs" / run.name
+        return self._made_by(run) / "runs" / run.name
 
     def is_done(self, run: Run) -> bool:
         """Whether its result is there, by these settings and of the pairs that are there: others
@@ -302,7 +291,7 @@ class Study:
             values |= {"train.eval_interval": 0, "train.eval_at_start": False}
         started = time.monotonic()
         config = ("--config", HERE / "train.yaml")
-        self.commands.longpo(f"train-{run.name}", "train", *config, *options(_plain(values)))
+        self.commands.longpo(f"train-{run.name}", "train", *config, *options(values))
         taken = time.monotonic() - started
         if run.is_exported and not self.exported(run).exists():
             self.commands.longpo(
@@ -313,8 +302,10 @@ class Study:
         return taken
 
     def _must_train(self, run: Run) -> bool:
+        """Also where it was done and its checkpoint, which went with its result, is needed."""
         lacks_export = run.is_exported and not self.exported(run).exists()
-        return lacks_export or not (self._folder(run) / TRAINED).exists()
+        made = (self._folder(run) / name for name in (TRAINED, "checkpoints"))
+        return lacks_export or not all(path.exists() for path in made)
 
     def evaluate(self, run: Run, folder: Path, evaluated: Path) -> None:
         values: dict[str, Any] = {
@@ -328,52 +319,7 @@ class Study:
             values["rope_theta"] = run.theta
         target = self.model if run.method is None else folder / "checkpoints"
         config = ("--config", HERE / "evaluate.yaml")
-        self.commands.longpo(
-            f"evaluate-{run.name}", "evaluate", target, *config, *options(_plain(values))
-        )
-
-    def measure_ruler(self, data: Path | None) -> None:
-        """RULER for the base and the models that are kept, side by side; goes on task by task.
-
-        Raises:
-            OutOfTime: where the time was over before the end.
-            CommandFailed: such as without the extra `eval`.
-        """
-        models: dict[str, tuple[str, Path, str | None]] = {"base": ("base", self.model, None)}
-        for run in self.runs:
-            if run.is_exported and (model := self.exported(run)).exists():
-                models[run.name] = (run.title, model, self.digest(run.iteration))
-            elif run.is_exported:
-                print(f"RULER: without {run.name}, whose model is not here", flush=True)
-        missing = [
-            name
-            for name, (*_, pairs) in models.items()
-            if not has_ruler(ruler_path(self.results, name), pairs=pairs)
-        ]
-        folders = {
-            name: self.keep / "ruler" / "-of-".join(filter(None, [name, models[name][2]]))
-            for name in missing
-        }
-        values = dict(self.scale.ruler) | ({} if data is None else {"harness.data": data.resolve()})
-        config = ("--config", HERE / "ruler.yaml")
-        commands = {
-            f"ruler-{name}": longpo(
-                *("evaluate", models[name][1], *config),
-                *options(_plain({"output": folders[name], **values})),
-            )
-            for name in missing
-        }
-        if commands:
-            self.commands.together(commands)
-        for name, folder in folders.items():
-            title, _, pairs = models[name]
-            write_ruler(
-                ruler_path(self.results, name),
-                folder / "evaluation.json",
-                title=title,
-                device=self.device,
-                pairs=pairs,
-            )
+        self.commands.longpo(f"evaluate-{run.name}", "evaluate", target, *config, *options(values))
 
     # ---------------------------------------------------------------- time
 
@@ -417,11 +363,6 @@ class Study:
         return (
             statistics.median(result.seconds[part] for result in same or found) if found else None
         )
-
-
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Paths as text."""
-    return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
 
 
 def device_name() -> str:

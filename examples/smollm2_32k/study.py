@@ -23,6 +23,7 @@ from queue import SimpleQueue
 from examples.smollm2_32k.commands import ROOT, CommandFailed, OutOfTime
 from examples.smollm2_32k.page import write_page
 from examples.smollm2_32k.plan import FULL, SETTING, TINY, Run, plan
+from examples.smollm2_32k.ruler import measure_ruler
 from examples.smollm2_32k.stages import Study
 from megatron_longpo.errors import (
     EXIT_BAD_INPUT,
@@ -193,7 +194,7 @@ def do_one(study: Study, free: SimpleQueue[str | None], run: Run) -> int:
 
 def do_ruler(study: Study, data: Path | None) -> int:
     try:
-        study.measure_ruler(data)
+        measure_ruler(study, data)
     except OutOfTime:
         return _stopped()
     except CommandFailed as error:

@@ -19,13 +19,11 @@ from examples.smollm2_32k import page, study
 from examples.smollm2_32k.commands import ROOT, CommandFailed, Commands, OutOfTime, options
 from examples.smollm2_32k.plan import FULL, GRID, SEEDS, SETTING, Run, plan
 from examples.smollm2_32k.results import (
-    has_ruler,
     read_results,
     result_path,
-    ruler_path,
     write_result,
-    write_ruler,
 )
+from examples.smollm2_32k.ruler import has_ruler, ruler_path, write_ruler
 from megatron_longpo.config import load_train_config, resolve
 
 HERE = ROOT / "examples" / "smollm2_32k"
@@ -222,6 +220,22 @@ def test_runs_are_compared_on_the_same_pairs(tmp_path: Path) -> None:
     assert "SFT" not in text and "DPO" not in text
 
 
+def test_training_counts_while_its_checkpoint_is_there(tmp_path: Path) -> None:
+    describe_pairs(tmp_path / "keep", "here")
+    arguments: dict[str, Any] = {"scale": FULL, "runs": RUNS, "model": None, "shards": 1}
+    made = study.Study(**arguments, output=tmp_path, results=tmp_path, minutes=None, jobs=1)
+    (run,) = [run for run in RUNS if run.name == "nll-s42"]
+    whole = made.predicted_seconds(run)
+    folder = made._folder(run)
+    (folder / "checkpoints").mkdir(parents=True)
+    assert made.predicted_seconds(run) == whole
+    (folder / "trained.json").write_text('{"seconds": 9}')
+    assert made.predicted_seconds(run) < whole
+    assert made.train(run, folder, tmp_path / "rows.jsonl") == 9
+    (folder / "checkpoints").rmdir()
+    assert made.predicted_seconds(run) == whole
+
+
 def test_page(tmp_path: Path) -> None:
     values = {
         "base-theta1e5": (0.95, 0.0, 0.0),
@@ -242,6 +256,8 @@ def test_page(tmp_path: Path) -> None:
     assert text.index("weight 1 |") > text.index("## Other settings") > text.index("## Targets")
     assert "| retrieval at 16K at least 0.90 | 0.95 | met |" in text
     assert "| retrieval at 4K not below the base's 0.95 | 0.95 | met |" in text
+    below = page._least_line("x", 0.947, 0.95), page._least_line("x", 0.94, 0.95)
+    assert below == ("| x | 0.947 | missed |", "| x | 0.94 | missed |")
     # NLL finds 0.875 of the two longest, LongPO 0.95: no equal, until another NLL run is. That it
     # loses more nevertheless is enough.
     kl = "short KL below plain NLL's at equal retrieval"

@@ -18,7 +18,7 @@ from megatron_longpo.config import ParallelConfig
 from megatron_longpo.training.checkpoint import newest
 from megatron_longpo.training.run_folder import settings
 from tests.parity.harness import Shelf
-from tests.torchrun import ROOT, rank_environment
+from tests.torchrun import ROOT, assert_end, rank_environment
 from tests.training.short_runs import metric_rows, short_config
 
 STEPS, SAVE_EVERY = 12, 3
@@ -57,16 +57,20 @@ def start(config_file: Path, *, held_by: Path | None = None) -> subprocess.Popen
     )
 
 
-def kill_when(
-    config_file: Path, is_time: Callable[[], bool], *, held_by: Path | None = None
-) -> None:
-    """Starts the run and kills all its processes as soon as `is_time`."""
-    process = start(config_file, held_by=held_by)
+def await_moment(process: subprocess.Popen[bytes], is_time: Callable[[], bool]) -> None:
     deadline = time.monotonic() + PATIENCE_S
     while not is_time():
         assert time.monotonic() < deadline, "the moment to kill never came"
         assert process.poll() is None, process.communicate(timeout=30)[1][-3000:]
         time.sleep(0.001)
+
+
+def kill_when(
+    config_file: Path, is_time: Callable[[], bool], *, held_by: Path | None = None
+) -> None:
+    """Starts the run and kills all its processes as soon as `is_time`."""
+    process = start(config_file, held_by=held_by)
+    await_moment(process, is_time)
     # Torchrun's workers have sessions of their own.
     launcher = psutil.Process(process.pid)
     for member in [*launcher.children(recursive=True), launcher]:
@@ -129,12 +133,9 @@ def test_ranks_end_with_their_launcher(is_training: bool, shelf: Shelf, tmp_path
     process = start(file)
     launcher = psutil.Process(process.pid)
     metrics = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + PATIENCE_S
-    while len(ranks := launcher.children()) < 2 or (is_training and not metrics.exists()):
-        assert launcher.is_running() and time.monotonic() < deadline
-        time.sleep(0.01)
+    is_up = metrics.exists if is_training else lambda: len(launcher.children()) == 2
+    await_moment(process, is_up)
+    ranks = launcher.children()
     launcher.kill()
-    _, alive = psutil.wait_procs(ranks, timeout=30)
-    # Whoever takes in orphans may not ask for their exit codes.
-    assert all(rank.status() == psutil.STATUS_ZOMBIE for rank in alive)
+    assert_end(ranks, timeout_s=30)
     process.communicate()
