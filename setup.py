@@ -78,9 +78,9 @@ setup(
     packages=find_packages(include=["megatron_longpo*", "checkpoints_convert*"]),
     package_data={
         "megatron_longpo": [
-            "data/*.html",
-            "evaluation/harness/suites/*.yaml",
-            "evaluation/harness/tasks/*/*",
+            "data/inspect/*.html",
+            "config/suite_files/*.yaml",
+            "evaluation/harness/task_files/*/*",
         ]
     },
     python_requires=">=3.11,<3.14",

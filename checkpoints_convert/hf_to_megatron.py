@@ -17,7 +17,6 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch import Tensor
 
-from checkpoints_convert.config import ImportConfig
 from checkpoints_convert.destination import new_folder
 from checkpoints_convert.hf_folder import local_hf_folder, write_hf_side_files
 from checkpoints_convert.hf_weights import HfWeights
@@ -29,6 +28,7 @@ from checkpoints_convert.torch_dist import (
     iteration_folder,
 )
 from checkpoints_convert.torch_dist_writer import Part, write_torch_dist
+from megatron_longpo.config.convert import ImportConfig
 from megatron_longpo.errors import UserError
 from megatron_longpo.model.architectures import Architecture, read_architecture
 from megatron_longpo.model.spec import (

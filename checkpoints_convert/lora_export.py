@@ -17,7 +17,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from checkpoints_convert.config import ExportConfig
 from checkpoints_convert.destination import new_folder
 from checkpoints_convert.fingerprint import weights_fingerprint
 from checkpoints_convert.hf_folder import (
@@ -30,6 +29,7 @@ from checkpoints_convert.hf_weights import INDEX_NAME, HfWeights
 from checkpoints_convert.lora_record import LORA_NAME, LoraRecord
 from checkpoints_convert.mapping import TensorRule, tensor_rules, to_hf
 from checkpoints_convert.torch_dist import HF_FOLDER_NAME, TorchDistReader
+from megatron_longpo.config.convert import ExportConfig
 from megatron_longpo.errors import UserError
 from megatron_longpo.model.architectures import Architecture, read_architecture
 from megatron_longpo.model.lora import ADAPTER_NAME

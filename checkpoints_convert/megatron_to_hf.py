@@ -19,13 +19,13 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
 from checkpoints_convert.checkpoint_weights import Reader, open_checkpoint
-from checkpoints_convert.config import ExportConfig
 from checkpoints_convert.destination import new_folder
 from checkpoints_convert.hf_folder import write_hf_side_files
 from checkpoints_convert.hf_weights import INDEX_NAME, WEIGHTS_NAME, local_rules
 from checkpoints_convert.lora_export import export_adapter
 from checkpoints_convert.mapping import TensorRule, tensor_rules, to_hf
 from checkpoints_convert.safetensors_writer import write_safetensors
+from megatron_longpo.config.convert import ExportConfig
 from megatron_longpo.errors import UserError
 from megatron_longpo.model.architectures import Architecture
 from megatron_longpo.model.spec import DTYPES

@@ -18,7 +18,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from checkpoints_convert.config import ExportConfig, ImportConfig, VerifyConfig
 from checkpoints_convert.hf_folder import local_hf_folder
 from checkpoints_convert.hf_to_megatron import import_checkpoint
 from checkpoints_convert.hf_weights import HfWeights
@@ -33,6 +32,7 @@ from checkpoints_convert.verify_tokenizer import (
     read_texts,
     token_rows,
 )
+from megatron_longpo.config.convert import ExportConfig, ImportConfig, VerifyConfig
 from megatron_longpo.errors import CheckFailed, UserError
 from megatron_longpo.model.architectures import read_architecture
 from megatron_longpo.model.spec import DTYPES

@@ -21,11 +21,11 @@ from torch import Tensor
 from checkpoints_convert.hf_to_megatron import single_process
 from checkpoints_convert.hf_weights import local_rules
 from checkpoints_convert.torch_dist import TorchDistReader
-from megatron_longpo.data.forest import Branch, Forest, Term, build_forest, concatenate
+from megatron_longpo.data.trees.forest import Branch, Forest, Term, build_forest, concatenate
 from megatron_longpo.errors import CheckFailed
 from megatron_longpo.model.architectures import Architecture
-from megatron_longpo.model.attention import TreeAttention
-from megatron_longpo.model.kernel_choice import choose_kernel
+from megatron_longpo.model.attention.kernel_choice import choose_kernel
+from megatron_longpo.model.attention.tree_attention import TreeAttention
 from megatron_longpo.model.rope import inverse_frequencies, rotary_angles
 from megatron_longpo.model.spec import build_gpt, transformer_config
 from megatron_longpo.parallel.context import NoExchange

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_longpo import __version__, parent, stop
-from megatron_longpo.config_help import config_text, help_text
-from megatron_longpo.config_parser import load_config, unchecked_values
+from megatron_longpo import __version__
+from megatron_longpo.config.help import config_text, help_text
+from megatron_longpo.config.parser import load_config, unchecked_values
 from megatron_longpo.errors import (
     EXIT_BAD_INPUT,
     EXIT_CHECK_FAILED,
@@ -29,8 +29,9 @@ from megatron_longpo.errors import (
     UserError,
     nearest,
 )
-from megatron_longpo.gpu_memory import allow_expandable_segments
-from megatron_longpo.launch import Launch, run_torchrun
+from megatron_longpo.runtime import parent, stop
+from megatron_longpo.runtime.gpu_memory import allow_expandable_segments
+from megatron_longpo.runtime.launch import Launch, run_torchrun
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +49,7 @@ class Command:
     """Settings that may be given by position, in this order."""
     resolve: str | None = None
     """`module:function` from parsed to resolved settings, where a command has one."""
-    check_world: str = "megatron_longpo.config:check_world"
+    check_world: str = "megatron_longpo.config.train:check_world"
     """`module:function` that takes settings and a number of processes, where it launches."""
     launches: bool = False
     """Whether it runs in many processes, which `--nproc` starts."""
@@ -60,7 +61,7 @@ COMMANDS = (
     Command(
         name="generate",
         summary="Write preference examples about long documents, with the model's own answers.",
-        config="megatron_longpo.generation.config:GenerateConfig",
+        config="megatron_longpo.config.generate:GenerateConfig",
         run="megatron_longpo.generation.generate:run_generate",
         examples=(
             "longpo generate --model models/hf --documents books --output examples.jsonl",
@@ -72,8 +73,8 @@ COMMANDS = (
     Command(
         name="judge",
         summary="Let a model score the answers of preference examples, and drop what scores low.",
-        config="megatron_longpo.generation.judge_config:JudgeConfig",
-        run="megatron_longpo.generation.judge:run_judge",
+        config="megatron_longpo.config.judge:JudgeConfig",
+        run="megatron_longpo.generation.judge.run:run_judge",
         examples=(
             "longpo judge examples.jsonl --output judged.jsonl --model models/hf",
             "longpo judge examples.jsonl --output good.jsonl --model models/hf --least_support 4 "
@@ -86,8 +87,8 @@ COMMANDS = (
     Command(
         name="tokenize",
         summary="Turn preference examples into token rows for one model.",
-        config="megatron_longpo.data.config:TokenizeConfig",
-        run="megatron_longpo.data.tokenize:run_tokenize",
+        config="megatron_longpo.config.tokenize:TokenizeConfig",
+        run="megatron_longpo.data.text.tokenize:run_tokenize",
         examples=(
             "longpo tokenize --examples examples.jsonl --output rows.jsonl --tokenizer models/hf",
             "longpo tokenize --config tokenize.yaml --overwrite",
@@ -96,8 +97,8 @@ COMMANDS = (
     Command(
         name="inspect",
         summary="Show what is in a set of token rows or examples: text, labels, lengths, turns.",
-        config="megatron_longpo.data.config:InspectConfig",
-        run="megatron_longpo.data.inspect:run_inspect",
+        config="megatron_longpo.config.tokenize:InspectConfig",
+        run="megatron_longpo.data.inspect.run:run_inspect",
         examples=(
             "longpo inspect rows.jsonl",
             "longpo inspect rows.jsonl --tokenizer models/hf --row 3",
@@ -110,9 +111,9 @@ COMMANDS = (
         name="train",
         summary="Train a model on token rows. Several processes start with --nproc, on several "
         "machines with --nnodes too; plain torchrun -m megatron_longpo train works as well.",
-        config="megatron_longpo.config:TrainConfig",
+        config="megatron_longpo.config.train:TrainConfig",
         run="megatron_longpo.training.loop:run_training",
-        resolve="megatron_longpo.config:resolve",
+        resolve="megatron_longpo.config.train:resolve",
         examples=(
             "longpo train --config train.yaml",
             "longpo train --config train.yaml --optimizer.lr 1e-6 --train.steps 20",
@@ -127,9 +128,9 @@ COMMANDS = (
         summary="Compute the reference's log-probabilities of all rows once, for training with "
         "reference.mode cached. Takes the settings and options of train, and goes on where it was "
         "stopped.",
-        config="megatron_longpo.config:TrainConfig",
-        run="megatron_longpo.training.reference_pass:run_reference",
-        resolve="megatron_longpo.config:resolve_reference",
+        config="megatron_longpo.config.train:TrainConfig",
+        run="megatron_longpo.reference.run:run_reference",
+        resolve="megatron_longpo.config.train:resolve_reference",
         examples=(
             "longpo reference --config train.yaml",
             "longpo reference --nproc 8 --config train.yaml --parallel.tensor 8",
@@ -141,7 +142,7 @@ COMMANDS = (
     Command(
         name="convert import",
         summary="Turn a Hugging Face model into a Megatron checkpoint.",
-        config="checkpoints_convert.config:ImportConfig",
+        config="megatron_longpo.config.convert:ImportConfig",
         run="checkpoints_convert.hf_to_megatron:run_import",
         examples=("longpo convert import models/hf models/megatron",),
         positionals=("source", "destination"),
@@ -149,7 +150,7 @@ COMMANDS = (
     Command(
         name="convert export",
         summary="Turn a Megatron checkpoint into a Hugging Face folder.",
-        config="checkpoints_convert.config:ExportConfig",
+        config="megatron_longpo.config.convert:ExportConfig",
         run="checkpoints_convert.megatron_to_hf:run_export",
         examples=(
             "longpo convert export runs/a/checkpoints models/a-hf",
@@ -161,7 +162,7 @@ COMMANDS = (
         name="convert verify",
         summary="Prove the converters on a Hugging Face model: import and export it, then compare "
         "weights, logits on real text, tokenizer and config.",
-        config="checkpoints_convert.config:VerifyConfig",
+        config="megatron_longpo.config.convert:VerifyConfig",
         run="checkpoints_convert.verify:run_verify",
         examples=(
             "longpo convert verify models/hf",
@@ -176,10 +177,10 @@ COMMANDS = (
         summary="Measure a model: retrieval by length and depth, long documents' NLL by position, "
         "retention of a base model on short prompts. Or compare what was measured. Several "
         "processes start with --nproc.",
-        config="megatron_longpo.evaluation.evaluate_config:EvaluateConfig",
+        config="megatron_longpo.config.evaluate:EvaluateConfig",
         run="megatron_longpo.evaluation.evaluate:run_evaluate",
-        resolve="megatron_longpo.evaluation.evaluate_config:resolve_evaluate",
-        check_world="megatron_longpo.evaluation.evaluate_config:check_evaluate_world",
+        resolve="megatron_longpo.config.evaluate:resolve_evaluate",
+        check_world="megatron_longpo.config.evaluate:check_evaluate_world",
         examples=(
             "longpo evaluate models/hf --output evaluated/base --config evaluate.yaml",
             "longpo evaluate runs/a/checkpoints --output evaluated/a --base models/hf "
@@ -193,16 +194,16 @@ COMMANDS = (
     Command(
         name="report",
         summary="Plot and summarise what training runs logged.",
-        config="megatron_longpo.training.report:ReportConfig",
-        run="megatron_longpo.training.report:run_report",
+        config="megatron_longpo.engine.report:ReportConfig",
+        run="megatron_longpo.engine.report:run_report",
         examples=("longpo report runs/a", "longpo report runs/a runs/b --output comparison.png"),
         positionals=("runs",),
     ),
     Command(
         name="env",
         summary="Show versions, GPUs and which optional packages are missing.",
-        config="megatron_longpo.env:EnvConfig",
-        run="megatron_longpo.env:run_env",
+        config="megatron_longpo.runtime.env:EnvConfig",
+        run="megatron_longpo.runtime.env:run_env",
         examples=("longpo env", "longpo env --json"),
     ),
 )

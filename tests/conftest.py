@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_longpo.parallel.groups import Groups
-from megatron_longpo.stop import STOP_SIGNALS
+from megatron_longpo.runtime.stop import STOP_SIGNALS
 
 if TYPE_CHECKING:
     from tests.parity.harness import Shelf

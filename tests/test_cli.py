@@ -16,10 +16,10 @@ import yaml
 
 from megatron_longpo import __version__, cli
 from megatron_longpo.cli import COMMANDS, Command, find_command, main, take_launch
-from megatron_longpo.config_help import config_text
-from megatron_longpo.config_parser import load_config, unchecked_values
+from megatron_longpo.config.help import config_text
+from megatron_longpo.config.parser import load_config, unchecked_values
 from megatron_longpo.errors import CheckFailed, StopRequested, UserError
-from megatron_longpo.launch import Launch
+from megatron_longpo.runtime.launch import Launch
 
 ROOT = Path(__file__).parents[1]
 TRAIN = ["--model.hf_path=m", "--data.path=d", "--logging.dir=l"]
@@ -196,7 +196,7 @@ def test_print_config_reads_back(capsys: pytest.CaptureFixture[str], tmp_path: P
     assert "# Highest learning rate. [a number, at least 0; default 5e-7]\n  lr: 5.0e-07" in text
     path = tmp_path / "train.yaml"
     path.write_text(text)
-    config_class = importlib.import_module("megatron_longpo.config").TrainConfig
+    config_class = importlib.import_module("megatron_longpo.config.train").TrainConfig
     config = load_config(config_class, ["--config", str(path)], command="train")
     assert config == load_config(config_class, [*TRAIN, "--train.steps=7"], command="train")
     assert config_text(config_class, dataclasses.asdict(config)) == text.rstrip("\n")
@@ -252,7 +252,7 @@ def test_the_reference_command_takes_the_settings_of_train(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     seen: list[Any] = []
-    fake = types.ModuleType("megatron_longpo.training.reference_pass")
+    fake = types.ModuleType("megatron_longpo.reference.run")
     fake.run_reference = seen.append  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, fake.__name__, fake)
     assert main(["reference", *TRAIN, "--reference.mode=online", "--reference.offload"]) == 0

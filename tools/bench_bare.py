@@ -23,8 +23,8 @@ from torch import Tensor
 
 from megatron_longpo.errors import UserError
 from megatron_longpo.model.architectures import Architecture
-from megatron_longpo.model.kernel_choice import choose_kernel
-from megatron_longpo.model.kernels import AttentionKernel
+from megatron_longpo.model.attention.kernel_choice import choose_kernel
+from megatron_longpo.model.attention.kernels import AttentionKernel
 from megatron_longpo.parallel.layout import AttentionPlan, RankPack
 
 KERNELS = ("te", "cudnn", "flash_attn", "sdpa")

@@ -26,8 +26,8 @@ import torch.distributed as dist
 
 from checkpoints_convert.torch_dist import iteration_folder
 from megatron_longpo.data.jsonl import write_whole
-from megatron_longpo.gpu_memory import allow_expandable_segments
 from megatron_longpo.parallel import groups
+from megatron_longpo.runtime.gpu_memory import allow_expandable_segments
 from megatron_longpo.training import checkpoint, loop
 from megatron_longpo.training.loop import Run, train_step
 from tools import bench_step

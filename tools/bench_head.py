@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_longpo.gpu_memory import allow_expandable_segments
-from megatron_longpo.model.logprob_head import VocabularyShard, edge_logps
+from megatron_longpo.model.head.logprobs import VocabularyShard, edge_logps
 from megatron_longpo.parallel import groups
+from megatron_longpo.runtime.gpu_memory import allow_expandable_segments
 from tools.bench_bare import LARGEST_PRODUCT, bare_matmul, fastest
 
 SHAPES = ((4096, 32000), (3584, 152064))

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from megatron_longpo.gpu_memory import allow_expandable_segments
-from megatron_longpo.model.kernel_choice import choose_kernel
-from megatron_longpo.model.kernels import AttentionKernel
+from megatron_longpo.model.attention.kernel_choice import choose_kernel
+from megatron_longpo.model.attention.kernels import AttentionKernel
+from megatron_longpo.runtime.gpu_memory import allow_expandable_segments
 from tools.bench_bare import (
     KERNELS,
     Block,

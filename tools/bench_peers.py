@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_longpo.data.jsonl import write_whole
-from megatron_longpo.gpu_memory import allow_expandable_segments
+from megatron_longpo.runtime.gpu_memory import allow_expandable_segments
 from tools.bench_models import SHAPES
 from tools.peer_case import Case
 

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_longpo.config import (
+from megatron_longpo.config.train import (
     CheckpointConfig,
     DataConfig,
     LoggingConfig,
@@ -35,9 +35,15 @@ from megatron_longpo.config import (
     resolve,
     resolve_reference,
 )
-from megatron_longpo.data.rows import IGNORED_LABEL, PreferenceRow, TokenRow, write_rows_jsonl
-from megatron_longpo.training import loop, reference_pass
-from megatron_longpo.training.metrics import peak_memory_gib
+from megatron_longpo.data.rows.dataset import (
+    IGNORED_LABEL,
+    PreferenceRow,
+    TokenRow,
+    write_rows_jsonl,
+)
+from megatron_longpo.engine.metrics import peak_memory_gib
+from megatron_longpo.reference import run as reference_pass
+from megatron_longpo.training import loop
 from tools.tiny_models import make_tiny_model
 
 MODES = ("online", "offload", "cached", "none")

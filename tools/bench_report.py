@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_longpo.data.jsonl import write_whole
-from megatron_longpo.training.flops import step_flops
+from megatron_longpo.engine.flops import step_flops
 from megatron_longpo.training.loop import Run
 from tools.bench_timing import Timing
 

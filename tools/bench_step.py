@@ -27,7 +27,7 @@ from typing import get_args
 import numpy as np
 import torch
 
-from megatron_longpo.config import (
+from megatron_longpo.config.train import (
     CheckpointConfig,
     DataConfig,
     LoggingConfig,
@@ -39,14 +39,14 @@ from megatron_longpo.config import (
     TrainConfig,
     resolve,
 )
-from megatron_longpo.data.rows import write_rows_jsonl
-from megatron_longpo.data.sampler import PairSampler
-from megatron_longpo.gpu_memory import allow_expandable_segments
+from megatron_longpo.data.rows.dataset import write_rows_jsonl
+from megatron_longpo.data.trees.sampler import PairSampler
+from megatron_longpo.engine.batches import rank_packs
+from megatron_longpo.engine.sources import make_objective, read_pairs
 from megatron_longpo.model.spec import DTYPES, Recompute
 from megatron_longpo.parallel import groups
-from megatron_longpo.training.batches import rank_packs
+from megatron_longpo.runtime.gpu_memory import allow_expandable_segments
 from megatron_longpo.training.loop import Run, prepare
-from megatron_longpo.training.sources import make_objective, read_pairs
 from tools.bench_bare import Limit, Timer, fastest, sustained
 from tools.bench_models import SHAPES, PairShape, random_pair, write_random_weights
 from tools.bench_report import Report

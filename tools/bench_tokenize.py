@@ -29,10 +29,10 @@ from pathlib import Path
 import psutil
 from transformers import AutoTokenizer
 
-from megatron_longpo.data.config import TokenizeConfig
-from megatron_longpo.data.examples import Example, Turn, write_examples
-from megatron_longpo.data.text_sets import TextSet
-from megatron_longpo.data.tokenize import WORKER_IMPORTS, ExampleTokenizer, write_outcomes
+from megatron_longpo.config.tokenize import TokenizeConfig
+from megatron_longpo.data.text.examples import Example, Turn, write_examples
+from megatron_longpo.data.text.sets import TextSet
+from megatron_longpo.data.text.tokenize import WORKER_IMPORTS, ExampleTokenizer, write_outcomes
 from megatron_longpo.data.workers import WorkerPool
 
 CHUNK_CHARS = 16_000

@@ -29,12 +29,12 @@ from pathlib import Path
 
 from examples.quickstart.documents import standard_library_files
 from megatron_longpo.data.jsonl import write_packed_jsonl
-from megatron_longpo.data.tokenizers import ChatTokenizer, load_tokenizer
+from megatron_longpo.data.text.tokenizers import ChatTokenizer, load_tokenizer
 from megatron_longpo.errors import UserError
-from megatron_longpo.generation.chunking import chunk_document
-from megatron_longpo.generation.documents import DocumentSet
-from megatron_longpo.generation.structure import find_kind
-from megatron_longpo.generation.token_spans import find_token_spans
+from megatron_longpo.generation.documents.chunking import chunk_document
+from megatron_longpo.generation.documents.reading import DocumentSet
+from megatron_longpo.generation.documents.structure import find_kind
+from megatron_longpo.generation.documents.token_spans import find_token_spans
 
 STANDARD_LIBRARY = "python-stdlib"
 PACKAGES = {

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_longpo.config import (
+from megatron_longpo.config.train import (
     CheckpointConfig,
     DataConfig,
     LoggingConfig,
@@ -26,7 +26,8 @@ from megatron_longpo.config import (
     resolve_reference,
 )
 from megatron_longpo.parallel import groups
-from megatron_longpo.training import loop, reference_pass
+from megatron_longpo.reference import run as reference_pass
+from megatron_longpo.training import loop
 from tools.peer_case import (
     ADAM_BETAS,
     BETA,

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_longpo.data.examples import Example, check_example, example_columns
 from megatron_longpo.data.jsonl import write_packed_jsonl
+from megatron_longpo.data.text.examples import Example, check_example, example_columns
 from megatron_longpo.errors import UserError
 
 Outline = dict[str, Any]

@@ -14,7 +14,7 @@ import yaml
 
 from examples.smollm2_32k.plan import Run
 from megatron_longpo.data.jsonl import write_whole
-from megatron_longpo.training.run_folder import package_versions
+from megatron_longpo.engine.run_folder import package_versions
 
 HERE = Path(__file__).resolve().parent
 

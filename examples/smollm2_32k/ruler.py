@@ -10,7 +10,7 @@ from examples.smollm2_32k.commands import longpo, options
 from examples.smollm2_32k.results import read_json
 from examples.smollm2_32k.stages import HERE, Study
 from megatron_longpo.data.jsonl import write_whole
-from megatron_longpo.training.run_folder import package_versions
+from megatron_longpo.engine.run_folder import package_versions
 
 
 def measure_ruler(study: Study, data: Path | None) -> None:

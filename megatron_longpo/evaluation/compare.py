@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_longpo.data.jsonl import write_whole
+from megatron_longpo.engine.metrics import EVALUATION_NAME
+from megatron_longpo.engine.report import Run, read_run
 from megatron_longpo.errors import UserError
 from megatron_longpo.evaluation.output import FILE_NAME, read_evaluation
 from megatron_longpo.evaluation.plots import draw_all
 from megatron_longpo.evaluation.results import Record, flat_numbers
-from megatron_longpo.training.metrics import EVALUATION_NAME
-from megatron_longpo.training.report import Run, read_run
 
 HIGHER_IS_BETTER = (
     *("retrieval/", "ends/", "generated/", "retention/agreement", "rewards/", "suite/"),

@@ -19,15 +19,12 @@ from checkpoints_convert.checkpoint_weights import load_checkpoint_weights, open
 from checkpoints_convert.hf_folder import local_hf_folder
 from checkpoints_convert.hf_weights import load_hf_weights
 from checkpoints_convert.torch_dist import TRACKER_NAME
-from megatron_longpo import stop
-from megatron_longpo.data.tokenizers import ChatTokenizer, load_tokenizer
+from megatron_longpo.config.evaluate import EvaluateConfig, check_evaluate_world, training_config
+from megatron_longpo.data.text.tokenizers import ChatTokenizer, load_tokenizer
+from megatron_longpo.engine import build, degrees, run_folder
+from megatron_longpo.engine.console import RunConsole
 from megatron_longpo.errors import StopRequested, UserError
 from megatron_longpo.evaluation.compare import run_compare
-from megatron_longpo.evaluation.evaluate_config import (
-    EvaluateConfig,
-    check_evaluate_world,
-    training_config,
-)
 from megatron_longpo.evaluation.generation import answer_questions
 from megatron_longpo.evaluation.harness.run import check_packages, harness_model, run_suites
 from megatron_longpo.evaluation.in_training import ask_base
@@ -39,8 +36,7 @@ from megatron_longpo.parallel import groups as process_groups
 from megatron_longpo.parallel.collectives import from_main_rank, on_any_rank
 from megatron_longpo.parallel.groups import Groups
 from megatron_longpo.parallel.stages import like_split
-from megatron_longpo.training import build, degrees, run_folder
-from megatron_longpo.training.console import RunConsole
+from megatron_longpo.runtime import stop
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,11 +7,11 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from megatron_longpo.data.tokenizers import ChatTokenizer
+from megatron_longpo.data.text.tokenizers import ChatTokenizer
 from megatron_longpo.errors import UserError
 from megatron_longpo.evaluation.frames import plain_ids
-from megatron_longpo.generation.document_sources import ReadOptions
-from megatron_longpo.generation.documents import DocumentSet
+from megatron_longpo.generation.documents.reading import DocumentSet
+from megatron_longpo.generation.documents.sources import ReadOptions
 
 NUM_SENTENCES = 2000
 """Of the built-in text, some 25,000 tokens; longer haystacks begin anew."""

@@ -10,20 +10,20 @@ from typing import Any
 
 import torch
 
-from megatron_longpo.config import TrainConfig
-from megatron_longpo.data.catalog import PairCatalog
-from megatron_longpo.data.tokenizers import load_tokenizer
+from megatron_longpo.config.train import TrainConfig
+from megatron_longpo.data.text.tokenizers import load_tokenizer
+from megatron_longpo.data.trees.catalog import PairCatalog
+from megatron_longpo.engine import build
+from megatron_longpo.engine.batches import rank_packs
+from megatron_longpo.engine.console import RunConsole
+from megatron_longpo.engine.metrics import Metrics, mean_metrics
+from megatron_longpo.engine.schedule import MetricSums, run_microbatches
+from megatron_longpo.engine.sources import ModelSources
 from megatron_longpo.evaluation.results import Record, flat_numbers
 from megatron_longpo.evaluation.scorer import KeptBase, Scorer
 from megatron_longpo.evaluation.suite import Suite
 from megatron_longpo.objectives import Objective
 from megatron_longpo.parallel.groups import Groups
-from megatron_longpo.training import build
-from megatron_longpo.training.batches import rank_packs
-from megatron_longpo.training.console import RunConsole
-from megatron_longpo.training.metrics import Metrics, mean_metrics
-from megatron_longpo.training.schedule import MetricSums, run_microbatches
-from megatron_longpo.training.sources import ModelSources
 
 BASE_BUDGET_TOKENS = 8192
 """Of a microbatch of retention's short prompts: few microbatches, and they fit anywhere."""

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_longpo.config.evaluate import EvaluateConfig
 from megatron_longpo.data.jsonl import write_whole
+from megatron_longpo.engine.run_folder import package_versions
 from megatron_longpo.errors import UserError
-from megatron_longpo.evaluation.evaluate_config import EvaluateConfig
 from megatron_longpo.evaluation.results import Record, flat_numbers
 from megatron_longpo.evaluation.retrieval import RetrievalSet
-from megatron_longpo.training.run_folder import package_versions
 
 FILE_NAME = "evaluation.json"
 

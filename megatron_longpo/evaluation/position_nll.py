@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_longpo.data.tokenizers import ChatTokenizer
+from megatron_longpo.config.evaluation import NllConfig
+from megatron_longpo.data.text.tokenizers import ChatTokenizer
 from megatron_longpo.errors import UserError
-from megatron_longpo.evaluation.config import NllConfig
 from megatron_longpo.evaluation.frames import make_frame, plain_ids
 from megatron_longpo.evaluation.haystack import read_documents
 from megatron_longpo.evaluation.probes import ProbeBranch, ProbeRow, ProbeSet

@@ -11,9 +11,9 @@ from functools import cached_property
 
 import numpy as np
 
-from megatron_longpo.data.forest import Branch, Term, build_forest
-from megatron_longpo.data.packing import PairSize, pair_size
-from megatron_longpo.data.tree import PairTrees
+from megatron_longpo.data.trees.forest import Branch, Term, build_forest
+from megatron_longpo.data.trees.packing import PairSize, pair_size
+from megatron_longpo.data.trees.tree import PairTrees
 from megatron_longpo.errors import UserError
 
 

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from megatron_longpo.data.chat import conversation_row, prompt_ids
+from megatron_longpo.config.evaluation import RetentionConfig
 from megatron_longpo.data.jsonl import JsonlFile
-from megatron_longpo.data.rows import IGNORED_LABEL
-from megatron_longpo.data.tokenizers import ChatTokenizer, Message
+from megatron_longpo.data.rows.dataset import IGNORED_LABEL
+from megatron_longpo.data.text.chat import conversation_row, prompt_ids
+from megatron_longpo.data.text.tokenizers import ChatTokenizer, Message
 from megatron_longpo.errors import UserError
 from megatron_longpo.evaluation.chats import CHATS
-from megatron_longpo.evaluation.config import RetentionConfig
 from megatron_longpo.evaluation.probes import ProbeBranch, ProbeRow, ProbeSet
 
 KEY = "evaluation.retention"

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from megatron_longpo.data.tokenizers import ChatTokenizer
+from megatron_longpo.config.evaluation import RetrievalConfig, RetrievalKind
+from megatron_longpo.data.text.tokenizers import ChatTokenizer
 from megatron_longpo.errors import UserError
-from megatron_longpo.evaluation.config import RetrievalConfig, RetrievalKind
 from megatron_longpo.evaluation.frames import Frame, make_frame, plain_ids
 from megatron_longpo.evaluation.haystack import Haystack, read_haystack
 from megatron_longpo.evaluation.probes import ProbeBranch, ProbeRow, ProbeSet

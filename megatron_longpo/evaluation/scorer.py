@@ -17,18 +17,14 @@ import torch.distributed as dist
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-from megatron_longpo.data.packing import Microbatch
+from megatron_longpo.data.trees.packing import Microbatch
+from megatron_longpo.engine.batches import lay_out_microbatch, rank_microbatches, split_parts
+from megatron_longpo.engine.pair_sums import binned
+from megatron_longpo.engine.schedule import read_microbatches
 from megatron_longpo.evaluation.probes import ProbeSet
-from megatron_longpo.model.probe import BaseStates, ProbePack
+from megatron_longpo.model.head.probe import BaseStates, ProbePack
 from megatron_longpo.parallel.groups import Groups
 from megatron_longpo.parallel.layout import RankPack
-from megatron_longpo.training.batches import (
-    lay_out_microbatch,
-    rank_microbatches,
-    split_parts,
-)
-from megatron_longpo.training.pair_sums import binned
-from megatron_longpo.training.schedule import read_microbatches
 
 Rows = tuple[int, ...]
 Track = Callable[[Sequence[Any]], Iterator[Any]]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from megatron_longpo.data.tokenizers import ChatTokenizer
-from megatron_longpo.evaluation.config import EvaluationConfig
+from megatron_longpo.config.evaluation import EvaluationConfig
+from megatron_longpo.data.text.tokenizers import ChatTokenizer
 from megatron_longpo.evaluation.position_nll import NllSet, make_nll
 from megatron_longpo.evaluation.probes import ProbeSet
 from megatron_longpo.evaluation.results import (

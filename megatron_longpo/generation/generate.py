@@ -15,18 +15,20 @@ from collections import Counter
 from operator import length_hint
 from pathlib import Path
 
-from megatron_longpo import stop
+from megatron_longpo.config.generate import GenerateConfig
 from megatron_longpo.data.jsonl import partial_path, refuse_existing
 from megatron_longpo.data.progress import format_counts
 from megatron_longpo.errors import StopRequested, UserError
 from megatron_longpo.generation.backends.base import BackendError
 from megatron_longpo.generation.backends.factory import make_backend
-from megatron_longpo.generation.config import GenerateConfig
-from megatron_longpo.generation.documents import Document, DocumentSet, open_documents
-from megatron_longpo.generation.failures import GO_ON, FailuresInARow
-from megatron_longpo.generation.instructions import Instructions
-from megatron_longpo.generation.locks import hold
-from megatron_longpo.generation.manifest import (
+from megatron_longpo.generation.documents.reading import Document, DocumentSet, open_documents
+from megatron_longpo.generation.merge import merge
+from megatron_longpo.generation.questions.instructions import Instructions
+from megatron_longpo.generation.report.summary import GenerateSummary, summarise
+from megatron_longpo.generation.shards.failures import GO_ON, FailuresInARow
+from megatron_longpo.generation.shards.files import End, Record, Shard, ShardWriter, parse_shard
+from megatron_longpo.generation.shards.locks import hold
+from megatron_longpo.generation.shards.manifest import (
     MANIFEST_FILE,
     Manifest,
     compare,
@@ -34,11 +36,9 @@ from megatron_longpo.generation.manifest import (
     manifest_of,
     read_manifest,
 )
-from megatron_longpo.generation.merge import merge
-from megatron_longpo.generation.progress import GenerateProgress
-from megatron_longpo.generation.shards import End, Record, Shard, ShardWriter, parse_shard
-from megatron_longpo.generation.summary import GenerateSummary, summarise
+from megatron_longpo.generation.shards.progress import GenerateProgress
 from megatron_longpo.generation.writer import ExampleWriter, Written
+from megatron_longpo.runtime import stop
 
 POLL_SECONDS = 1.0
 """How soon a stop signal is seen while documents are being written."""

@@ -11,15 +11,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_longpo.data.examples import Example, check_example
 from megatron_longpo.data.jsonl import disk_errors, partial_path, replacing
 from megatron_longpo.data.progress import format_counts
+from megatron_longpo.data.text.examples import Example, check_example
 from megatron_longpo.errors import UserError
-from megatron_longpo.generation.locks import hold
-from megatron_longpo.generation.manifest import MANIFEST_FILE
-from megatron_longpo.generation.report import write_report
-from megatron_longpo.generation.shards import End, Record, Shard, read_lines
-from megatron_longpo.generation.summary import GenerateSummary, summarise
+from megatron_longpo.generation.report.page import write_report
+from megatron_longpo.generation.report.summary import GenerateSummary, summarise
+from megatron_longpo.generation.shards.files import End, Record, Shard, read_lines
+from megatron_longpo.generation.shards.locks import hold
+from megatron_longpo.generation.shards.manifest import MANIFEST_FILE
 
 MERGE_LOCK = "merge.lock"
 

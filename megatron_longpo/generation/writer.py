@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_longpo.data.chat import prompt_ids
-from megatron_longpo.data.examples import Example, Turn
+from megatron_longpo.config.generate import GenerateConfig
 from megatron_longpo.data.progress import Dropped
-from megatron_longpo.data.prompt_layout import opening_messages, shorten_document
+from megatron_longpo.data.text.chat import prompt_ids
+from megatron_longpo.data.text.examples import Example, Turn
+from megatron_longpo.data.text.prompt_layout import opening_messages, shorten_document
 from megatron_longpo.errors import UserError
 from megatron_longpo.generation.backends.base import (
     Backend,
@@ -24,18 +25,17 @@ from megatron_longpo.generation.backends.base import (
     Request,
     Sampling,
 )
-from megatron_longpo.generation.chunking import chunk_document
-from megatron_longpo.generation.config import GenerateConfig
-from megatron_longpo.generation.documents import Document
-from megatron_longpo.generation.example_lengths import ExampleLengths
-from megatron_longpo.generation.facts import holds_fact
-from megatron_longpo.generation.filters import Filters, same_answer
-from megatron_longpo.generation.instructions import Instruction, Instructions, Prepared
-from megatron_longpo.generation.lengths import LengthBounds, fit_document
-from megatron_longpo.generation.planting import Span
-from megatron_longpo.generation.prompts import phrase, question_request
-from megatron_longpo.generation.structure import find_kind
-from megatron_longpo.generation.token_spans import TokenSpans, find_token_spans
+from megatron_longpo.generation.documents.chunking import chunk_document
+from megatron_longpo.generation.documents.lengths import LengthBounds, fit_document
+from megatron_longpo.generation.documents.reading import Document
+from megatron_longpo.generation.documents.structure import find_kind
+from megatron_longpo.generation.documents.token_spans import TokenSpans, find_token_spans
+from megatron_longpo.generation.questions.facts import holds_fact
+from megatron_longpo.generation.questions.filters import Filters, same_answer
+from megatron_longpo.generation.questions.instructions import Instruction, Instructions, Prepared
+from megatron_longpo.generation.questions.planting import Span
+from megatron_longpo.generation.questions.prompts import phrase, question_request
+from megatron_longpo.generation.shards.example_lengths import ExampleLengths
 
 ATTEMPTS_PER_TURN = 3
 """Chunks asked about, at most, for each turn wanted: answers that are dropped cost time too."""

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megatron_longpo.model.activation_offload import ActivationOffload
-from megatron_longpo.model.divergence import reverse_kl
-from megatron_longpo.model.logprob_head import VocabularyShard, edge_logps
+from megatron_longpo.model.head.divergence import reverse_kl
+from megatron_longpo.model.head.logprobs import VocabularyShard, edge_logps
+from megatron_longpo.model.head.probe import ProbePack, compare_with_base, edge_outcomes
 from megatron_longpo.model.lora import adapter_state, adapters, adapters_off, load_adapter_state
 from megatron_longpo.model.offload import OffloadedWeights
-from megatron_longpo.model.probe import ProbePack, compare_with_base, edge_outcomes
 from megatron_longpo.model.rope import rotary_angles
 from megatron_longpo.parallel.layout import RankPack, RankTokens
 

@@ -52,7 +52,7 @@ def build_objective(name: str, settings: Mapping[str, Any]) -> Objective:
     """Returns the objective of `objective.name`.
 
     `settings` are the resolved keys of `objective.*` with `reference_context`; the objective takes
-    those that it has a field for. Whether they make sense together is `config_checks.py`'s to say.
+    those that it has a field for. Whether they make sense together is config's to say.
     """
     objective_class, fixed = OBJECTIVES[name]
     names = {field.name for field in dataclasses.fields(objective_class)}

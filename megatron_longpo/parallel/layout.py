@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from megatron_longpo.data.forest import NO_PARENT, Forest, Term, divergence_edges
-from megatron_longpo.data.packing import Pack
+from megatron_longpo.data.trees.forest import NO_PARENT, Forest, Term, divergence_edges
+from megatron_longpo.data.trees.packing import Pack
 
 
 @dataclass(frozen=True, slots=True)

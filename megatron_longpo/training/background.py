@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 
-from megatron_longpo import stop
+from megatron_longpo.runtime import stop
 
 
 class BackgroundSaves:

@@ -34,15 +34,15 @@ from checkpoints_convert.torch_dist import (
     find_iteration_folder,
     iteration_folder,
 )
-from megatron_longpo import stop
 from megatron_longpo.data.jsonl import write_whole
-from megatron_longpo.data.sampler import PairSampler
+from megatron_longpo.data.trees.sampler import PairSampler
+from megatron_longpo.engine.run_folder import package_versions
 from megatron_longpo.errors import UserError
-from megatron_longpo.megatron_compat import ASYNC_SAVE, initialize_state
 from megatron_longpo.model.architectures import Architecture, read_architecture
 from megatron_longpo.parallel.groups import Groups
+from megatron_longpo.runtime import stop
 from megatron_longpo.training.background import BackgroundSaves
-from megatron_longpo.training.run_folder import package_versions
+from megatron_longpo.training.megatron_compat import ASYNC_SAVE, initialize_state
 
 PROGRESS_NAME = "progress.json"
 OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}

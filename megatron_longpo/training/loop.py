@@ -12,10 +12,24 @@ from typing import Any
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_longpo import stop
-from megatron_longpo.config import TrainConfig, check_world
-from megatron_longpo.data.catalog import PairCatalog
-from megatron_longpo.data.sampler import PairSampler
+from megatron_longpo.config.train import TrainConfig, check_world
+from megatron_longpo.data.trees.catalog import PairCatalog
+from megatron_longpo.data.trees.sampler import PairSampler
+from megatron_longpo.engine import build, run_folder
+from megatron_longpo.engine.batches import rank_packs, read_ahead
+from megatron_longpo.engine.console import RunConsole
+from megatron_longpo.engine.degrees import parallel_sizes
+from megatron_longpo.engine.flops import step_flops
+from megatron_longpo.engine.metrics import (
+    Metrics,
+    MetricsWriter,
+    check_trackers,
+    mean_metrics,
+    peak_memory_gib,
+)
+from megatron_longpo.engine.row_reader import RowReader
+from megatron_longpo.engine.schedule import run_microbatches
+from megatron_longpo.engine.sources import ModelSources, check_layout, make_objective, read_models
 from megatron_longpo.errors import StopRequested
 from megatron_longpo.evaluation.in_training import TrainingEvaluation, prepare_evaluation
 from megatron_longpo.model.spec import DTYPES
@@ -23,28 +37,15 @@ from megatron_longpo.objectives import Objective
 from megatron_longpo.parallel import groups as process_groups
 from megatron_longpo.parallel.collectives import on_any_rank
 from megatron_longpo.parallel.groups import Groups
-from megatron_longpo.training import build, checkpoint, run_folder
+from megatron_longpo.runtime import stop
+from megatron_longpo.training import checkpoint
 from megatron_longpo.training.background import BackgroundSaves
-from megatron_longpo.training.batches import rank_packs, read_ahead
-from megatron_longpo.training.console import RunConsole
-from megatron_longpo.training.degrees import parallel_sizes
-from megatron_longpo.training.flops import step_flops
-from megatron_longpo.training.metrics import (
-    Metrics,
-    MetricsWriter,
-    check_trackers,
-    mean_metrics,
-    peak_memory_gib,
-)
 from megatron_longpo.training.optimizer import (
     check_optimizer,
     current_learning_rate,
     make_optimizer,
     make_scheduler,
 )
-from megatron_longpo.training.row_reader import RowReader
-from megatron_longpo.training.schedule import run_microbatches
-from megatron_longpo.training.sources import ModelSources, check_layout, make_objective, read_models
 
 
 @dataclass(kw_only=True, slots=True)

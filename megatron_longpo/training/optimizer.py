@@ -10,9 +10,9 @@ import torch
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_longpo import config as settings
-from megatron_longpo.megatron_compat import build_optimizer, transformer_engine_adam
+from megatron_longpo.config import train as settings
 from megatron_longpo.model.spec import DTYPES
+from megatron_longpo.training.megatron_compat import build_optimizer, transformer_engine_adam
 
 
 def check_optimizer(config: settings.OptimizerConfig) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from megatron_longpo.data.config import InspectConfig, TokenizeConfig
-from megatron_longpo.data.inspect import run_inspect
-from megatron_longpo.data.tokenize import run_tokenize
+from megatron_longpo.config.tokenize import InspectConfig, TokenizeConfig
+from megatron_longpo.data.inspect.run import run_inspect
+from megatron_longpo.data.text.tokenize import run_tokenize
 from tests import small_tokenizers as small
 
 pytestmark = pytest.mark.browser

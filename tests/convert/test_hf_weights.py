@@ -10,15 +10,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from checkpoints_convert.config import ImportConfig
 from checkpoints_convert.hf_folder import local_hf_folder
 from checkpoints_convert.hf_to_megatron import run_import
 from checkpoints_convert.hf_weights import load_hf_weights
 from checkpoints_convert.megatron_to_hf import hf_named_gradients, hf_named_tensors
+from megatron_longpo.config.convert import ImportConfig
 from megatron_longpo.errors import UserError
 from megatron_longpo.model.architectures import read_architecture
 from megatron_longpo.model.spec import build_gpt, transformer_config
-from tests.model.plain_attention import PlainAttention, forward_logits
+from tests.model.attention.plain_attention import PlainAttention, forward_logits
 from tools.tiny_models import FAMILIES, make_tiny_model
 
 Tensors = dict[str, torch.Tensor]

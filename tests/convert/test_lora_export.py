@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from checkpoints_convert.config import ExportConfig, ImportConfig
 from checkpoints_convert.hf_to_megatron import run_import
 from checkpoints_convert.megatron_to_hf import run_export
-from megatron_longpo.config import LoraConfig
-from megatron_longpo.data.packing import make_pack
+from megatron_longpo.config.convert import ExportConfig, ImportConfig
+from megatron_longpo.config.train import LoraConfig
+from megatron_longpo.data.trees.packing import make_pack
 from megatron_longpo.errors import UserError
 from megatron_longpo.model.rope import rotary_angles
 from megatron_longpo.parallel.groups import Groups

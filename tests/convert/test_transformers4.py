@@ -14,11 +14,11 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from checkpoints_convert.config import ExportConfig, ImportConfig, VerifyConfig
 from checkpoints_convert.hf_folder import write_hf_side_files
 from checkpoints_convert.hf_to_megatron import run_import
 from checkpoints_convert.megatron_to_hf import run_export
 from checkpoints_convert.verify import verify
+from megatron_longpo.config.convert import ExportConfig, ImportConfig, VerifyConfig
 from megatron_longpo.model.architectures import read_architecture
 from tests.convert import in_transformers4
 from tests.convert.models import LLAMA3_ROPE, MODELS

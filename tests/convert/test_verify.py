@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoints_convert import checkpoint_weights, verify_logits
-from checkpoints_convert.config import ExportConfig, ImportConfig, VerifyConfig
 from checkpoints_convert.hf_folder import write_hf_side_files
 from checkpoints_convert.hf_to_megatron import run_import
 from checkpoints_convert.mapping import TensorRule, to_hf
@@ -20,6 +19,7 @@ from checkpoints_convert.megatron_to_hf import run_export
 from checkpoints_convert.verify import Check, verify
 from checkpoints_convert.verify_tokenizer import CONVERSATIONS
 from megatron_longpo.cli import main
+from megatron_longpo.config.convert import ExportConfig, ImportConfig, VerifyConfig
 from megatron_longpo.errors import UserError
 from megatron_longpo.model import rope
 from megatron_longpo.model.architectures import Architecture, read_architecture

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from megatron_longpo.evaluation.config import (
+from megatron_longpo.config.evaluation import (
     EvaluationConfig,
     NllConfig,
     RetentionConfig,

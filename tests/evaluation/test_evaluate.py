@@ -17,23 +17,20 @@ import pytest
 import torch
 import yaml
 
-from checkpoints_convert.config import ExportConfig
 from checkpoints_convert.megatron_to_hf import run_export
-from megatron_longpo.config_parser import load_config
-from megatron_longpo.data.tokenizers import load_tokenizer
+from megatron_longpo.config.convert import ExportConfig
+from megatron_longpo.config.evaluate import EvaluateConfig, check_evaluate_world, resolve_evaluate
+from megatron_longpo.config.evaluation import EvaluationConfig
+from megatron_longpo.config.parser import load_config
+from megatron_longpo.data.text.tokenizers import load_tokenizer
+from megatron_longpo.engine import run_folder
 from megatron_longpo.errors import UserError
 from megatron_longpo.evaluation import evaluate
-from megatron_longpo.evaluation.config import EvaluationConfig
-from megatron_longpo.evaluation.evaluate_config import (
-    EvaluateConfig,
-    check_evaluate_world,
-    resolve_evaluate,
-)
 from megatron_longpo.evaluation.generation import answer_questions
 from megatron_longpo.evaluation.retrieval import make_retrieval
 from megatron_longpo.evaluation.scorer import Scorer
 from megatron_longpo.evaluation.suite import Suite
-from megatron_longpo.training import loop, run_folder
+from megatron_longpo.training import loop
 from tests.evaluation.oracle import oracle_record
 from tests.evaluation.ranks import EVALUATED
 from tests.evaluation.suites import (

@@ -12,17 +12,14 @@ import pytest
 import yaml
 from transformers import AutoTokenizer
 
-from megatron_longpo.config_parser import load_config
+from megatron_longpo.config.evaluate import EvaluateConfig, check_evaluate_world, resolve_evaluate
+from megatron_longpo.config.harness import HarnessConfig
+from megatron_longpo.config.parser import load_config
+from megatron_longpo.config.suites import TASKS, read_suite, suite_names
 from megatron_longpo.errors import UserError
 from megatron_longpo.evaluation import evaluate
 from megatron_longpo.evaluation.compare import run_compare
-from megatron_longpo.evaluation.evaluate_config import (
-    EvaluateConfig,
-    check_evaluate_world,
-    resolve_evaluate,
-)
 from megatron_longpo.evaluation.harness import ruler, run
-from megatron_longpo.evaluation.harness.config import HarnessConfig
 from megatron_longpo.evaluation.harness.judge_prompts import (
     OURS,
     prompt_name,
@@ -30,7 +27,6 @@ from megatron_longpo.evaluation.harness.judge_prompts import (
     read_rating,
 )
 from megatron_longpo.evaluation.harness.records import suite_numbers
-from megatron_longpo.evaluation.harness.suites import TASKS, read_suite, suite_names
 from megatron_longpo.evaluation.harness.tasks import Part, load_task, parts_of
 from tests.evaluation.harness_data import make_model, write_data
 from tests.generation.backends.loopback import loopback

@@ -11,7 +11,8 @@ import pytest
 
 from megatron_longpo.errors import UserError
 from megatron_longpo.evaluation.results import flat_numbers
-from megatron_longpo.training import loop, reference_pass
+from megatron_longpo.reference import run as reference_pass
+from megatron_longpo.training import loop
 from tests.evaluation.oracle import oracle_record
 from tests.evaluation.ranks import EVALUATED, MODEL
 from tests.evaluation.suites import assert_same_record, evaluation_config, favour_digits

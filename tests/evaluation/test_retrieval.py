@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_longpo.data.tokenizers import ChatTokenizer, HuggingFaceTokenizer
+from megatron_longpo.config.evaluation import NllConfig, RetentionConfig, RetrievalConfig
+from megatron_longpo.data.text.tokenizers import ChatTokenizer, HuggingFaceTokenizer
 from megatron_longpo.errors import UserError
 from megatron_longpo.evaluation.chats import CHATS
-from megatron_longpo.evaluation.config import NllConfig, RetentionConfig, RetrievalConfig
 from megatron_longpo.evaluation.frames import plain_ids
 from megatron_longpo.evaluation.haystack import filler_text
 from megatron_longpo.evaluation.position_nll import bucket_borders, make_nll

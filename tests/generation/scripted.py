@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_longpo.data.chat import prompt_ids
-from megatron_longpo.data.tokenizers import ChatTokenizer, HuggingFaceTokenizer
+from megatron_longpo.config.generate import GenerateConfig
+from megatron_longpo.data.text.chat import prompt_ids
+from megatron_longpo.data.text.tokenizers import ChatTokenizer, HuggingFaceTokenizer
 from megatron_longpo.generation import generate
 from megatron_longpo.generation.backends.base import BackendError, Completion, Request, Sampling
-from megatron_longpo.generation.config import GenerateConfig
 from tests import small_tokenizers as small
 
 PARTS = [

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from megatron_longpo.data.config import TokenizeConfig
-from megatron_longpo.data.examples import ExampleFile
-from megatron_longpo.data.tokenize import run_tokenize
+from megatron_longpo.config.tokenize import TokenizeConfig
+from megatron_longpo.data.text.examples import ExampleFile
+from megatron_longpo.data.text.tokenize import run_tokenize
 from megatron_longpo.errors import UserError
 from megatron_longpo.generation import generate
-from megatron_longpo.generation.planted_facts import PLANTED_KINDS
+from megatron_longpo.generation.questions.planted_facts import PLANTED_KINDS
 from tests.generation.scripted import DOCUMENT, Scripted, by_length, is_long, settings
 
 # ---------------------------------------------------------------- with a real model

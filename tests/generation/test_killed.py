@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_longpo.data.examples import ExampleFile
+from megatron_longpo.data.text.examples import ExampleFile
 from tests.generation.scripted import DOCUMENT
 
 SECONDS_A_RUN = 120

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_longpo.config.generate import GenerateConfig
 from megatron_longpo.generation import generate
-from megatron_longpo.generation.config import GenerateConfig
 from tests.generation.scripted import DOCUMENT
 from tests.slurm_cluster import Cluster, running_cluster
 from tests.torchrun import rank_environment

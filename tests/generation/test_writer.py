@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_longpo.data.examples import ExampleFile
+from megatron_longpo.data.text.examples import ExampleFile
 from megatron_longpo.generation import generate
 from tests.generation.scripted import Scripted, by_length, is_long, settings
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megatron_longpo.config import ModelConfig
+from megatron_longpo.config.train import ModelConfig
 from megatron_longpo.parallel.groups import Groups
 from megatron_longpo.training import loop
 from tests.oracle import OracleResult

@@ -9,15 +9,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_longpo.data.forest import NO_PARENT
+from megatron_longpo.data.trees.forest import NO_PARENT
 from megatron_longpo.errors import UserError
-from megatron_longpo.model.attention import attend, attend_backward
-from megatron_longpo.model.kernel_choice import choose_kernel
-from megatron_longpo.model.kernels import AttentionKernel, MathKernel
-from megatron_longpo.model.long_blocks import SHORTEST_LONG_BLOCK, LongBlockKernel, rounded
+from megatron_longpo.model.attention.kernel_choice import choose_kernel
+from megatron_longpo.model.attention.kernels import AttentionKernel, MathKernel
+from megatron_longpo.model.attention.long_blocks import (
+    SHORTEST_LONG_BLOCK,
+    LongBlockKernel,
+    rounded,
+)
+from megatron_longpo.model.attention.tree_attention import attend, attend_backward
 from megatron_longpo.parallel.layout import TokenLayout, lay_out
-from tests.model.dense_attention import block_mask, dense_attention, dense_gradients
-from tests.model.test_attention import make_forest, tree_mask
+from tests.model.attention.dense_attention import block_mask, dense_attention, dense_gradients
+from tests.model.attention.test_attention import make_forest, tree_mask
 
 pytestmark = pytest.mark.gpu
 

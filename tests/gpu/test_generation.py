@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_longpo.data.chat import prompt_ids
+from megatron_longpo.config.backends import BackendConfig
+from megatron_longpo.data.text.chat import prompt_ids
 from megatron_longpo.generation.backends.base import (
     BackendError,
     Completion,
     Request,
     Sampling,
 )
-from megatron_longpo.generation.backends.config import BackendConfig
 from megatron_longpo.generation.backends.transformers import TransformersBackend
 
 pytestmark = pytest.mark.gpu

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_longpo.model.logprob_head import VocabularyShard, edge_logps
+from megatron_longpo.model.head.logprobs import VocabularyShard, edge_logps
 from megatron_longpo.parallel.groups import Groups
 from tools.bench_head import measure
 

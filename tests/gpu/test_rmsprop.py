@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_longpo import megatron_compat
-from megatron_longpo.megatron_compat import RMSprop
+from megatron_longpo.training import megatron_compat
+from megatron_longpo.training.megatron_compat import RMSprop
 
 pytestmark = pytest.mark.gpu
 

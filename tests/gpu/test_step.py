@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_longpo.config import CheckpointConfig, LoggingConfig, OptimizerConfig, RunConfig
+from megatron_longpo.config.train import CheckpointConfig, LoggingConfig, OptimizerConfig, RunConfig
+from megatron_longpo.engine.batches import rank_packs
+from megatron_longpo.engine.schedule import run_microbatches
 from megatron_longpo.model.layer_specs import choose_layers
 from megatron_longpo.parallel.groups import Groups
 from megatron_longpo.training import loop
-from megatron_longpo.training.batches import rank_packs
-from megatron_longpo.training.schedule import run_microbatches
 from tests.gpu.steps import CASES, TOLERANCE, Bf16Shelf, check_step, gradient_error, run_step
 from tests.model.offloaded_steps import small_blocks
 from tests.parity.cases import Case

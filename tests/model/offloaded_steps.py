@@ -19,7 +19,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from megatron_longpo.config import LoraConfig, ParallelConfig
+from megatron_longpo.config.train import LoraConfig, ParallelConfig
 from megatron_longpo.model import activation_offload
 from megatron_longpo.parallel import groups
 from megatron_longpo.training import loop

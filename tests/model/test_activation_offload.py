@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megatron_longpo.config import LoraConfig
+from megatron_longpo.config.train import LoraConfig
 from megatron_longpo.model import activation_offload
 from megatron_longpo.model.activation_offload import ActivationOffload, Offloaded
 from megatron_longpo.parallel.groups import Groups

@@ -16,15 +16,15 @@ from torch import Tensor
 
 from checkpoints_convert.hf_to_megatron import NoAttention
 from checkpoints_convert.hf_weights import load_hf_weights
-from megatron_longpo.config import OptimizerConfig
-from megatron_longpo.data.packing import make_pack
+from megatron_longpo.config.train import OptimizerConfig
+from megatron_longpo.data.trees.packing import make_pack
+from megatron_longpo.engine.pair_sums import sum_pairs
 from megatron_longpo.model.longpo_model import LongPOModel
 from megatron_longpo.model.spec import build_gpt, transformer_config
 from megatron_longpo.objectives import PairLogps
 from megatron_longpo.parallel.groups import Groups
 from megatron_longpo.parallel.layout import RankPack, lay_out_pack
 from megatron_longpo.training import loop
-from megatron_longpo.training.pair_sums import sum_pairs
 from tests.parity.cases import ALL_SHAPES, Case, TinyModel
 from tests.parity.harness import Shelf, policy_parameters, train_config
 

@@ -25,7 +25,7 @@ from megatron_longpo.model.spec import (
     transformer_config,
 )
 from tests.convert.models import MODELS
-from tests.model.plain_attention import PlainAttention, forward_logits
+from tests.model.attention.plain_attention import PlainAttention, forward_logits
 from tests.model.test_norm import TINY
 from tools.tiny_models import make_tiny_model
 

@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_longpo.data.forest import Forest, Term, build_forest, divergence_edges
-from megatron_longpo.data.packing import make_pack
-from megatron_longpo.data.rows import PreferenceRow
-from megatron_longpo.data.tree import TreeSettings, pair_trees
+from megatron_longpo.data.rows.dataset import PreferenceRow
+from megatron_longpo.data.trees.forest import Forest, Term, build_forest, divergence_edges
+from megatron_longpo.data.trees.packing import make_pack
+from megatron_longpo.data.trees.tree import TreeSettings, pair_trees
 from megatron_longpo.parallel.layout import (
     RankTokens,
     Span,
@@ -22,7 +22,7 @@ from megatron_longpo.parallel.layout import (
     lay_out,
     lay_out_pack,
 )
-from tests.data.forests import branches, preference_rows
+from tests.data.trees.forests import branches, preference_rows
 from tests.random_rows import random_rows
 
 quick = settings(max_examples=60, deadline=None, derandomize=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron_longpo.config import (
+from megatron_longpo.config.train import (
     CheckpointConfig,
     DataConfig,
     LoggingConfig,
@@ -25,11 +25,11 @@ from megatron_longpo.config import (
     TrainConfig,
     resolve,
 )
-from megatron_longpo.data.rows import write_rows_jsonl
+from megatron_longpo.data.rows.dataset import write_rows_jsonl
+from megatron_longpo.engine.build import gather_parameters
+from megatron_longpo.engine.metrics import LOSS_KEYS, Metrics
 from megatron_longpo.parallel.groups import Groups, ParallelSizes
 from megatron_longpo.training import loop
-from megatron_longpo.training.build import gather_parameters
-from megatron_longpo.training.metrics import LOSS_KEYS, Metrics
 from tests.oracle import OracleResult, oracle_step
 from tests.parity.cases import Case, TinyModel
 from tests.parity.gather import gathered

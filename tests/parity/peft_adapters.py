@@ -17,7 +17,7 @@ from peft import get_peft_model
 from torch import Tensor
 
 from checkpoints_convert.mapping import TensorRule, tensor_rules, to_hf, to_megatron
-from megatron_longpo.config import LoraConfig
+from megatron_longpo.config.train import LoraConfig
 from megatron_longpo.model.lora import adapters, initial_a
 from megatron_longpo.training.loop import Run
 from tests.parity.gather import joined

@@ -22,8 +22,8 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallelConfig
 
+from megatron_longpo.engine import build
 from megatron_longpo.parallel import groups
-from megatron_longpo.training import build
 from tests.parity.harness import Shelf, compare, oracle_for, run_case
 from tests.parity.rank_cases import rank_runs, step_runs
 from tests.parity.steps import compare_steps, oracle_steps, our_steps

@@ -10,7 +10,8 @@ from typing import Literal
 import pytest
 from torch import Tensor
 
-from megatron_longpo.config import (
+from megatron_longpo.config.objective_defaults import OBJECTIVE_DEFAULTS
+from megatron_longpo.config.train import (
     DataConfig,
     LoraConfig,
     ObjectiveConfig,
@@ -20,10 +21,10 @@ from megatron_longpo.config import (
     TrainConfig,
     resolve,
 )
-from megatron_longpo.config_objectives import OBJECTIVE_DEFAULTS
-from megatron_longpo.data.sampler import PairSampler
-from megatron_longpo.training import loop, reference_pass
-from megatron_longpo.training.metrics import Metrics
+from megatron_longpo.data.trees.sampler import PairSampler
+from megatron_longpo.engine.metrics import Metrics
+from megatron_longpo.reference import run as reference_pass
+from megatron_longpo.training import loop
 from tests.oracle import oracle_train
 from tests.parity.cases import ALL_SHAPES, REFERENCE, Case, RowShape, TinyModel
 from tests.parity.harness import (

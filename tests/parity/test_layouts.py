@@ -13,12 +13,12 @@ import torch
 from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
-from megatron_longpo.data.packing import make_pack
+from megatron_longpo.data.trees.packing import make_pack
+from megatron_longpo.engine.batches import rank_packs
+from megatron_longpo.engine.schedule import MetricSums, run_microbatches
 from megatron_longpo.parallel.groups import Groups
 from megatron_longpo.parallel.layout import RankPack, lay_out_pack
 from megatron_longpo.training import loop
-from megatron_longpo.training.batches import rank_packs
-from megatron_longpo.training.schedule import MetricSums, run_microbatches
 from tests.parity.cases import ALL_SHAPES, ONE_PACK, REFERENCE, Case, TinyModel
 from tests.parity.harness import Shelf, oracle_for, policy_gradients, run_case, train_config
 

@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 from trl import DPOConfig
 
-from megatron_longpo.config import ObjectiveConfig, OptimizerConfig, RunConfig
+from megatron_longpo.config.train import ObjectiveConfig, OptimizerConfig, RunConfig
 from megatron_longpo.parallel.groups import Groups
 from megatron_longpo.training import loop
 from tests.parity.cases import Case, RowShape, TinyModel

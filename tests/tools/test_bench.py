@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_longpo.data.forest import NO_PARENT
-from megatron_longpo.model.kernels import CpuFlashKernel
+from megatron_longpo.data.trees.forest import NO_PARENT
+from megatron_longpo.model.attention.kernels import CpuFlashKernel
 from megatron_longpo.parallel.groups import Groups
 from megatron_longpo.parallel.layout import lay_out
-from tests.model.test_attention import make_forest
+from tests.model.attention.test_attention import make_forest
 from tools import bench_bare, bench_head, bench_step
 from tools.bench_bare import Limit, blocks_of, fastest, linear_shapes, num_attended, sustained
 from tools.bench_models import SHAPES, PairShape, random_pair

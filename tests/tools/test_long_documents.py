@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_longpo.data.tokenizers import load_tokenizer
-from megatron_longpo.generation.token_spans import find_token_spans
+from megatron_longpo.data.text.tokenizers import load_tokenizer
+from megatron_longpo.generation.documents.token_spans import find_token_spans
 from tests import small_tokenizers as small
 from tools import long_documents
 

@@ -15,10 +15,10 @@ import yaml
 from examples.smollm2_32k import outlines, pairs, study
 from examples.smollm2_32k.commands import ROOT
 from examples.smollm2_32k.plan import FULL, SETTING, plan
-from megatron_longpo.data.examples import Example, ExampleFile, Turn, write_examples
 from megatron_longpo.data.jsonl import write_packed_jsonl
+from megatron_longpo.data.text.examples import Example, ExampleFile, Turn, write_examples
 from megatron_longpo.errors import UserError
-from megatron_longpo.generation.planted_facts import PLANTED_KINDS
+from megatron_longpo.generation.questions.planted_facts import PLANTED_KINDS
 
 HERE = ROOT / "examples" / "smollm2_32k"
 RUNS = plan(SETTING)

@@ -24,7 +24,7 @@ from examples.smollm2_32k.results import (
     write_result,
 )
 from examples.smollm2_32k.ruler import has_ruler, ruler_path, write_ruler
-from megatron_longpo.config import load_train_config, resolve
+from megatron_longpo.config.train import load_train_config, resolve
 
 HERE = ROOT / "examples" / "smollm2_32k"
 RUNS = plan(SETTING)

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from checkpoints_convert.torch_dist import TorchDistReader
-from megatron_longpo.config import ParallelConfig
+from megatron_longpo.config.train import ParallelConfig
 from megatron_longpo.parallel import groups
 from megatron_longpo.training import loop
 from tests.parity.harness import Shelf, policy_parameters

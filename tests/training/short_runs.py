@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_longpo.config import (
+from megatron_longpo.config.evaluation import EvaluationConfig
+from megatron_longpo.config.train import (
     CheckpointConfig,
     DataConfig,
     LoggingConfig,
@@ -17,7 +18,6 @@ from megatron_longpo.config import (
     TrainConfig,
     resolve,
 )
-from megatron_longpo.evaluation.config import EvaluationConfig
 from tests.parity.cases import ALL_SHAPES, REFERENCE, Case, TinyModel
 from tests.parity.harness import Shelf, train_config
 

@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from checkpoints_convert.config import ExportConfig, ImportConfig
 from checkpoints_convert.hf_to_megatron import run_import
 from checkpoints_convert.megatron_to_hf import run_export
 from checkpoints_convert.torch_dist import TRACKER_NAME
-from megatron_longpo import stop
-from megatron_longpo.config import TrainConfig
+from megatron_longpo.config.convert import ExportConfig, ImportConfig
+from megatron_longpo.config.train import TrainConfig
 from megatron_longpo.errors import StopRequested, UserError
 from megatron_longpo.model.spec import DTYPES
+from megatron_longpo.runtime import stop
 from megatron_longpo.training import checkpoint, loop
 from tests.parity.cases import TinyModel
 from tests.parity.harness import Shelf, load_hf, policy_parameters

@@ -14,9 +14,9 @@ import psutil
 import pytest
 import yaml
 
-from megatron_longpo.config import ParallelConfig
+from megatron_longpo.config.train import ParallelConfig
+from megatron_longpo.engine.run_folder import settings
 from megatron_longpo.training.checkpoint import newest
-from megatron_longpo.training.run_folder import settings
 from tests.parity.harness import Shelf
 from tests.torchrun import ROOT, assert_end, rank_environment
 from tests.training.short_runs import metric_rows, short_config

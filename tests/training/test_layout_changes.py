@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_longpo.config import ParallelConfig
+from megatron_longpo.config.train import ParallelConfig
 from megatron_longpo.parallel.groups import Groups
 from tests.parity.harness import Shelf
 from tests.torchrun import torchrun

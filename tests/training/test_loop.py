@@ -12,12 +12,12 @@ import torch
 import yaml
 from megatron.core.utils import unwrap_model
 
-from megatron_longpo.config import ObjectiveConfig
-from megatron_longpo.data.rows import open_rows
-from megatron_longpo.data.tree import TreeSettings
+from megatron_longpo.config.train import ObjectiveConfig
+from megatron_longpo.data.rows.dataset import open_rows
+from megatron_longpo.data.trees.tree import TreeSettings
+from megatron_longpo.engine.flops import step_flops
 from megatron_longpo.parallel.groups import Groups
 from megatron_longpo.training import loop
-from megatron_longpo.training.flops import step_flops
 from tests.oracle import oracle_step
 from tests.parity.cases import RowShape
 from tests.parity.harness import Shelf, oracle_settings, policy_parameters

@@ -13,14 +13,14 @@ import torch
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-from checkpoints_convert.config import ImportConfig
 from checkpoints_convert.hf_to_megatron import run_import
 from checkpoints_convert.lora_record import LORA_NAME
 from checkpoints_convert.torch_dist import TorchDistReader
-from megatron_longpo import stop
-from megatron_longpo.config import LoraConfig, ObjectiveConfig, TrainConfig
+from megatron_longpo.config.convert import ImportConfig
+from megatron_longpo.config.train import LoraConfig, ObjectiveConfig, TrainConfig
 from megatron_longpo.errors import StopRequested, UserError
 from megatron_longpo.model.longpo_model import LongPOModel
+from megatron_longpo.runtime import stop
 from megatron_longpo.training import loop
 from tests.parity.cases import LORA, Case, TinyModel
 from tests.parity.gather import gathered

@@ -12,12 +12,12 @@ import pytest
 import torch
 import yaml
 
-from checkpoints_convert.config import ExportConfig
 from checkpoints_convert.megatron_to_hf import run_export
-from megatron_longpo.config import ParallelConfig
+from megatron_longpo.config.convert import ExportConfig
+from megatron_longpo.config.train import ParallelConfig
+from megatron_longpo.engine.metrics import LOSS_KEYS
+from megatron_longpo.engine.run_folder import settings
 from megatron_longpo.training import loop
-from megatron_longpo.training.metrics import LOSS_KEYS
-from megatron_longpo.training.run_folder import settings
 from tests.parity.cases import LORA, TinyModel
 from tests.parity.harness import RELATIVE, Shelf, load_hf, policy_parameters
 from tests.torchrun import ROOT, rank_environment

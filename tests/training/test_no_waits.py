@@ -8,20 +8,20 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_longpo.data.packing import make_pack
-from megatron_longpo.data.tree import pair_trees
+from megatron_longpo.data.trees.packing import make_pack
+from megatron_longpo.data.trees.tree import pair_trees
+from megatron_longpo.engine.batches import rank_packs
+from megatron_longpo.engine.schedule import _loss
 from megatron_longpo.objectives import OBJECTIVES
 from megatron_longpo.parallel.groups import Groups
 from megatron_longpo.parallel.layout import lay_out_pack
 from megatron_longpo.training import loop
-from megatron_longpo.training.batches import rank_packs
-from megatron_longpo.training.schedule import _loss
+from tests.engine.test_loss_path import scores_of, settings_of
 from tests.objectives.logps import objective
 from tests.operators import Operators
 from tests.parity.harness import Shelf
 from tests.random_rows import random_row
 from tests.training.short_runs import short_config
-from tests.training.test_loss_path import scores_of, settings_of
 
 
 def test_operators_that_wait_are_seen() -> None:

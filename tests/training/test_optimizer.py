@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from megatron_longpo.config import OptimizerConfig
+from megatron_longpo.config.train import OptimizerConfig
 from megatron_longpo.parallel.groups import Groups
 from megatron_longpo.training import loop
 from megatron_longpo.training.optimizer import current_learning_rate, make_scheduler

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_longpo.config import TrainConfig
+from megatron_longpo.config.train import TrainConfig
 from megatron_longpo.training import loop
 from tests.parity.cases import TinyModel
 from tests.parity.harness import Shelf, policy_parameters

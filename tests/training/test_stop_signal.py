@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_longpo.engine.run_folder import settings
 from megatron_longpo.errors import EXIT_STOPPED_ON_REQUEST
-from megatron_longpo.training.run_folder import settings
 from tests.parity.harness import Shelf
 from tests.training.short_runs import metric_rows, short_config
 

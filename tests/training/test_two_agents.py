@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_longpo.engine.run_folder import settings
 from megatron_longpo.parallel.groups import Groups
 from megatron_longpo.training import loop
-from megatron_longpo.training.run_folder import settings
 from tests.parity.harness import RELATIVE, Shelf
 from tests.torchrun import ROOT, rank_environment
 from tests.training.short_runs import metric_rows, short_config

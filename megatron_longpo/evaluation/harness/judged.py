@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_longpo.config.backends import BackendConfig
+from megatron_longpo.config.evaluate import EvaluateConfig
+from megatron_longpo.config.suites import HarnessSuite
 from megatron_longpo.data.jsonl import JsonlFile, dump_line, write_whole
 from megatron_longpo.errors import UserError
-from megatron_longpo.evaluation.evaluate_config import EvaluateConfig
 from megatron_longpo.evaluation.harness.judge_prompts import prompt_name, read_prompts, read_rating
-from megatron_longpo.evaluation.harness.suites import HarnessSuite
 from megatron_longpo.evaluation.harness.tasks import frame_tokens, without_middle
 from megatron_longpo.generation.backends.base import BackendError, Request, Sampling
-from megatron_longpo.generation.backends.config import BackendConfig
 from megatron_longpo.generation.backends.factory import make_backend
 
 Say = Callable[[str], None]

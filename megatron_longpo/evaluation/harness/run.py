@@ -9,14 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_longpo import stop
+from megatron_longpo.config.evaluate import EvaluateConfig
+from megatron_longpo.config.suites import HarnessSuite, check_only, read_suite
 from megatron_longpo.data.jsonl import write_whole
 from megatron_longpo.errors import StopRequested, UserError
-from megatron_longpo.evaluation.evaluate_config import EvaluateConfig
 from megatron_longpo.evaluation.harness.judged import run_judged
-from megatron_longpo.evaluation.harness.suites import HarnessSuite, check_only, read_suite
 from megatron_longpo.evaluation.harness.tasks import Part, load_task, parts_of, shorten
 from megatron_longpo.evaluation.output import EvaluationFile
+from megatron_longpo.runtime import stop
 
 Say = Callable[[str], None]
 FOLDER_NAME = "harness"

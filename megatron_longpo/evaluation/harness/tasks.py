@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_longpo.config.harness import HarnessConfig
+from megatron_longpo.config.suites import HarnessSuite
 from megatron_longpo.errors import UserError
-from megatron_longpo.evaluation.harness.config import HarnessConfig
 from megatron_longpo.evaluation.harness.ruler import files_folder
-from megatron_longpo.evaluation.harness.suites import TASKS, HarnessSuite
+
+TASK_FILES = Path(__file__).with_name("task_files")
+"""Our task files, for a suite's `folders` that begin with ours/."""
 
 JOINT = 8
 """Tokens kept free where texts meet: together they may be split into more."""
@@ -34,7 +37,7 @@ def folders_of(suite: HarnessSuite) -> list[Path]:
 
     theirs = Path(lm_eval.__file__).parent / "tasks"
     return [
-        TASKS / name.removeprefix("ours/") if name.startswith("ours/") else theirs / name
+        TASK_FILES / name.removeprefix("ours/") if name.startswith("ours/") else theirs / name
         for name in suite.folders
     ]
 

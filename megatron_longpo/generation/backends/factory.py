@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 
+from megatron_longpo.config.backends import BackendConfig
 from megatron_longpo.errors import UserError
 from megatron_longpo.generation.backends.base import Backend
-from megatron_longpo.generation.backends.config import BackendConfig
 
 
 def make_backend(config: BackendConfig) -> Backend:

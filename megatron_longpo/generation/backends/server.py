@@ -12,11 +12,11 @@ from urllib.parse import urlsplit
 
 import openai
 
-from megatron_longpo.data.chat import prompt_ids
-from megatron_longpo.data.tokenizers import load_tokenizer
+from megatron_longpo.config.backends import BackendConfig, ServerConfig
+from megatron_longpo.data.text.chat import prompt_ids
+from megatron_longpo.data.text.tokenizers import load_tokenizer
 from megatron_longpo.errors import UserError
 from megatron_longpo.generation.backends.base import BackendError, Completion, Request
-from megatron_longpo.generation.backends.config import BackendConfig, ServerConfig
 from megatron_longpo.generation.backends.endpoints import Endpoint, EndpointPool, backoff
 
 CONNECT_SECONDS = 10.0

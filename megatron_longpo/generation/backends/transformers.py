@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
-from megatron_longpo.data.chat import prompt_ids
-from megatron_longpo.data.tokenizers import load_tokenizer
+from megatron_longpo.config.backends import BackendConfig
+from megatron_longpo.data.text.chat import prompt_ids
+from megatron_longpo.data.text.tokenizers import load_tokenizer
 from megatron_longpo.errors import UserError
 from megatron_longpo.generation.backends.base import BackendError, Completion, Request
-from megatron_longpo.generation.backends.config import BackendConfig
 from megatron_longpo.generation.backends.kv_cache import (
     ATTENTION,
     RowCache,

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from megatron_longpo.cli import main
+from megatron_longpo.config.backends import BackendConfig, ServerConfig
 from megatron_longpo.generation.backends.base import Completion, Request, Sampling
-from megatron_longpo.generation.backends.config import BackendConfig, ServerConfig
 from megatron_longpo.generation.backends.factory import make_backend
 from tools.smollm2 import find_gguf, make_tokenizer, read_fields
 

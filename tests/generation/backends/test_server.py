@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from megatron_longpo.cli import main
-from megatron_longpo.data.chat import prompt_ids
+from megatron_longpo.config.backends import BackendConfig, ServerConfig
+from megatron_longpo.data.text.chat import prompt_ids
 from megatron_longpo.errors import UserError
 from megatron_longpo.generation.backends import endpoints
 from megatron_longpo.generation.backends.base import BackendError, Completion, Request, Sampling
-from megatron_longpo.generation.backends.config import BackendConfig, ServerConfig
 from megatron_longpo.generation.backends.factory import make_backend
 from megatron_longpo.generation.backends.server import ServerBackend
 from tests.generation.backends.loopback import Loopback, loopback, refusing_port

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_longpo.data.chat import prompt_ids
+from megatron_longpo.config.backends import BackendConfig
+from megatron_longpo.data.text.chat import prompt_ids
 from megatron_longpo.errors import UserError
 from megatron_longpo.generation.backends import rows as rows_module
 from megatron_longpo.generation.backends import together
 from megatron_longpo.generation.backends import transformers as backend_module
 from megatron_longpo.generation.backends.base import BackendError, Completion, Request, Sampling
-from megatron_longpo.generation.backends.config import BackendConfig
 from megatron_longpo.generation.backends.factory import make_backend
 from megatron_longpo.generation.backends.sampling import next_tokens, nucleus
 from megatron_longpo.generation.backends.transformers import TransformersBackend

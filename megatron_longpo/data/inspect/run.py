@@ -1,0 +1,74 @@
+"""`longpo inspect`: what rows or examples hold, on the console and as a page for a browser."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from megatron_longpo.config.tokenize import InspectConfig
+from megatron_longpo.data.inspect.console import show_sample, show_statistics
+from megatron_longpo.data.inspect.page import write_page
+from megatron_longpo.data.inspect.samples import Sample, sample_of_row, sample_of_text
+from megatron_longpo.data.inspect.statistics import row_statistics, text_statistics
+from megatron_longpo.data.jsonl import refuse_existing
+from megatron_longpo.data.progress import track
+from megatron_longpo.data.rows.dataset import LONG_COLUMNS, RowDataset, open_rows
+from megatron_longpo.data.rows.sources import open_source
+from megatron_longpo.data.text.sets import TextSet
+from megatron_longpo.data.text.tokenizers import load_tokenizer
+from megatron_longpo.errors import UserError
+
+
+def run_inspect(config: InspectConfig) -> None:
+    """Prints one row or example and statistics over the set; writes the page if asked to."""
+    for key in ("max_chars", "html_samples"):
+        if getattr(config, key) < 1:
+            raise UserError(f"{key} ({getattr(config, key)}): must be at least 1")
+    if config.sample < 0:
+        raise UserError(f"sample ({config.sample}): must be at least 0, and 0 reads all")
+    if config.html is not None:
+        refuse_existing(config.html, overwrite=config.overwrite, key="html")
+    items = _open(config.rows)
+    if not 0 <= config.row < len(items):
+        raise UserError(f"row ({config.row}): must be below the number of rows, {len(items)}")
+    tokenizer = None if config.tokenizer is None else load_tokenizer(config.tokenizer)
+    is_rows = isinstance(items, RowDataset)
+    make_sample: Callable[[Any], Sample] = (
+        (lambda row: sample_of_row(row, tokenizer)) if is_rows else sample_of_text
+    )
+    console = Console(soft_wrap=True, highlight=False)
+    show_sample(console, make_sample(items[config.row]), config.max_chars)
+    indices = _spread(len(items), config.sample or len(items))
+    read: Iterator[Any] = map(
+        items.__getitem__, track(indices, description="read", total=len(indices))
+    )
+    statistics = (row_statistics if is_rows else text_statistics)(read, len(items))
+    show_statistics(console, statistics)
+    if config.html is not None:
+        shown = sorted({config.row, *_spread(len(items), config.html_samples - 1)})
+        samples = [make_sample(items[index]) for index in shown]
+        write_page(
+            Path(config.html),
+            samples,
+            statistics,
+            title=config.rows,
+            first=shown.index(config.row),
+            max_chars=config.max_chars,
+        )
+        console.print(f"{config.html}: {len(samples)} samples")
+
+
+def _open(path: str) -> RowDataset | TextSet:
+    """Rows where the first item has their columns, texts else."""
+    source = open_source(path)
+    is_rows = len(source) > 0 and source.columns(0).get(LONG_COLUMNS[0]) is not None
+    return open_rows(path) if is_rows else TextSet(path)
+
+
+def _spread(length: int, number: int) -> list[int]:
+    """Indices spread evenly over all, in order."""
+    return np.linspace(0, length - 1, min(number, length)).astype(int).tolist()

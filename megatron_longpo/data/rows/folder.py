@@ -1,0 +1,116 @@
+"""Rows into a `datasets` folder, a few at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_longpo.data.jsonl import disk_errors, partial_path
+from megatron_longpo.data.rows.dataset import (
+    LONG_COLUMNS,
+    REFERENCE_COLUMNS,
+    PreferenceRow,
+    row_arrays,
+)
+
+
+def row_table(row: PreferenceRow) -> Any:
+    """The row as a `pyarrow.Table` of one row; nulls stand where it has no short rows."""
+    import pyarrow as pa
+
+    columns = row_arrays(row)
+    arrays = {"id": pa.array([row.id])}
+    for name in LONG_COLUMNS:
+        arrays[name] = _list_array([columns[name]], _value_type(name))
+    for name in REFERENCE_COLUMNS:
+        if name in columns:
+            turns = _list_array(columns[name], _value_type(name))
+            arrays[name] = pa.ListArray.from_arrays(np.array([0, len(turns)], np.int32), turns)
+        else:
+            arrays[name] = pa.nulls(1, pa.list_(pa.list_(_value_type(name))))
+    return pa.table(arrays)
+
+
+def _value_type(column: str) -> Any:
+    import pyarrow as pa
+
+    return pa.int8() if column.endswith("attention_mask") else pa.int32()
+
+
+def _list_array(values: list[np.ndarray], value_type: Any) -> Any:
+    """A list for each array, without a Python object for each number."""
+    import pyarrow as pa
+
+    ends = np.cumsum([0, *map(len, values)], dtype=np.int32)
+    numbers = np.concatenate(values).astype(value_type.to_pandas_dtype())
+    return pa.ListArray.from_arrays(ends, pa.array(numbers))
+
+
+def _update(digest: Any, table: Any) -> None:
+    digest.update(table.column("id")[0].as_py().encode("utf-8", "surrogatepass") + b"\0")
+    for name in (*LONG_COLUMNS, *REFERENCE_COLUMNS):
+        values = table.column(name).chunk(0)
+        while hasattr(values, "values"):
+            digest.update(values.offsets.to_numpy())
+            values = values.values
+        digest.update(values.to_numpy())
+
+
+def write_rows_dataset(folder: Path, tables: Iterable[Any]) -> None:
+    """Writes a `save_to_disk` folder of `row_table`s: first beside it, then renamed.
+
+    The columns of short rows are left out where no row has any.
+    """
+    import datasets
+
+    partial = partial_path(folder)
+    with disk_errors(folder):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    try:
+        rows = partial / "rows.arrow"
+        fingerprint, has_reference = _write_rows(rows, tables, folder)
+        with disk_errors(folder):
+            written = datasets.Dataset.from_file(str(rows))
+            if not has_reference:
+                written = written.remove_columns(list(REFERENCE_COLUMNS))
+            # By default the fingerprint follows the file's time; ours follows the rows.
+            dataset = datasets.Dataset(written.data, info=written.info, fingerprint=fingerprint)
+            dataset.save_to_disk(str(partial / "dataset"))
+            if folder.exists():
+                shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
+            os.replace(partial / "dataset", folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_rows(path: Path, tables: Iterable[Any], folder: Path) -> tuple[str, bool]:
+    """Writes an Arrow file for `folder`; returns a hash of its rows, and whether any has short
+    rows."""
+    from datasets.arrow_writer import ArrowWriter
+
+    digest = hashlib.blake2b(digest_size=8)
+    has_reference = False
+    # A row may hold a million integers, so few are kept in memory at a time.
+    with disk_errors(folder):
+        writer = ArrowWriter(path=str(path), writer_batch_size=16)
+    try:
+        for table in tables:
+            _update(digest, table)
+            has_reference |= table.column(REFERENCE_COLUMNS[0]).null_count == 0
+            with disk_errors(folder):
+                writer.write_row(table)
+        with disk_errors(folder):
+            writer.finalize()
+    finally:
+        # What a full disk refused has been said, and would be refused once more.
+        with suppress(OSError):
+            writer.close()
+    return digest.hexdigest(), has_reference

@@ -1,0 +1,176 @@
+"""One pass over the rows before training: every row checked, every pair measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from megatron_longpo.data.rows.dataset import PreferenceRow, RowDataset, fit_row
+from megatron_longpo.data.trees.packing import PairSize, pair_size
+from megatron_longpo.data.trees.reference_logps import ReferenceLogps
+from megatron_longpo.data.trees.tree import PairTrees, TreeSettings, answer_turns, pair_trees
+from megatron_longpo.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowLimits:
+    """What a row must fit."""
+
+    vocab_size: int
+    max_length: int
+    too_long: str
+    max_reference_length: int | None
+    """The reference's positions; None where it has no limit or reads no short rows."""
+
+
+class PairCatalog:
+    """The usable pairs of a data set: their sizes in memory, their trees on demand."""
+
+    def __init__(
+        self,
+        dataset: RowDataset,
+        *,
+        limits: RowLimits,
+        settings: TreeSettings,
+        reference_logps: ReferenceLogps | None = None,
+        per_turn: bool = False,
+        progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+    ) -> None:
+        """Reads every row once.
+
+        Args:
+            dataset: the rows.
+            limits: what each row must fit.
+            settings: what goes into the trees.
+            reference_logps: the reference's sums, where the trees are without a reference.
+            per_turn: whether the objective pairs chosen and rejected turn by turn.
+            progress: wraps the iteration, to show how far it is.
+
+        Raises:
+            UserError: for the first row that is malformed or does not fit, or if none is usable.
+        """
+        self.dataset = dataset
+        self.limits = limits
+        self.settings = settings
+        self.reference_logps = reference_logps
+        self.sizes: list[PairSize] = []
+        self._indices: list[int] = []
+        self._ahead: dict[int, PairTrees] = {}
+        for index in progress(range(len(dataset))):
+            row = self._fitted(index)
+            if row is None:
+                continue
+            if settings.reads_short_rows:
+                _check_short_rows(row)
+            trees = self._trees(index, row)
+            if settings.policy or settings.divergence is not None:
+                _check_turns(row, settings, per_turn=per_turn)
+            self.sizes.append(pair_size(trees))
+            self._indices.append(index)
+        if not self._indices:
+            raise UserError(
+                f"{dataset.name}: none of the {len(dataset)} rows is within data.max_length "
+                f"({limits.max_length}); raise it, or use data.too_long=truncate_document"
+            )
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @property
+    def num_dropped(self) -> int:
+        return len(self.dataset) - len(self)
+
+    @property
+    def largest_pair_tokens(self) -> int:
+        return max(size.policy_tokens for size in self.sizes)
+
+    def read_ahead(self, pairs: Sequence[int]) -> None:
+        """Keeps the trees of these pairs, and of no others, for when they are asked for."""
+        self._ahead = {pair: self.trees(pair) for pair in pairs}
+
+    def trees(self, pair: int) -> PairTrees:
+        """Reads one usable pair and builds its trees."""
+        if pair in self._ahead:
+            return self._ahead[pair]
+        index = self._indices[pair]
+        row = self._fitted(index)
+        assert row is not None, "a usable row cannot have become too long"
+        return self._trees(index, row)
+
+    def row_index(self, pair: int) -> int:
+        """Where a usable pair stands in the data set."""
+        return self._indices[pair]
+
+    def pair_id(self, pair: int) -> str:
+        return self.dataset[self._indices[pair]].id
+
+    def check_budget(self, pack_tokens: int) -> None:
+        """Refuses a microbatch budget that some pair exceeds, naming that pair."""
+        for pair, size in enumerate(self.sizes):
+            if size.policy_tokens > pack_tokens:
+                raise UserError(
+                    f"data.pack_tokens ({pack_tokens}): pair {self.trees(pair).id!r} "
+                    f"({self.source(pair)}) has {size.policy_tokens} policy tokens; use at least "
+                    f"{self.largest_pair_tokens}, or null for the largest pair"
+                )
+
+    def source(self, pair: int) -> str:
+        return self.dataset[self._indices[pair]].source
+
+    def sizes_of(self, pairs: Sequence[int]) -> list[PairSize]:
+        return [self.sizes[pair] for pair in pairs]
+
+    def _trees(self, index: int, row: PreferenceRow) -> PairTrees:
+        trees = pair_trees(row, self.settings)
+        if self.reference_logps is None:
+            return trees
+        sums = self.reference_logps.of(
+            index,
+            row_id=row.id,
+            num_turns=trees.num_turns,
+            where=row.source,
+            rows=self.settings.reference,
+        )
+        return replace(trees, reference_logps=sums)
+
+    def _fitted(self, index: int) -> PreferenceRow | None:
+        limits = self.limits
+        return fit_row(
+            self.dataset[index],
+            vocab_size=limits.vocab_size,
+            max_length=limits.max_length,
+            too_long=limits.too_long,
+            max_reference_length=limits.max_reference_length,
+        )
+
+
+def _check_short_rows(row: PreferenceRow) -> None:
+    if not row.reference_chosen:
+        raise UserError(
+            f"{row.source}: has no short rows (ref_chosen_*, ref_rejected_*), which this "
+            "objective.name and reference.context read; use others, such as objective.name=dpo "
+            "with reference.context=long, or make the rows of examples with chunks"
+        )
+
+
+def _check_turns(row: PreferenceRow, settings: TreeSettings, *, per_turn: bool) -> None:
+    """Answers that are compared must all be there: each turn's in the long and the short rows.
+
+    Without short rows, only an objective that goes turn by turn minds unequal numbers.
+    """
+    counts = {
+        "chosen": int(answer_turns(row.chosen).max()) + 1,
+        "rejected": int(answer_turns(row.rejected).max()) + 1,
+    }
+    if settings.reads_short_rows:
+        counts["reference"] = len(row.reference_chosen)
+    elif not per_turn:
+        return
+    if len(set(counts.values())) == 1:
+        return
+    found = ", ".join(f"{name} {count}" for name, count in counts.items())
+    needed = "the short reference rows answer" if "reference" in counts else "per_turn pairs"
+    raise UserError(
+        f"{row.source}: answers of the row: {found}; {needed} one by one, so there must be as many "
+        "of each; mend the row or remove it"
+    )

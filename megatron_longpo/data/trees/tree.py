@@ -1,0 +1,230 @@
+"""Prefix trees: the rows of a pair as forests, one for the policy and one for the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+
+from megatron_longpo.data.rows.dataset import IGNORED_LABEL, PreferenceRow, TokenRow
+from megatron_longpo.data.trees.forest import (
+    Branch,
+    Forest,
+    Row,
+    Term,
+    build_forest,
+    concatenate,
+    divergence_edges,
+)
+from megatron_longpo.errors import UserError
+
+NllTokens = Literal["chosen_row", "chosen_answers", "rejected_answers", "short_chosen_answers"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TreeSettings:
+    """What of a row goes into its trees: decided by the objective, the reference and the user."""
+
+    policy: tuple[Row, ...] = ("long_chosen", "long_rejected")
+    """Rows whose answers the policy's log-probabilities are summed over."""
+    reference: tuple[Row, ...] = ("short_chosen", "short_rejected")
+    """The same for the reference; empty = it reads nothing for sums."""
+    packs_reference: bool = True
+    """Whether the reference's rows are packed; False = its sums were computed before."""
+    nll: NllTokens | None = "chosen_row"
+    """Tokens of the policy's negative log-likelihood."""
+    divergence: tuple[Row, Row] | None = None
+    """Rows with one answer, along which policy and reference are compared token by token: the
+    policy reads the first, the reference the second."""
+    share_prefix: bool = True
+    """Whether rows share their common prefix; without, every row is a tree of one segment."""
+
+    @property
+    def policy_rows(self) -> tuple[Row, ...]:
+        """All rows that the policy reads."""
+        student = () if self.divergence is None else self.divergence[:1]
+        return _in_order({*self.policy, *student, *_NLL_ROWS[self.nll]})
+
+    @property
+    def reference_rows(self) -> tuple[Row, ...]:
+        """All rows that the reference reads."""
+        teacher = () if self.divergence is None else self.divergence[1:]
+        return _in_order({*self.reference, *teacher})
+
+    @property
+    def policy_terms(self) -> tuple[Term, ...]:
+        """The sums that the policy's edges join."""
+        terms = [Term.of_row(row) for row in self.policy]
+        if self.nll is not None:
+            terms.append(Term.NLL)
+        if self.divergence is not None:
+            terms.append(Term.DIVERGENCE)
+        return tuple(terms)
+
+    @property
+    def reads_short_rows(self) -> bool:
+        return any(row.startswith("short") for row in (*self.policy_rows, *self.reference_rows))
+
+
+_ROWS: tuple[Row, ...] = ("long_chosen", "long_rejected", "short_chosen", "short_rejected")
+_NLL_ROWS: dict[NllTokens | None, tuple[Row, ...]] = {
+    None: (),
+    "chosen_row": ("long_chosen",),
+    "chosen_answers": ("long_chosen",),
+    "rejected_answers": ("long_rejected",),
+    "short_chosen_answers": ("short_chosen",),
+}
+
+
+def _in_order(rows: Collection[Row]) -> tuple[Row, ...]:
+    return tuple(row for row in _ROWS if row in rows)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PairTrees:
+    """One pair, ready to be packed: `edge_pairs` are 0 throughout."""
+
+    id: str
+    policy: Forest
+    reference: Forest | None
+    reference_terms: tuple[Term, ...]
+    """The sums that the reference's edges join."""
+    num_turns: int
+    counts: Mapping[Term, np.ndarray]
+    """For each of the policy's terms [num_turns] int64: the tokens that its sums are over."""
+    unshared_tokens: int
+    """Policy tokens if no row shared its prefix."""
+    reference_logps: Mapping[Term, np.ndarray] = field(default_factory=dict)
+    """For each sum of the reference that was computed before [num_turns] float64, nats."""
+
+
+def pair_trees(row: PreferenceRow, settings: TreeSettings) -> PairTrees:
+    """Turns a row into the trees that policy and reference read.
+
+    Raises:
+        UserError: if a divergence is asked for along answers that differ between its two rows.
+    """
+    policy_terms = {name: Term.of_row(name) for name in settings.policy}
+    reference_terms = {name: Term.of_row(name) for name in settings.reference}
+    if settings.divergence is not None:
+        student, teacher = settings.divergence
+        policy_terms[student] = policy_terms.get(student, Term(0)) | Term.DIVERGENCE
+        reference_terms[teacher] = reference_terms.get(teacher, Term(0)) | Term.DIVERGENCE
+    groups = _groups(row, settings.policy_rows, policy_terms, nll=settings.nll)
+    policy = _forest(groups, share=settings.share_prefix)
+    reference = None
+    if settings.reference_rows and settings.packs_reference:
+        reference_groups = _groups(row, settings.reference_rows, reference_terms, nll=None)
+        reference = _forest(reference_groups, share=settings.share_prefix)
+    if settings.divergence is not None:
+        assert reference is not None
+        _check_aligned(row, policy, reference)
+    answers = [answer_turns(row.chosen), answer_turns(row.rejected)]
+    num_turns = max(
+        len(row.reference_chosen), *(int(turns.max(initial=-1)) + 1 for turns in answers)
+    )
+    summed = () if reference is None else settings.reference
+    return PairTrees(
+        id=row.id,
+        policy=policy,
+        reference=reference,
+        reference_terms=tuple(Term.of_row(name) for name in summed),
+        num_turns=num_turns,
+        counts={term: _count(policy, term, num_turns) for term in settings.policy_terms},
+        unshared_tokens=sum(len(branch.input_ids) for group in groups for branch in group),
+    )
+
+
+def reference_alone(trees: PairTrees) -> PairTrees:
+    """The reference's trees where the policy's stand: what scores rows ahead of training."""
+    forest = trees.reference
+    assert forest is not None, "the reference reads nothing"
+    return replace(
+        trees,
+        policy=forest,
+        reference=None,
+        reference_terms=(),
+        counts={term: _count(forest, term, trees.num_turns) for term in trees.reference_terms},
+    )
+
+
+def _check_aligned(row: PreferenceRow, policy: Forest, reference: Forest) -> None:
+    """Refuses rows whose answers are not the same tokens for policy and reference."""
+    ours, theirs = (
+        np.stack([forest.edge_turns[edges], forest.edge_targets[edges]])
+        for forest, edges in ((f, divergence_edges(f)) for f in (policy, reference))
+    )
+    if not np.array_equal(ours, theirs):
+        raise UserError(
+            f"{row.source}: its long and short rows answer with other tokens "
+            f"({ours.shape[1]} and {theirs.shape[1]} of them), which a divergence compares one by "
+            "one; make the rows with longpo tokenize, or use another objective.name"
+        )
+
+
+def _count(forest: Forest, term: Term, num_turns: int) -> np.ndarray:
+    joins = (forest.edge_terms & term) != 0
+    return np.bincount(forest.edge_turns[joins], minlength=num_turns)
+
+
+def answer_turns(row: TokenRow) -> np.ndarray:
+    """[S] int64: index of the run of answer tokens that each token is in, -1 outside answers."""
+    is_answer = row.labels != IGNORED_LABEL
+    begins = is_answer & ~np.concatenate([[False], is_answer[:-1]])
+    return np.where(is_answer, np.cumsum(begins) - 1, -1)
+
+
+def _forest(groups: Sequence[Sequence[Branch]], *, share: bool) -> Forest:
+    return concatenate([build_forest(group, share=share) for group in groups])
+
+
+def _groups(
+    row: PreferenceRow,
+    names: Sequence[Row],
+    terms: Mapping[Row, Term],
+    *,
+    nll: NllTokens | None,
+) -> list[list[Branch]]:
+    """The rows called `names` as branches, those that may share a prefix together.
+
+    That is the long conversations, then the short rows turn by turn.
+    """
+    long_rows: dict[Row, TokenRow] = {"long_chosen": row.chosen, "long_rejected": row.rejected}
+    short_rows: dict[Row, tuple[TokenRow, ...]] = {
+        "short_chosen": row.reference_chosen,
+        "short_rejected": row.reference_rejected,
+    }
+
+    def branch(name: Row, tokens: TokenRow, turn: int | None) -> Branch:
+        return _branch(
+            tokens,
+            answer_terms=terms.get(name, Term(0)),
+            nll=nll if name in _NLL_ROWS[nll] else None,
+            turn=turn,
+        )
+
+    groups = [[branch(name, long_rows[name], None) for name in names if name in long_rows]]
+    short_names = [name for name in names if name in short_rows]
+    for turn in range(len(row.reference_chosen) if short_names else 0):
+        groups.append([branch(name, short_rows[name][turn], turn) for name in short_names])
+    return [group for group in groups if group]
+
+
+def _branch(
+    tokens: TokenRow, *, answer_terms: Term, nll: NllTokens | None, turn: int | None
+) -> Branch:
+    """All answers of a row belong to `turn`, or where it is None, each run to a turn of its own."""
+    turns = answer_turns(tokens)
+    is_answer = turns >= 0
+    terms = np.where(is_answer, int(answer_terms), 0)
+    if nll == "chosen_row":
+        terms |= Term.NLL
+    elif nll is not None:
+        terms[is_answer] |= Term.NLL
+    return Branch(
+        input_ids=tokens.input_ids,
+        terms=terms,
+        turns=np.maximum(turns, 0) if turn is None else np.full(len(tokens), turn),
+    )

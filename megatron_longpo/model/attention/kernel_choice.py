@@ -1,0 +1,224 @@
+"""Which attention kernel runs: the one that a setting names, or the fastest of this machine.
+
+A kernel is taken only after a trial: a small causal block, a rectangle and two blocks at once,
+forward and backward, against plain matrix products. A package that is installed and does not fit
+the driver, the GPU or torch is thus named before training, and never trained with. One that picks
+by block (long_blocks.py) is taken if both that it picks from are.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_longpo.errors import UserError
+from megatron_longpo.model.attention.gpu_kernels import CudnnKernel, FlashAttnKernel, FlashKernel
+from megatron_longpo.model.attention.kernels import AttentionKernel, CpuFlashKernel, MathKernel
+from megatron_longpo.model.attention.long_blocks import SHORTEST_LONG_BLOCK, LongBlockKernel
+from megatron_longpo.model.attention.varlen_kernels import TransformerEngineKernel, VarlenKernel
+from megatron_longpo.parallel.context import QueryKeyValue
+
+HOPPER = (9, 0)
+"""Compute capability from which cuDNN's attention is the faster one."""
+
+LARGEST_HEAD = {"te": 128, "cudnn": 128, "flash_attn": 256, "varlen": 256, "sdpa": 256}
+"""Largest head that each kernel has a backward for."""
+
+TRIAL_LENGTHS = ((192, 192, True), (160, 256, False))
+"""(queries, keys, causal); not below what `CudnnKernel` leaves to another kernel."""
+TRIAL_BLOCKS = (130, 192)
+"""Causal blocks of one call."""
+TRIAL_TOLERANCE = 2e-2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Workload:
+    """What the kernel will be asked for."""
+
+    device: torch.device
+    dtype: torch.dtype
+    head_dim: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KernelChoice:
+    """The kernel, and what the start of a run says about it."""
+
+    setting: str
+    """The value of `model.attention_kernel` that would force it."""
+    kernel: AttentionKernel
+    line: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Candidate:
+    title: str
+    make: Callable[[], AttentionKernel]
+    package: str | None = None
+
+
+_CANDIDATES = {
+    "te": _Candidate(
+        title="cuDNN through Transformer Engine",
+        make=TransformerEngineKernel,
+        package="transformer_engine",
+    ),
+    "cudnn": _Candidate(title="cuDNN through torch", make=CudnnKernel),
+    "flash_attn": _Candidate(
+        title="package flash-attn", make=FlashAttnKernel, package="flash_attn"
+    ),
+    "varlen": _Candidate(title="torch.nn.attention.varlen", make=VarlenKernel),
+    "sdpa": _Candidate(title="FlashAttention 2 in torch", make=FlashKernel),
+}
+
+LONG_AND_OTHER = "cudnn+te"
+"""The setting of `LongBlockKernel`: the kernel of long causal blocks, and that of all others."""
+
+_TITLES = {name: candidate.title for name, candidate in _CANDIDATES.items()} | {
+    LONG_AND_OTHER: (
+        f"cuDNN through torch for causal blocks of {SHORTEST_LONG_BLOCK} tokens and more, "
+        "through Transformer Engine for all others"
+    )
+}
+
+
+def choose_kernel(
+    setting: str, *, device: torch.device, dtype: torch.dtype, head_dim: int
+) -> KernelChoice:
+    """Returns the kernel that `model.attention_kernel` names, or the best of this machine.
+
+    Raises:
+        UserError: if the named kernel is not to be had; it says why.
+    """
+    workload = Workload(device=device, dtype=dtype, head_dim=head_dim)
+    plain = _plain_choice(workload)
+    if plain is not None and setting in ("auto", "sdpa"):
+        return plain
+    if setting != "auto":
+        kernel, obstacle = _obtain(setting, workload)
+        if kernel is None:
+            raise UserError(f"model.attention_kernel ({setting}): {obstacle}; use auto")
+        return _choice(setting, kernel, rejected={})
+    rejected: dict[str, str] = {}
+    for name in _preferred(torch.cuda.get_device_capability(device)):
+        kernel, obstacle = _obtain(name, workload)
+        if kernel is not None:
+            return _choice(name, kernel, rejected=rejected)
+        rejected[name] = obstacle
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in rejected.items())
+    raise UserError(f"model.attention_kernel (auto): no kernel runs on this GPU ({reasons})")
+
+
+def _plain_choice(workload: Workload) -> KernelChoice | None:
+    """Where there is nothing to choose: no GPU, or fp32 on one."""
+    if workload.device.type == "cpu":
+        line = "attention: sdpa (torch's flash kernel for CPUs; there is no GPU)"
+        return KernelChoice(setting="sdpa", kernel=CpuFlashKernel(), line=line)
+    if workload.dtype == torch.float32:
+        line = "attention: sdpa (plain matrix products: fast kernels take bf16, not fp32)"
+        return KernelChoice(setting="sdpa", kernel=MathKernel(), line=line)
+    return None
+
+
+def _preferred(capability: tuple[int, int]) -> tuple[str, ...]:
+    """`auto`'s order, the fastest first."""
+    if capability >= HOPPER:
+        return (LONG_AND_OTHER, "te", "cudnn", "sdpa")
+    return ("sdpa", "te", "cudnn")
+
+
+def _obtain(name: str, workload: Workload) -> tuple[AttentionKernel | None, str]:
+    """The kernel, or None and why not."""
+    if name != LONG_AND_OTHER:
+        return _obtain_one(name, workload)
+    parts = []
+    for part in LONG_AND_OTHER.split("+"):
+        kernel, obstacle = _obtain_one(part, workload)
+        if kernel is None:
+            return None, f"no {part}, since {obstacle}"
+        parts.append(kernel)
+    long, other = parts
+    return LongBlockKernel(long=long, other=other), ""
+
+
+def _obtain_one(name: str, workload: Workload) -> tuple[AttentionKernel | None, str]:
+    candidate = _CANDIDATES[name]
+    if workload.device.type == "cpu":
+        return None, "it needs a GPU"
+    if candidate.package is not None and importlib.util.find_spec(candidate.package) is None:
+        return None, f"the package {candidate.package} is not installed (the gpu extra has it)"
+    if workload.dtype == torch.float32:
+        return None, "it takes bf16, and model.dtype is fp32"
+    if workload.head_dim > LARGEST_HEAD[name] or workload.head_dim % 8:
+        return None, (
+            f"it takes heads of up to {LARGEST_HEAD[name]} in steps of 8, and the model's are of "
+            f"{workload.head_dim}"
+        )
+    try:
+        kernel = candidate.make()
+        error = trial_error(kernel, workload)
+    except Exception as failure:  # whatever a package throws where it does not fit
+        return None, f"its trial run failed ({_first_line(failure)})"
+    if not error <= TRIAL_TOLERANCE:
+        return None, f"its trial run was off by {error:.2g}"
+    return kernel, ""
+
+
+def trial_error(kernel: AttentionKernel, workload: Workload) -> float:
+    """The largest relative error of a small run against `MathKernel`; NaN counts as infinite."""
+    generator = torch.Generator(device=workload.device).manual_seed(0)
+    exact, scale = MathKernel(), workload.head_dim**-0.5
+
+    def random(length: int, heads: int) -> Tensor:
+        shape = length, heads, workload.head_dim
+        return torch.randn(shape, generator=generator, device=workload.device, dtype=workload.dtype)
+
+    def error(run: Callable[[AttentionKernel], tuple[Tensor, ...]]) -> float:
+        worst = 0.0
+        for actual, expected in zip(run(kernel), run(exact), strict=True):
+            difference = (actual.float() - expected.float()).norm() / expected.float().norm()
+            worst = max(worst, float(difference.nan_to_num(nan=float("inf"))))
+        return worst
+
+    errors = []
+    for queries, keys, causal in TRIAL_LENGTHS:
+        tensors = random(queries, 4), random(keys, 2), random(keys, 2)
+        run = functools.partial(_run_block, tensors, random(queries, 4), causal=causal, scale=scale)
+        errors.append(error(run))
+    tokens = sum(TRIAL_BLOCKS)
+    tensors = random(tokens, 4), random(tokens, 2), random(tokens, 2)
+    errors.append(error(functools.partial(_run_blocks, tensors, random(tokens, 4), scale=scale)))
+    return max(errors)
+
+
+def _run_block(
+    tensors: QueryKeyValue, grad: Tensor, kernel: AttentionKernel, *, causal: bool, scale: float
+) -> tuple[Tensor, ...]:
+    output, logsumexp = kernel.forward(*tensors, causal=causal, scale=scale)
+    grads = kernel.backward(grad, *tensors, output, logsumexp, causal=causal, scale=scale)
+    return output, logsumexp, *grads
+
+
+def _run_blocks(
+    tensors: QueryKeyValue, grad: Tensor, kernel: AttentionKernel, *, scale: float
+) -> tuple[Tensor, ...]:
+    output, logsumexp = kernel.forward_blocks(*tensors, TRIAL_BLOCKS, scale=scale)
+    grads = kernel.backward_blocks(grad, *tensors, output, logsumexp, TRIAL_BLOCKS, scale=scale)
+    return output, logsumexp, *grads
+
+
+def _choice(name: str, kernel: AttentionKernel, *, rejected: dict[str, str]) -> KernelChoice:
+    line = f"attention: {name} ({_TITLES[name]})"
+    for other, reason in rejected.items():
+        line += f"; not {other}: {reason}"
+    return KernelChoice(setting=name, kernel=kernel, line=line)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

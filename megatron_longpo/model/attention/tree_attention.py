@@ -1,0 +1,297 @@
+"""Core attention over prefix trees, in the place of Megatron's `core_attention`.
+
+Letters: t tokens on this rank, q queries and k keys of the kernels, H heads, G key/value heads,
+D head size.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.profiler import record_function
+
+from megatron_longpo.model.activation_offload import ActivationOffload, Offloaded
+from megatron_longpo.model.attention.kernels import AttentionKernel, padded
+from megatron_longpo.parallel.context import ContextExchange, QueryKeyValue
+from megatron_longpo.parallel.layout import AttentionPlan, Span
+
+Attended = tuple[Tensor, Tensor]
+"""This rank's output [t,H,D], and the log-sum-exp of its kernels' scores."""
+
+
+class TreeAttention(nn.Module):
+    """Each token attends its ancestors and, causally, its own segment (design.md section 2).
+
+    Built and called as Megatron builds and calls any core attention, but for `kernel`, `exchange`,
+    `keeps_results` and `offload`; the `AttentionPlan` comes as `packed_seq_params`, and no mask is
+    read.
+
+    With `keeps_results`, a layer that is recomputed in backward gets its attention's results from
+    memory: they are small beside what computing them again would cost in a long row. `offload`
+    has the output until then, where there is one.
+    """
+
+    def __init__(
+        self,
+        *,
+        kernel: AttentionKernel,
+        exchange: ContextExchange,
+        keeps_results: bool = False,
+        offload: ActivationOffload | None = None,
+        config: Any,
+        layer_number: int,
+        attn_mask_type: Any = None,
+        attention_type: str = "self",
+        cp_comm_type: str | None = None,
+        softmax_scale: float | None = None,
+        pg_collection: Any = None,
+        **unused: Any,
+    ) -> None:
+        super().__init__()
+        self.kernel = kernel
+        self.exchange = exchange
+        self.keeps_results = keeps_results
+        # By the plan's id: of the microbatches whose backward is still to come. A plan is kept
+        # too, lest another one get its id.
+        self._kept: dict[int, tuple[AttentionPlan, Tensor | Offloaded, Tensor]] = {}
+        self.offload = offload
+        self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: AttentionPlan | None = None,
+    ) -> Tensor:
+        """[t,1,H,D], [t,1,G,D], [t,1,G,D] -> [t,1,H*D]."""
+        assert packed_seq_params is not None, "tree attention needs an AttentionPlan"
+        plan = packed_seq_params
+        kept = self._take(plan) if torch.is_grad_enabled() else None
+        output, logsumexp = _TreeAttentionFunction.apply(
+            query.squeeze(1),
+            key.squeeze(1),
+            value.squeeze(1),
+            plan,
+            self.kernel,
+            self.exchange,
+            self.scale,
+            kept,
+        )
+        if self.keeps_results and self.training and not torch.is_grad_enabled():
+            # The first pass of a layer that will run once more, with gradients.
+            kept_output = output if self.offload is None else self.offload.put(output)
+            self._kept[id(plan)] = plan, kept_output, logsumexp
+        return output.flatten(1).unsqueeze(1)
+
+    def _take(self, plan: AttentionPlan) -> Attended | None:
+        if id(plan) not in self._kept:
+            return None
+        _, output, logsumexp = self._kept.pop(id(plan))
+        if self.offload is not None:
+            output = self.offload.fetch(output)
+        assert isinstance(output, Tensor)
+        return output, logsumexp
+
+
+class _TreeAttentionFunction(torch.autograd.Function):
+    """Exchange, attend, exchange back; saves no tensor that is longer than this rank's share."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        plan: AttentionPlan,
+        kernel: AttentionKernel,
+        exchange: ContextExchange,
+        scale: float,
+        kept: Attended | None,
+    ) -> Attended:
+        # Values come as a view of the projection that queries and keys were copied from: kept as
+        # they are, they would keep all of it.
+        local = (query.contiguous(), key.contiguous(), value.contiguous())
+        entered = local
+        if kept is None or not exchange.keeps_local:
+            entered = exchange.enter(local, plan.order)
+        if kept is None:
+            with record_function("attention"):
+                attended, logsumexp = attend(entered, plan, kernel, scale=scale)
+            output = exchange.leave(attended, plan.order, num_local=len(query))
+        else:
+            output, logsumexp = kept
+        ctx.save_for_backward(*(local if exchange.keeps_local else entered), output, logsumexp)
+        ctx.plan, ctx.kernel, ctx.exchange, ctx.scale = plan, kernel, exchange, scale
+        ctx.mark_non_differentiable(logsumexp)
+        return output, logsumexp
+
+    @staticmethod
+    def backward(ctx: Any, *output_grads: Tensor) -> tuple[Tensor | None, ...]:
+        *kept, output, logsumexp = ctx.saved_tensors
+        plan, exchange = ctx.plan, ctx.exchange
+        query, key, value = kept
+        entered = (query, key, value)
+        if exchange.keeps_local:
+            entered = exchange.enter(entered, plan.order)
+        output_grad = exchange.enter_like_query(output_grads[0], plan.order)
+        entered_output = exchange.enter_like_query(output, plan.order)
+        with record_function("attention"):
+            gradients = attend_backward(
+                output_grad, entered, entered_output, logsumexp, plan, ctx.kernel, scale=ctx.scale
+            )
+        gradients = exchange.leave_gradients(gradients, plan.order, num_local=len(output))
+        return (*(gradient.to(query.dtype) for gradient in gradients), *[None] * 5)
+
+
+def attend(
+    entered: QueryKeyValue, plan: AttentionPlan, kernel: AttentionKernel, *, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Runs a plan block by block.
+
+    Args:
+        entered: query [q,H,D], key and value [k,G,D], as `plan` counts them.
+        plan: what attends what.
+        kernel: runs a block.
+        scale: of the scores.
+
+    Returns:
+        Output [q,H,D] and log-sum-exp [H,q]; 0 for padding, which is in no piece.
+    """
+    query, key, value = entered
+    if not plan.pieces:
+        return torch.zeros_like(query), query.new_zeros(
+            query.shape[1::-1], dtype=torch.promote_types(query.dtype, torch.float32)
+        )
+    num_queries, own = sum(plan.lengths), plan.own_keys
+    output, logsumexp = kernel.forward_blocks(
+        _at(query, slice(0, num_queries)),
+        _at(key, own),
+        _at(value, own),
+        plan.lengths,
+        scale=scale,
+    )
+    for piece in plan.pieces:
+        if not piece.context:
+            continue
+        parts = [
+            kernel.forward(
+                _rows(query, piece.queries),
+                _rows(key, keys),
+                _rows(value, keys),
+                causal=False,
+                scale=scale,
+            )
+            for keys in piece.context
+        ]
+        rows = slice(piece.queries.start, piece.queries.stop)
+        _merge_(output[rows], logsumexp[:, rows], parts)
+    padding = len(query) - num_queries
+    if padding:
+        output, logsumexp = padded(output, len(query)), F.pad(logsumexp, (0, padding))
+    return output, logsumexp
+
+
+def attend_backward(
+    output_grad: Tensor,
+    entered: QueryKeyValue,
+    output: Tensor,
+    logsumexp: Tensor,
+    plan: AttentionPlan,
+    kernel: AttentionKernel,
+    *,
+    scale: float,
+) -> QueryKeyValue:
+    """Gradients of `attend`'s query, key and value.
+
+    A key may be attended from several blocks, whose gradients must not be rounded in between: they
+    are summed in fp32 at least, and so are a query's over its blocks. Where there are two at most,
+    one sum in the tensors' own dtype is as exact.
+    """
+    query, key, value = entered
+    if not plan.pieces:
+        key_grad, value_grad = (
+            torch.zeros_like(tensor, dtype=logsumexp.dtype) for tensor in (key, value)
+        )
+        return torch.zeros_like(query), key_grad, value_grad
+    num_queries, own = sum(plan.lengths), plan.own_keys
+    queries = slice(0, num_queries)
+    query_grad, *key_and_value_grads = kernel.backward_blocks(
+        _at(output_grad, queries),
+        _at(query, queries),
+        _at(key, own),
+        _at(value, own),
+        _at(output, queries),
+        logsumexp[:, queries],
+        plan.lengths,
+        scale=scale,
+    )
+    query_grad = padded(query_grad, len(query))
+    contexts = [(piece.queries, piece.context) for piece in plan.pieces if piece.context]
+    is_exact = plan.adds_once
+    if plan.order is not None:
+        # Other ranks may have gradients of the same keys, unless all are attended here.
+        is_exact = num_queries == len(key) and not contexts
+    accumulator = query.dtype if is_exact else logsumexp.dtype
+    key_grad, value_grad = (
+        _placed(gradient, own, len(key), dtype=accumulator) for gradient in key_and_value_grads
+    )
+    for span, context in contexts:
+        rows = _rows(query_grad, span)
+        total = rows.to(accumulator)
+        for keys in context:
+            gradients = kernel.backward(
+                _rows(output_grad, span),
+                _rows(query, span),
+                _rows(key, keys),
+                _rows(value, keys),
+                _rows(output, span),
+                logsumexp[:, span.start : span.stop],
+                causal=False,
+                scale=scale,
+            )
+            total += gradients[0]
+            _rows(key_grad, keys).add_(gradients[1])
+            _rows(value_grad, keys).add_(gradients[2])
+        rows.copy_(total)
+    return query_grad, key_grad, value_grad
+
+
+def _rows(tensor: Tensor, span: Span) -> Tensor:
+    return tensor[span.start : span.stop]
+
+
+def _at(tensor: Tensor, rows: slice | Tensor) -> Tensor:
+    """`tensor[rows]`, where a whole tensor costs no operator."""
+    is_whole = isinstance(rows, slice) and rows.stop - rows.start == len(tensor)
+    return tensor if is_whole else tensor[rows]
+
+
+def _placed(gradient: Tensor, own: slice | Tensor, num_keys: int, *, dtype: torch.dtype) -> Tensor:
+    """[n,G,D], of the keys `own` -> [k,G,D], 0 for all others."""
+    if len(gradient) == num_keys and isinstance(own, slice):
+        return gradient.to(dtype)
+    placed = gradient.new_zeros(num_keys, *gradient.shape[1:], dtype=dtype)
+    placed[own] = gradient.to(dtype)
+    return placed
+
+
+def _merge_(output: Tensor, logsumexp: Tensor, parts: list[tuple[Tensor, Tensor]]) -> None:
+    """Joins `parts`, which are over other keys, to an output [q,H,D] and log-sum-exp [H,q].
+
+    Each is weighted by its share of the softmax denominator: of two, by a sigmoid. Outputs are
+    rounded once, when all are joined.
+    """
+    exact = output
+    for part, part_logsumexp in parts:
+        share = torch.sigmoid(part_logsumexp - logsumexp).T.unsqueeze(-1)
+        exact = torch.addcmul(exact * (1 - share), part, share)
+        torch.logaddexp(logsumexp, part_logsumexp, out=logsumexp)
+    output.copy_(exact)

@@ -1,0 +1,184 @@
+"""Which kernel is taken, and what is said about it, on machines that this one stands in for."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_longpo.errors import UserError
+from megatron_longpo.model.attention import kernel_choice
+from megatron_longpo.model.attention.gpu_kernels import CudnnKernel, FlashKernel
+from megatron_longpo.model.attention.kernel_choice import (
+    KernelChoice,
+    Workload,
+    choose_kernel,
+    trial_error,
+)
+from megatron_longpo.model.attention.kernels import CpuFlashKernel, MathKernel
+from megatron_longpo.model.attention.long_blocks import LongBlockKernel
+from megatron_longpo.model.attention.varlen_kernels import TransformerEngineKernel
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def choose(
+    setting: str = "auto",
+    *,
+    device: torch.device = CUDA,
+    dtype: torch.dtype = torch.bfloat16,
+    head_dim: int = 128,
+) -> KernelChoice:
+    return choose_kernel(setting, device=device, dtype=dtype, head_dim=head_dim)
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Hopper GPU with every package, where every kernel passes its trial."""
+    machine(monkeypatch, capability=(9, 0))
+
+
+def machine(
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    capability: tuple[int, int],
+    packages: tuple[str, ...] = ("transformer_engine", "flash_attn"),
+    errors: dict[type, float | Exception] | None = None,
+) -> None:
+    def trial(kernel: Any, workload: Workload) -> float:
+        error = (errors or {}).get(type(kernel), 0.0)
+        if isinstance(error, Exception):
+            raise error
+        return error
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: object() if name in packages else None
+    )
+    monkeypatch.setattr("importlib.import_module", lambda name: object())
+    monkeypatch.setattr(kernel_choice, "trial_error", trial)
+
+
+@pytest.mark.parametrize("setting", ["auto", "sdpa"])
+@pytest.mark.parametrize(
+    ("device", "dtype", "kernel"),
+    [
+        (CPU, torch.float32, CpuFlashKernel),
+        (CPU, torch.bfloat16, CpuFlashKernel),
+        (CUDA, torch.float32, MathKernel),
+    ],
+)
+def test_without_a_gpu_or_in_fp32_there_is_nothing_to_choose(
+    setting: str, device: torch.device, dtype: torch.dtype, kernel: type
+) -> None:
+    chosen = choose(setting, device=device, dtype=dtype)
+    assert isinstance(chosen.kernel, kernel) and chosen.line.startswith("attention: sdpa")
+
+
+@pytest.mark.parametrize("setting", ["auto", "cudnn+te"])
+def test_hopper_takes_cudnn_by_the_length_of_a_block(hopper: None, setting: str) -> None:
+    chosen = choose(setting)
+    assert isinstance(chosen.kernel, LongBlockKernel) and chosen.setting == "cudnn+te"
+    assert isinstance(chosen.kernel.long, CudnnKernel)
+    assert isinstance(chosen.kernel.other, TransformerEngineKernel)
+    assert chosen.line == (
+        "attention: cudnn+te (cuDNN through torch for causal blocks of 25600 tokens and more, "
+        "through Transformer Engine for all others)"
+    )
+
+
+def test_without_torchs_cudnn_transformer_engine_has_all_blocks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    machine(monkeypatch, capability=(9, 0), errors={CudnnKernel: RuntimeError("no engine")})
+    chosen = choose()
+    assert isinstance(chosen.kernel, TransformerEngineKernel)
+    assert chosen.line == (
+        "attention: te (cuDNN through Transformer Engine); not cudnn+te: no cudnn, since its trial "
+        "run failed (RuntimeError: no engine)"
+    )
+
+
+def test_an_older_gpu_takes_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, capability=(8, 0))
+    assert isinstance(choose().kernel, FlashKernel)
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, capability=(9, 0), packages=())
+    chosen = choose()
+    assert isinstance(chosen.kernel, CudnnKernel)
+    assert "; not te: the package transformer_engine is not installed" in chosen.line
+
+
+def test_a_kernel_that_fails_or_errs_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    errors: dict[type, float | Exception] = {
+        TransformerEngineKernel: RuntimeError("no cuDNN engine\nat line 1"),
+        CudnnKernel: float("nan"),
+    }
+    machine(monkeypatch, capability=(9, 0), errors=errors)
+    chosen = choose()
+    assert isinstance(chosen.kernel, FlashKernel)
+    assert "not te: its trial run failed (RuntimeError: no cuDNN engine)" in chosen.line
+    assert "not cudnn: its trial run was off by nan" in chosen.line
+
+
+@pytest.mark.parametrize(
+    ("setting", "circumstances", "message"),
+    [
+        ("te", {"device": CPU}, r"\(te\): it needs a GPU; use auto"),
+        ("cudnn+te", {"device": CPU}, r"\(cudnn\+te\): no cudnn, since it needs a GPU; use auto"),
+        ("cudnn", {"dtype": torch.float32}, r"\(cudnn\): it takes bf16, and model\.dtype is fp32"),
+        ("te", {"head_dim": 256}, r"\(te\): it takes heads of up to 128 .* are of 256"),
+        ("sdpa", {"head_dim": 100}, r"\(sdpa\): it takes heads .* in steps of 8"),
+    ],
+)
+def test_a_forced_kernel_that_cannot_run_is_refused(
+    hopper: None, setting: str, circumstances: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=r"model\.attention_kernel " + message):
+        choose(setting, **circumstances)
+
+
+@pytest.mark.parametrize("setting", ["cudnn+te", "te", "flash_attn"])
+def test_a_forced_kernel_whose_package_is_missing_is_refused(
+    setting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(monkeypatch, capability=(9, 0), packages=())
+    with pytest.raises(
+        UserError, match=rf"\({re.escape(setting)}\): .*the package .* is not installed"
+    ):
+        choose(setting)
+
+
+def test_no_kernel_at_all_says_why_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, capability=(9, 0), packages=())
+    with pytest.raises(UserError, match=r"te: the package .*; cudnn: it takes .*; sdpa: it takes"):
+        choose(head_dim=512)
+
+
+class SkewedKernel(CpuFlashKernel):
+    """Its gradient of the values is 10 % too large."""
+
+    def backward(self, *args: Any, **settings: Any) -> tuple[Tensor, Tensor, Tensor]:
+        query_grad, key_grad, value_grad = super().backward(*args, **settings)
+        return query_grad, key_grad, 1.1 * value_grad
+
+
+class OneBlockKernel(CpuFlashKernel):
+    """Takes many blocks for one."""
+
+    def forward_blocks(
+        self, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], *, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        return self.forward(query, key, value, causal=True, scale=scale)
+
+
+def test_the_trial_tells_a_right_kernel_from_a_wrong_one() -> None:
+    workload = Workload(device=CPU, dtype=torch.bfloat16, head_dim=64)
+    assert trial_error(CpuFlashKernel(), workload) < kernel_choice.TRIAL_TOLERANCE
+    assert trial_error(SkewedKernel(), workload) == pytest.approx(0.1, rel=0.1)
+    assert trial_error(OneBlockKernel(), workload) > kernel_choice.TRIAL_TOLERANCE
