@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from megatron_longpo.errors import UserError
+from megatron_longpo.model.attention.blocks import Block, causal_blocks, one_block
 from megatron_longpo.model.attention.gpu_kernels import CudnnKernel, FlashAttnKernel, FlashKernel
 from megatron_longpo.model.attention.kernels import AttentionKernel, CpuFlashKernel, MathKernel
 from megatron_longpo.model.attention.long_blocks import SHORTEST_LONG_BLOCK, LongBlockKernel
-from megatron_longpo.model.attention.varlen_kernels import TransformerEngineKernel, VarlenKernel
-from megatron_longpo.parallel.context import QueryKeyValue
+from megatron_longpo.model.attention.te_kernel import TransformerEngineKernel
 
 HOPPER = (9, 0)
 """Compute capability from which cuDNN's attention is the faster one."""
@@ -72,7 +72,7 @@ _CANDIDATES = {
     "flash_attn": _Candidate(
         title="package flash-attn", make=FlashAttnKernel, package="flash_attn"
     ),
-    "varlen": _Candidate(title="torch.nn.attention.varlen", make=VarlenKernel),
+    "varlen": _Candidate(title="torch.nn.attention.varlen", make=FlashKernel),
     "sdpa": _Candidate(title="FlashAttention 2 in torch", make=FlashKernel),
 }
 
@@ -188,28 +188,18 @@ def trial_error(kernel: AttentionKernel, workload: Workload) -> float:
     errors = []
     for queries, keys, causal in TRIAL_LENGTHS:
         tensors = random(queries, 4), random(keys, 2), random(keys, 2)
-        run = functools.partial(_run_block, tensors, random(queries, 4), causal=causal, scale=scale)
-        errors.append(error(run))
+        block = one_block(*tensors, causal=causal, scale=scale)
+        errors.append(error(functools.partial(_run, block, random(queries, 4))))
     tokens = sum(TRIAL_BLOCKS)
     tensors = random(tokens, 4), random(tokens, 2), random(tokens, 2)
-    errors.append(error(functools.partial(_run_blocks, tensors, random(tokens, 4), scale=scale)))
+    blocks = causal_blocks(*tensors, TRIAL_BLOCKS, scale=scale)
+    errors.append(error(functools.partial(_run, blocks, random(tokens, 4))))
     return max(errors)
 
 
-def _run_block(
-    tensors: QueryKeyValue, grad: Tensor, kernel: AttentionKernel, *, causal: bool, scale: float
-) -> tuple[Tensor, ...]:
-    output, logsumexp = kernel.forward(*tensors, causal=causal, scale=scale)
-    grads = kernel.backward(grad, *tensors, output, logsumexp, causal=causal, scale=scale)
-    return output, logsumexp, *grads
-
-
-def _run_blocks(
-    tensors: QueryKeyValue, grad: Tensor, kernel: AttentionKernel, *, scale: float
-) -> tuple[Tensor, ...]:
-    output, logsumexp = kernel.forward_blocks(*tensors, TRIAL_BLOCKS, scale=scale)
-    grads = kernel.backward_blocks(grad, *tensors, output, logsumexp, TRIAL_BLOCKS, scale=scale)
-    return output, logsumexp, *grads
+def _run(block: Block, output_grad: Tensor, kernel: AttentionKernel) -> tuple[Tensor, ...]:
+    attended = kernel.forward(block)
+    return *attended, *kernel.backward(block, attended, output_grad)
 
 
 def _choice(name: str, kernel: AttentionKernel, *, rejected: dict[str, str]) -> KernelChoice:

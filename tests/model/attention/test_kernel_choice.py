@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_longpo.errors import UserError
 from megatron_longpo.model.attention import kernel_choice
+from megatron_longpo.model.attention.blocks import Attended, Block, Gradients
 from megatron_longpo.model.attention.gpu_kernels import CudnnKernel, FlashKernel
 from megatron_longpo.model.attention.kernel_choice import (
     KernelChoice,
@@ -20,7 +21,7 @@ from megatron_longpo.model.attention.kernel_choice import (
 )
 from megatron_longpo.model.attention.kernels import CpuFlashKernel, MathKernel
 from megatron_longpo.model.attention.long_blocks import LongBlockKernel
-from megatron_longpo.model.attention.varlen_kernels import TransformerEngineKernel
+from megatron_longpo.model.attention.te_kernel import TransformerEngineKernel
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -163,18 +164,16 @@ def test_no_kernel_at_all_says_why_of_each(monkeypatch: pytest.MonkeyPatch) -> N
 class SkewedKernel(CpuFlashKernel):
     """Its gradient of the values is 10 % too large."""
 
-    def backward(self, *args: Any, **settings: Any) -> tuple[Tensor, Tensor, Tensor]:
-        query_grad, key_grad, value_grad = super().backward(*args, **settings)
+    def backward(self, block: Block, attended: Attended, output_grad: Tensor) -> Gradients:
+        query_grad, key_grad, value_grad = super().backward(block, attended, output_grad)
         return query_grad, key_grad, 1.1 * value_grad
 
 
 class OneBlockKernel(CpuFlashKernel):
     """Takes many blocks for one."""
 
-    def forward_blocks(
-        self, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], *, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        return self.forward(query, key, value, causal=True, scale=scale)
+    def forward(self, block: Block) -> Attended:
+        return self.forward_one(block)
 
 
 def test_the_trial_tells_a_right_kernel_from_a_wrong_one() -> None:
