@@ -27,7 +27,7 @@ from megatron_longpo.model.attention.kernel_choice import choose_kernel
 from megatron_longpo.model.attention.kernels import AttentionKernel
 from megatron_longpo.parallel.layout import AttentionPlan, RankPack
 
-KERNELS = ("te", "cudnn", "flash_attn", "sdpa")
+KERNELS = ("fa4", "te", "cudnn", "flash_attn", "sdpa")
 REPEATS = 3
 LARGEST_PRODUCT = 32 * 1024
 """Rows of a product that are timed; more take as much longer, and would only need memory."""

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 Dtype = Literal["bf16", "fp32"]
 """Type of weights and activations."""
-AttentionKernel = Literal["auto", "cudnn+te", "te", "cudnn", "flash_attn", "varlen", "sdpa"]
+AttentionKernel = Literal["auto", "fa4", "cudnn+te", "te", "cudnn", "flash_attn", "varlen", "sdpa"]
 """`auto` takes the fastest kernel that passes a trial on this machine."""
 Layers = Literal["auto", "te", "local"]
 """Transformer layers of Transformer Engine or of Megatron-Core."""

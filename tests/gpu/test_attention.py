@@ -28,7 +28,7 @@ pytestmark = pytest.mark.gpu
 
 TOLERANCE = 5e-3
 """Norm of the difference over the norm."""
-KERNELS = ("te", "cudnn", "flash_attn", "varlen", "sdpa", "cudnn+te", "cudnn+te, all long")
+KERNELS = ("fa4", "te", "cudnn", "flash_attn", "varlen", "sdpa", "cudnn+te", "cudnn+te, all long")
 BLOCKS = [
     # queries, keys, heads, key/value heads, head size, causal
     (1, 1, 4, 2, 64, True),
@@ -100,6 +100,24 @@ def test_a_block_is_softmax_attention(
             assert float(actual.abs().max()) < 1e-2
             continue
         assert_close(actual, wanted, f"gradient of {name}")
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 256])
+def test_flash_attention_4_is_right_or_refused(head_dim: int) -> None:
+    """Version 4.0.0b36 gives wrong gradients of queries for heads of 80."""
+    tokens, scale = 1000, head_dim**-0.5
+    kernel = kernel_of("fa4", head_dim)
+    query, key, value, grad = random_tensors(
+        [(tokens, 4), (tokens, 2), (tokens, 2), (tokens, 4)], head_dim
+    )
+    block, exact = (
+        one_block(*tensors, causal=True, scale=scale)
+        for tensors in ((query, key, value), (query.float(), key.float(), value.float()))
+    )
+    expected = MathKernel().forward(exact)
+    wanted = MathKernel().backward(exact, expected, grad.float())
+    for actual, of in zip(kernel.backward(block, kernel.forward(block), grad), wanted, strict=True):
+        assert_close(actual, of, f"gradient at a head size of {head_dim}")
 
 
 @pytest.mark.parametrize("is_followed", [False, True], ids=["alone", "followed"])

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_longpo.errors import UserError
 from megatron_longpo.model.attention.blocks import Block, causal_blocks, one_block
+from megatron_longpo.model.attention.fa4_kernel import FlashAttention4Kernel
 from megatron_longpo.model.attention.gpu_kernels import CudnnKernel, FlashAttnKernel, FlashKernel
 from megatron_longpo.model.attention.kernels import AttentionKernel, CpuFlashKernel, MathKernel
 from megatron_longpo.model.attention.long_blocks import SHORTEST_LONG_BLOCK, LongBlockKernel
@@ -26,11 +27,19 @@ from megatron_longpo.model.attention.te_kernel import TransformerEngineKernel
 HOPPER = (9, 0)
 """Compute capability from which cuDNN's attention is the faster one."""
 
-LARGEST_HEAD = {"te": 128, "cudnn": 128, "flash_attn": 256, "varlen": 256, "sdpa": 256}
+LARGEST_HEAD = {
+    "fa4": 256,
+    "te": 128,
+    "cudnn": 128,
+    "flash_attn": 256,
+    "varlen": 256,
+    "sdpa": 256,
+}
 """Largest head that each kernel has a backward for."""
 
-TRIAL_LENGTHS = ((192, 192, True), (160, 256, False))
-"""(queries, keys, causal); not below what `CudnnKernel` leaves to another kernel."""
+TRIAL_LENGTHS = ((192, 192, True), (160, 256, False), (2048, 2048, True))
+"""(queries, keys, causal). The first two are not below what `CudnnKernel` leaves to another kernel;
+the last is what `FlashAttention4Kernel` calls in another way."""
 TRIAL_BLOCKS = (130, 192)
 """Causal blocks of one call."""
 TRIAL_TOLERANCE = 2e-2
@@ -60,9 +69,17 @@ class _Candidate:
     title: str
     make: Callable[[], AttentionKernel]
     package: str | None = None
+    extra: str = "gpu"
+    """The extra of setup.py that has the package."""
 
 
 _CANDIDATES = {
+    "fa4": _Candidate(
+        title="FlashAttention 4",
+        make=FlashAttention4Kernel,
+        package="flash_attn.cute",
+        extra="fa4",
+    ),
     "te": _Candidate(
         title="cuDNN through Transformer Engine",
         make=TransformerEngineKernel,
@@ -70,7 +87,9 @@ _CANDIDATES = {
     ),
     "cudnn": _Candidate(title="cuDNN through torch", make=CudnnKernel),
     "flash_attn": _Candidate(
-        title="package flash-attn", make=FlashAttnKernel, package="flash_attn"
+        title="package flash-attn",
+        make=FlashAttnKernel,
+        package="flash_attn.flash_attn_interface",
     ),
     "varlen": _Candidate(title="torch.nn.attention.varlen", make=FlashKernel),
     "sdpa": _Candidate(title="FlashAttention 2 in torch", make=FlashKernel),
@@ -128,7 +147,7 @@ def _plain_choice(workload: Workload) -> KernelChoice | None:
 def _preferred(capability: tuple[int, int]) -> tuple[str, ...]:
     """`auto`'s order, the fastest first."""
     if capability >= HOPPER:
-        return (LONG_AND_OTHER, "te", "cudnn", "sdpa")
+        return ("fa4", LONG_AND_OTHER, "te", "cudnn", "sdpa")
     return ("sdpa", "te", "cudnn")
 
 
@@ -150,8 +169,10 @@ def _obtain_one(name: str, workload: Workload) -> tuple[AttentionKernel | None, 
     candidate = _CANDIDATES[name]
     if workload.device.type == "cpu":
         return None, "it needs a GPU"
-    if candidate.package is not None and importlib.util.find_spec(candidate.package) is None:
-        return None, f"the package {candidate.package} is not installed (the gpu extra has it)"
+    if candidate.package is not None and not _is_installed(candidate.package):
+        return None, (
+            f"the package {candidate.package} is not installed (the {candidate.extra} extra has it)"
+        )
     if workload.dtype == torch.float32:
         return None, "it takes bf16, and model.dtype is fp32"
     if workload.head_dim > LARGEST_HEAD[name] or workload.head_dim % 8:
@@ -167,6 +188,14 @@ def _obtain_one(name: str, workload: Workload) -> tuple[AttentionKernel | None, 
     if not error <= TRIAL_TOLERANCE:
         return None, f"its trial run was off by {error:.2g}"
     return kernel, ""
+
+
+def _is_installed(package: str) -> bool:
+    """Whether a package is there; flash-attn and flash-attn-4 share the folder flash_attn."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ImportError:  # of the folder around it
+        return False
 
 
 def trial_error(kernel: AttentionKernel, workload: Workload) -> float:

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from megatron_longpo.data.trees.forest import NO_PARENT
+from megatron_longpo.model.attention import fa4_kernel
 from megatron_longpo.model.attention.blocks import Attended, block_ends, one_block
+from megatron_longpo.model.attention.fa4_kernel import FlashAttention4Kernel
 from megatron_longpo.model.attention.gpu_kernels import FlashKernel
 from megatron_longpo.model.attention.kernel_choice import TRIAL_TOLERANCE, Workload, trial_error
 from megatron_longpo.model.attention.kernels import AttentionKernel, CpuFlashKernel
@@ -123,6 +125,51 @@ class TransformerEngine:
         return *gradients, None, None
 
 
+class FlashAttention4:
+    """`flash_attn.cute.interface`: [1,t,heads,D] without lengths, [t,heads,D] with them."""
+
+    def __init__(self, sequences: Sequences) -> None:
+        self.sequences = sequences
+
+    def _flash_attn_fwd(
+        self, *tensors: Tensor, softmax_scale: float, causal: bool, return_lse: bool, **of: Any
+    ) -> Any:
+        assert return_lse
+        if not of:
+            flat = [tensor.squeeze(0) for tensor in tensors]
+            longest = (len(flat[0]), len(flat[1]))
+            output, logsumexp = self.sequences.forward(
+                flat, whole(longest), longest, causal=causal, scale=softmax_scale
+            )
+            return output[None], logsumexp[None], None, None, None
+        output, logsumexp = self.sequences.forward(
+            tensors, *self.read(of), causal=causal, scale=softmax_scale
+        )
+        return output, logsumexp, None, None, None
+
+    def _flash_attn_bwd(self, *arguments: Any, **of: Any) -> Any:
+        *tensors, scale, causal = arguments
+        query, key, value, output, grad, logsumexp = tensors
+        assert logsumexp.is_contiguous()
+        ordered = [grad, query, key, value, output, logsumexp]
+        if of:
+            return self.sequences.backward(ordered, *self.read(of), causal=causal, scale=scale)
+        flat = [tensor.squeeze(0) for tensor in ordered]
+        longest = (len(flat[1]), len(flat[2]))
+        gradients = self.sequences.backward(
+            flat, whole(longest), longest, causal=causal, scale=scale
+        )
+        return tuple(gradient[None] for gradient in gradients)
+
+    @staticmethod
+    def read(of: dict[str, Any]) -> tuple[Any, Any]:
+        """Ends and longest lengths."""
+        ends = (of.pop("cu_seqlens_q"), of.pop("cu_seqlens_k"))
+        longest = (of.pop("max_seqlen_q"), of.pop("max_seqlen_k"))
+        assert not of
+        return ends, longest
+
+
 def whole(lengths: tuple[int, int]) -> list[Tensor]:
     """Ends of one sequence of queries and one of keys."""
     return [torch.tensor([0, length], dtype=torch.int32) for length in lengths]
@@ -133,11 +180,16 @@ def sequences() -> Sequences:
     return Sequences()
 
 
-@pytest.fixture(params=["te", "older te", "flash"])
+@pytest.fixture(params=["te", "older te", "flash", "fa4"])
 def kernel(
     request: pytest.FixtureRequest, sequences: Sequences, monkeypatch: pytest.MonkeyPatch
 ) -> AttentionKernel:
     block_ends.cache_clear()
+    if request.param == "fa4":
+        monkeypatch.setattr("importlib.import_module", lambda name: FlashAttention4(sequences))
+        # Long enough for some blocks of these tests, too long for others.
+        monkeypatch.setattr(fa4_kernel, "SHORTEST_DENSE_BLOCK", 150)
+        return FlashAttention4Kernel()
     if request.param != "flash":
         package = TransformerEngine(sequences, packs=request.param == "te")
         monkeypatch.setattr("importlib.import_module", lambda name: package)
