@@ -31,6 +31,7 @@ TOLERANCE = 5e-3
 KERNELS = ("fa4", "te", "cudnn", "flash_attn", "varlen", "sdpa", "cudnn+te", "cudnn+te, all long")
 BLOCKS = [
     # queries, keys, heads, key/value heads, head size, causal
+    (2100, 2100, 4, 2, 128, True),
     (1, 1, 4, 2, 64, True),
     (7, 7, 4, 4, 64, True),
     (300, 300, 8, 2, 128, True),
@@ -107,9 +108,8 @@ def test_flash_attention_4_is_right_or_refused(head_dim: int) -> None:
     """Version 4.0.0b36 gives wrong gradients of queries for heads of 80."""
     tokens, scale = 1000, head_dim**-0.5
     kernel = kernel_of("fa4", head_dim)
-    query, key, value, grad = random_tensors(
-        [(tokens, 4), (tokens, 2), (tokens, 2), (tokens, 4)], head_dim
-    )
+    heads = (4, 2, 2, 4)
+    query, key, value, grad = random_tensors([(tokens, count) for count in heads], head_dim)
     block, exact = (
         one_block(*tensors, causal=True, scale=scale)
         for tensors in ((query, key, value), (query.float(), key.float(), value.float()))
