@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from megatron_longpo.config.evaluate import EvaluateConfig, check_evaluate_world, resolve_evaluate
 from megatron_longpo.config.harness import HarnessConfig
 from megatron_longpo.config.parser import load_config
-from megatron_longpo.config.suites import TASKS, read_suite, suite_names
+from megatron_longpo.config.suites import read_suite, suite_names
 from megatron_longpo.errors import UserError
 from megatron_longpo.evaluation import evaluate
 from megatron_longpo.evaluation.compare import run_compare
@@ -26,8 +26,8 @@ from megatron_longpo.evaluation.harness.judge_prompts import (
     read_prompts,
     read_rating,
 )
-from megatron_longpo.evaluation.harness.records import suite_numbers
-from megatron_longpo.evaluation.harness.tasks import Part, load_task, parts_of
+from megatron_longpo.evaluation.harness.tasks import TASK_FILES, Part, load_task, parts_of
+from megatron_longpo.evaluation.suite_numbers import suite_numbers
 from tests.evaluation.harness_data import make_model, write_data
 from tests.generation.backends.loopback import loopback
 
@@ -181,7 +181,7 @@ def rows_of(model: str, data: Path, name: str, length: int, **settings: Any) -> 
 @pytest.mark.parametrize("name", list(read_suite("ruler", HarnessConfig()).tasks))
 def test_rulers_rows_fit_their_length(name: str, model: str, data: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model)
-    task_file = TASKS / "ruler" / f"{name.removeprefix('ruler_')}.yaml"
+    task_file = TASK_FILES / "ruler" / f"{name.removeprefix('ruler_')}.yaml"
     text = task_file.read_text().replace("!function ", "")
     settings = yaml.safe_load(text)
     new_tokens = settings.get("generation_kwargs", {"max_gen_toks": 128})["max_gen_toks"]

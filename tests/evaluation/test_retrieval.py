@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from megatron_longpo.config.evaluation import NllConfig, RetentionConfig, RetrievalConfig
-from megatron_longpo.data.text.tokenizers import ChatTokenizer, HuggingFaceTokenizer
+from megatron_longpo.data.text.chat_tokenizer import ChatTokenizer
+from megatron_longpo.data.text.hf_tokenizer import HuggingFaceTokenizer
 from megatron_longpo.errors import UserError
 from megatron_longpo.evaluation.chats import CHATS
 from megatron_longpo.evaluation.frames import plain_ids

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_longpo.data.rows.dataset import PreferenceRow
+from megatron_longpo.data.rows.schema import PreferenceRow
 from megatron_longpo.data.trees.forest import Forest, Term, build_forest, divergence_edges
 from megatron_longpo.data.trees.packing import make_pack
 from megatron_longpo.data.trees.tree import TreeSettings, pair_trees

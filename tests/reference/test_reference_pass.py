@@ -24,7 +24,7 @@ from megatron_longpo.config.train import (
     TrainConfig,
     resolve,
 )
-from megatron_longpo.data.rows.dataset import write_rows_jsonl
+from megatron_longpo.data.rows.writing import write_rows_jsonl
 from megatron_longpo.engine import batches
 from megatron_longpo.engine.flops import step_flops
 from megatron_longpo.engine.reference_cache import part_paths

@@ -12,11 +12,14 @@ from rich.console import Console
 from megatron_longpo.config.tokenize import InspectConfig
 from megatron_longpo.data.inspect.console import show_sample, show_statistics
 from megatron_longpo.data.inspect.page import write_page
-from megatron_longpo.data.inspect.samples import Sample, sample_of_row, sample_of_text
+from megatron_longpo.data.inspect.row_samples import sample_of_row
+from megatron_longpo.data.inspect.samples import Sample
 from megatron_longpo.data.inspect.statistics import row_statistics, text_statistics
+from megatron_longpo.data.inspect.text_samples import sample_of_text
 from megatron_longpo.data.jsonl import refuse_existing
 from megatron_longpo.data.progress import track
-from megatron_longpo.data.rows.dataset import LONG_COLUMNS, RowDataset, open_rows
+from megatron_longpo.data.rows.dataset import RowDataset, open_rows
+from megatron_longpo.data.rows.schema import LONG_COLUMNS
 from megatron_longpo.data.rows.sources import open_source
 from megatron_longpo.data.text.sets import TextSet
 from megatron_longpo.data.text.tokenizers import load_tokenizer

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_longpo.data.inspect.samples import num_turns
-from megatron_longpo.data.rows.dataset import IGNORED_LABEL, PreferenceRow, common_prefix_length
+from megatron_longpo.data.common_prefix import common_prefix_length
+from megatron_longpo.data.inspect.row_samples import num_turns
+from megatron_longpo.data.rows.schema import IGNORED_LABEL, PreferenceRow
 from megatron_longpo.data.text.dpo_sets import DpoPair
 from megatron_longpo.data.text.examples import Example
 

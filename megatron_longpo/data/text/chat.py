@@ -25,9 +25,9 @@ from functools import lru_cache
 
 import numpy as np
 
-from megatron_longpo.data.rows.dataset import IGNORED_LABEL, TokenRow
+from megatron_longpo.data.rows.schema import IGNORED_LABEL, TokenRow
+from megatron_longpo.data.text.chat_tokenizer import ChatTokenizer, Message
 from megatron_longpo.data.text.renderings import Renderings
-from megatron_longpo.data.text.tokenizers import ChatTokenizer, Message
 from megatron_longpo.errors import UserError
 
 _ANCHORS = ("\n", ".", "a")

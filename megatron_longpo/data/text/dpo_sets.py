@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_longpo.data.text.chat_tokenizer import Message
 from megatron_longpo.data.text.examples import check_unicode
-from megatron_longpo.data.text.tokenizers import Message
 from megatron_longpo.errors import UserError
 
 

@@ -136,6 +136,19 @@ def _span(value: Any, *, chunk: str | None, document: str, source: str) -> tuple
     return start, end
 
 
+def evidence_spans(example: Example) -> list[tuple[int, int]]:
+    """Where the chunks stand in the document; a chunk without a span is looked for."""
+    spans = (evidence_span(example, turn) for turn in example.turns)
+    return [span for span in spans if span is not None]
+
+
+def evidence_span(example: Example, turn: Turn) -> tuple[int, int] | None:
+    if turn.chunk_span is not None or turn.chunk is None:
+        return turn.chunk_span
+    start = example.document.find(turn.chunk)
+    return None if start < 0 else (start, start + len(turn.chunk))
+
+
 def example_columns(example: Example) -> dict[str, Any]:
     """The example as the object of one line."""
     return {

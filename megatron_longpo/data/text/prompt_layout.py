@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from megatron_longpo.data.text.tokenizers import Message
+from megatron_longpo.data.text.chat_tokenizer import Message
 
 CutFrom = Literal["middle", "tail"]
 

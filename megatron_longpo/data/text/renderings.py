@@ -8,12 +8,12 @@ after the message: the texts part exactly where it stands, whatever they hold.
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from megatron_longpo.data.text.tokenizers import ChatTokenizer, Message
+from megatron_longpo.data.common_prefix import common_text_length
+from megatron_longpo.data.text.chat_tokenizer import ChatTokenizer, Message
 from megatron_longpo.errors import UserError
 
 _PROBES = ("x", "y")
@@ -129,14 +129,4 @@ def _frame(
 
 def _parting(text: str, render: Callable[[str], str], changed: Sequence[str]) -> int:
     """The offset where `text` and the renderings with one character put in begin to differ."""
-    return min(_common_prefix_length(text, render(content)) for content in changed)
-
-
-def _common_prefix_length(left: str, right: str) -> int:
-    """How many leading characters two texts share, by bisection: slices compare fast."""
-    longest = min(len(left), len(right))
-    if left[:longest] == right[:longest]:
-        return longest
-    return bisect.bisect_left(
-        range(1, longest + 1), True, key=lambda length: left[:length] != right[:length]
-    )
+    return min(common_text_length(text, render(content)) for content in changed)

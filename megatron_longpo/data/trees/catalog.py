@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from megatron_longpo.data.rows.dataset import PreferenceRow, RowDataset, fit_row
+from megatron_longpo.data.rows.dataset import RowDataset
+from megatron_longpo.data.rows.fitting import fit_row
+from megatron_longpo.data.rows.schema import PreferenceRow
 from megatron_longpo.data.trees.packing import PairSize, pair_size
 from megatron_longpo.data.trees.reference_logps import ReferenceLogps
 from megatron_longpo.data.trees.tree import PairTrees, TreeSettings, answer_turns, pair_trees

@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 
-from megatron_longpo.data.rows.dataset import common_prefix_length
+from megatron_longpo.data.common_prefix import common_prefix_length
 
 NO_PARENT = -1
 

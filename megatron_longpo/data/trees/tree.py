@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from megatron_longpo.data.rows.dataset import IGNORED_LABEL, PreferenceRow, TokenRow
+from megatron_longpo.data.rows.schema import IGNORED_LABEL, PreferenceRow, TokenRow
 from megatron_longpo.data.trees.forest import (
     Branch,
     Forest,

@@ -12,17 +12,11 @@ import numpy as np
 import pytest
 
 from megatron_longpo.data.jsonl import dump_line
-from megatron_longpo.data.rows.dataset import (
-    IGNORED_LABEL,
-    PreferenceRow,
-    TokenRow,
-    fit_row,
-    open_rows,
-    row_columns,
-    row_line,
-    write_rows_jsonl,
-)
+from megatron_longpo.data.rows.dataset import open_rows
+from megatron_longpo.data.rows.fitting import fit_row
+from megatron_longpo.data.rows.schema import IGNORED_LABEL, PreferenceRow, TokenRow, row_columns
 from megatron_longpo.data.rows.sources import open_source
+from megatron_longpo.data.rows.writing import row_line, write_rows_jsonl
 from megatron_longpo.errors import UserError
 
 EOS = 2

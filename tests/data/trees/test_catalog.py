@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_longpo.data.rows.dataset import PreferenceRow, open_rows, write_rows_jsonl
+from megatron_longpo.data.rows.dataset import open_rows
+from megatron_longpo.data.rows.schema import PreferenceRow
+from megatron_longpo.data.rows.writing import write_rows_jsonl
 from megatron_longpo.data.trees.catalog import PairCatalog, RowLimits
 from megatron_longpo.data.trees.forest import Forest
 from megatron_longpo.data.trees.packing import pair_size

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_longpo.data.rows.dataset import PreferenceRow
+from megatron_longpo.data.rows.schema import PreferenceRow
 from megatron_longpo.data.trees.packing import Microbatch, PairSize, deal, make_pack, pair_size
 from megatron_longpo.data.trees.tree import TreeSettings, pair_trees
 from megatron_longpo.errors import UserError

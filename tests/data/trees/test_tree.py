@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_longpo.data.rows.dataset import PreferenceRow, TokenRow
+from megatron_longpo.data.rows.schema import PreferenceRow, TokenRow
 from megatron_longpo.data.trees.forest import (
     NO_PARENT,
     Branch,

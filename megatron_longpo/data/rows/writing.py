@@ -1,4 +1,4 @@
-"""Rows into a `datasets` folder, a few at a time."""
+"""Rows written to JSONL or to a `datasets` folder, a few in memory at a time."""
 
 from __future__ import annotations
 
@@ -11,14 +11,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 
-from megatron_longpo.data.jsonl import disk_errors, partial_path
-from megatron_longpo.data.rows.dataset import (
+from megatron_longpo.data.jsonl import disk_errors, partial_path, write_lines
+from megatron_longpo.data.rows.schema import (
     LONG_COLUMNS,
     REFERENCE_COLUMNS,
     PreferenceRow,
     row_arrays,
 )
+
+
+def row_line(row: PreferenceRow) -> bytes:
+    """The row as one line of JSONL, with its line end."""
+    return orjson.dumps(
+        row_arrays(row), option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE
+    )
+
+
+def write_rows_jsonl(path: str | Path, rows: Iterable[PreferenceRow]) -> int:
+    """Writes rows to a JSONL file (first beside it, then renamed). Returns their number."""
+    return write_lines(path, (row_line(row) for row in rows))
 
 
 def row_table(row: PreferenceRow) -> Any:
