@@ -11,8 +11,9 @@ import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
-from checkpoints_convert.hf_weights import all_finite, write_parameters
-from checkpoints_convert.lora_export import LoraCheckpoint, open_lora_checkpoint
+from checkpoints_convert.gpt_weights import write_parameters
+from checkpoints_convert.hf_weights import all_finite
+from checkpoints_convert.lora_checkpoint import LoraCheckpoint, open_lora_checkpoint
 from checkpoints_convert.lora_record import read_lora_record
 from checkpoints_convert.mapping import TensorRule, tensor_rules, to_hf, to_megatron
 from checkpoints_convert.torch_dist import HF_FOLDER_NAME, TorchDistReader, find_iteration_folder

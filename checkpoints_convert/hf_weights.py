@@ -1,30 +1,25 @@
-"""Hugging Face safetensors, one tensor at a time, into this rank's GPTModel."""
+"""The safetensors of a Hugging Face folder, read one tensor at a time."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.models.gpt.gpt_model import GPTModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from checkpoints_convert.mapping import (
     TensorRule,
-    local_shard,
-    output_rule,
     tensor_rules,
     to_megatron,
 )
 from megatron_longpo.errors import UserError
 from megatron_longpo.model.architectures import Architecture
-from megatron_longpo.model.lora import is_adapter_parameter
-from megatron_longpo.model.spec import padded_vocab_size
 
 INDEX_NAME = "model.safetensors.index.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -180,57 +175,6 @@ def _open(path: Path) -> Iterator[Any]:
         raise UserError(f"{path}: not a readable safetensors file ({error})") from error
     with opened as file:
         yield file
-
-
-def load_hf_weights(gpt_model: GPTModel, arch: Architecture, hf_folder: str) -> None:
-    """Writes every parameter of this rank's `gpt_model` from the folder's safetensors.
-
-    The model may be one pipeline chunk, split over tensor-parallel ranks and padded; each rank
-    reads what it needs, one Hugging Face tensor at a time. Call it before the model is wrapped.
-    """
-    weights = HfWeights(hf_folder)
-    weights.check(arch)
-    write_parameters(gpt_model, arch, lambda rule: weights.read_rule(rule, arch))
-
-
-def write_parameters(
-    gpt_model: GPTModel, arch: Architecture, whole: Callable[[TensorRule], Tensor]
-) -> None:
-    """Writes this rank's part of every parameter; `whole` gives a rule's whole Megatron tensor."""
-    size = gpt_model.config.tensor_model_parallel_size
-    rank = gpt_model.tp_group.rank()
-    with torch.no_grad():
-        for parameter, rule in local_rules(gpt_model, arch):
-            shard = local_shard(
-                rule,
-                whole(rule),
-                rank=rank,
-                size=size,
-                padded_vocab_size=padded_vocab_size(arch, size),
-            )
-            assert shard.shape == parameter.shape, (rule, shard.shape, parameter.shape)
-            parameter.copy_(shard)
-
-
-def local_rules(
-    gpt_model: GPTModel, arch: Architecture
-) -> Iterator[tuple[torch.nn.Parameter, TensorRule]]:
-    """The parameters of this rank's model with their rules, in the model's order; no adapters."""
-    rules = {
-        name: rule
-        for rule in (*tensor_rules(arch), output_rule(arch))
-        for name in (rule.megatron_name, rule.fused_name)
-    }
-    prefix = "decoder.layers."
-    for name, parameter in gpt_model.named_parameters():
-        if is_adapter_parameter(name):
-            continue
-        if name.startswith(prefix):
-            local, rest = name.removeprefix(prefix).split(".", 1)
-            layer = gpt_model.decoder.layers[int(local)].layer_number - 1
-            name = f"{prefix}{layer}.{rest}"
-        assert name in rules, f"no rule for parameter {name}"
-        yield parameter, rules[name]
 
 
 def all_finite(tensor: Tensor) -> bool:

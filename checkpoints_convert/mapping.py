@@ -57,7 +57,7 @@ class TensorRule:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
+class RuleTemplate:
     """One Megatron tensor of the model, or of every layer."""
 
     megatron: str
@@ -73,14 +73,14 @@ class Row:
     """The field of `Architecture` that must be true for the row to apply."""
 
 
-EMBEDDING = Row(
+EMBEDDING = RuleTemplate(
     megatron="embedding.word_embeddings.weight",
     hf={"model.embed_tokens.weight": "vh"},
     kind="vocab",
     split_dim=0,
 )
-FINAL_NORM = Row(megatron="decoder.final_layernorm.weight", hf={"model.norm.weight": "h"})
-OUTPUT = Row(
+FINAL_NORM = RuleTemplate(megatron="decoder.final_layernorm.weight", hf={"model.norm.weight": "h"})
+OUTPUT = RuleTemplate(
     megatron="output_layer.weight",
     hf={"lm_head.weight": "vh"},
     kind="vocab",
@@ -89,12 +89,12 @@ OUTPUT = Row(
 
 LAYER_TABLE = (
     # Stock checkpoints call a norm by the linear layer that it is fused with elsewhere.
-    Row(
+    RuleTemplate(
         megatron="input_layernorm.weight",
         hf={"input_layernorm.weight": "h"},
         key="self_attention.linear_qkv.layer_norm_weight",
     ),
-    Row(
+    RuleTemplate(
         megatron="self_attention.linear_qkv.weight",
         hf={
             "self_attn.q_proj.weight": "qh",
@@ -104,7 +104,7 @@ LAYER_TABLE = (
         kind="qkv",
         split_dim=0,
     ),
-    Row(
+    RuleTemplate(
         megatron="self_attention.linear_qkv.bias",
         hf={
             "self_attn.q_proj.bias": "q",
@@ -115,33 +115,33 @@ LAYER_TABLE = (
         split_dim=0,
         only_if="qkv_bias",
     ),
-    Row(
+    RuleTemplate(
         megatron="self_attention.q_layernorm.weight",
         hf={"self_attn.q_norm.weight": "d"},
         only_if="qk_norm",
     ),
-    Row(
+    RuleTemplate(
         megatron="self_attention.k_layernorm.weight",
         hf={"self_attn.k_norm.weight": "d"},
         only_if="qk_norm",
     ),
-    Row(
+    RuleTemplate(
         megatron="self_attention.linear_proj.weight",
         hf={"self_attn.o_proj.weight": "hq"},
         split_dim=1,
     ),
-    Row(
+    RuleTemplate(
         megatron="pre_mlp_layernorm.weight",
         hf={"post_attention_layernorm.weight": "h"},
         key="mlp.linear_fc1.layer_norm_weight",
     ),
-    Row(
+    RuleTemplate(
         megatron="mlp.linear_fc1.weight",
         hf={"mlp.gate_proj.weight": "fh", "mlp.up_proj.weight": "fh"},
         kind="gate_up",
         split_dim=0,
     ),
-    Row(megatron="mlp.linear_fc2.weight", hf={"mlp.down_proj.weight": "hf"}, split_dim=1),
+    RuleTemplate(megatron="mlp.linear_fc2.weight", hf={"mlp.down_proj.weight": "hf"}, split_dim=1),
 )
 """The tensors of a layer, in the order of Hugging Face files."""
 
@@ -162,9 +162,9 @@ def tensor_rules(arch: Architecture) -> Iterator[TensorRule]:
     """The rules of the whole model, in the order of Hugging Face files."""
     yield _rule(EMBEDDING, arch)
     for layer in range(arch.num_layers):
-        for row in LAYER_TABLE:
-            if row.only_if is None or getattr(arch, row.only_if):
-                yield _rule(row, arch, layer=layer)
+        for template in LAYER_TABLE:
+            if template.only_if is None or getattr(arch, template.only_if):
+                yield _rule(template, arch, layer=layer)
     yield _rule(FINAL_NORM, arch)
     if not arch.tied_embeddings:
         yield _rule(OUTPUT, arch)
@@ -172,24 +172,24 @@ def tensor_rules(arch: Architecture) -> Iterator[TensorRule]:
 
 def output_rule(arch: Architecture) -> TensorRule:
     """The output layer. Where it is tied, a last pipeline stage holds a copy of the embedding."""
-    row = OUTPUT if not arch.tied_embeddings else replace(OUTPUT, hf=EMBEDDING.hf)
-    return _rule(row, arch)
+    template = OUTPUT if not arch.tied_embeddings else replace(OUTPUT, hf=EMBEDDING.hf)
+    return _rule(template, arch)
 
 
-def _rule(row: Row, arch: Architecture, *, layer: int | None = None) -> TensorRule:
+def _rule(template: RuleTemplate, arch: Architecture, *, layer: int | None = None) -> TensorRule:
     sizes = dimensions(arch)
-    ours, theirs, key = "", "", row.key or row.megatron
+    ours, theirs, key = "", "", template.key or template.megatron
     if layer is not None:
         ours, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."
         key = f"decoder.layers.{key}"
     return TensorRule(
-        megatron_name=ours + row.megatron,
+        megatron_name=ours + template.megatron,
         checkpoint_key=key,
         layer=layer,
-        hf_names=tuple(theirs + name for name in row.hf),
-        hf_shapes=tuple(tuple(sizes[letter] for letter in dims) for dims in row.hf.values()),
-        kind=row.kind,
-        split_dim=row.split_dim,
+        hf_names=tuple(theirs + name for name in template.hf),
+        hf_shapes=tuple(tuple(sizes[letter] for letter in dims) for dims in template.hf.values()),
+        kind=template.kind,
+        split_dim=template.split_dim,
     )
 
 

@@ -1,8 +1,6 @@
 """`longpo convert export`: a Megatron checkpoint becomes a Hugging Face folder.
 
-    python -m checkpoints_convert.megatron_to_hf SRC_MEGATRON DST_HF
-
-Also the Hugging Face view of a model in memory, for tests.
+python -m checkpoints_convert.megatron_to_hf SRC_MEGATRON DST_HF
 """
 
 from __future__ import annotations
@@ -11,19 +9,16 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from megatron.core.models.gpt.gpt_model import GPTModel
-from torch import Tensor
 
 from checkpoints_convert.checkpoint_weights import Reader, open_checkpoint
 from checkpoints_convert.destination import new_folder
 from checkpoints_convert.hf_folder import write_hf_side_files
-from checkpoints_convert.hf_weights import INDEX_NAME, WEIGHTS_NAME, local_rules
+from checkpoints_convert.hf_weights import INDEX_NAME, WEIGHTS_NAME
 from checkpoints_convert.lora_export import export_adapter
-from checkpoints_convert.mapping import TensorRule, tensor_rules, to_hf
+from checkpoints_convert.mapping import TensorRule, tensor_rules
 from checkpoints_convert.safetensors_writer import write_safetensors
 from megatron_longpo.config.convert import ExportConfig
 from megatron_longpo.errors import UserError
@@ -57,22 +52,6 @@ def export_checkpoint(config: ExportConfig) -> str:
             checkpoint.hf_folder, folder, arch, dtype=str(dtype).removeprefix("torch.")
         )
     return f"{config.destination}: {arch.family}, {arch.num_layers} layers, {dtype}"
-
-
-def hf_named_tensors(gpt_model: GPTModel, arch: Architecture) -> Iterator[tuple[str, Tensor]]:
-    """Hugging Face names and (views of) weights of a model that no rank shares."""
-    for parameter, rule in local_rules(gpt_model, arch):
-        yield from zip(rule.hf_names, to_hf(rule, arch, parameter.detach()), strict=True)
-
-
-def hf_named_gradients(gpt_model: GPTModel, arch: Architecture) -> Iterator[tuple[str, Tensor]]:
-    """As `hf_named_tensors`, of the gradients: `main_grad` where Megatron's DDP made one."""
-    for parameter, rule in local_rules(gpt_model, arch):
-        gradient = getattr(parameter, "main_grad", None)
-        gradient = parameter.grad if gradient is None else gradient
-        if gradient is None:
-            raise ValueError(f"{rule.megatron_name} has no gradient")
-        yield from zip(rule.hf_names, to_hf(rule, arch, gradient), strict=True)
 
 
 def parse_size(text: str) -> int:

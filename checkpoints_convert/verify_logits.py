@@ -18,8 +18,8 @@ import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
+from checkpoints_convert.gpt_weights import local_rules
 from checkpoints_convert.hf_to_megatron import single_process
-from checkpoints_convert.hf_weights import local_rules
 from checkpoints_convert.torch_dist import TorchDistReader
 from megatron_longpo.data.trees.forest import Branch, Forest, Term, build_forest, concatenate
 from megatron_longpo.errors import CheckFailed
