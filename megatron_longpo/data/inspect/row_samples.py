@@ -12,7 +12,7 @@ from megatron_longpo.data.inspect.samples import Branch, Piece, Sample, Segment,
 from megatron_longpo.data.rows.schema import IGNORED_LABEL, PreferenceRow, TokenRow
 from megatron_longpo.data.text.chat_tokenizer import ChatTokenizer
 from megatron_longpo.data.trees.forest import Forest
-from megatron_longpo.data.trees.tree import TreeSettings, answer_turns, pair_trees
+from megatron_longpo.data.trees.tree import TreeConfig, answer_turns, pair_trees
 
 
 def sample_of_row(row: PreferenceRow, tokenizer: ChatTokenizer | None) -> Sample:
@@ -89,8 +89,8 @@ def _pieces(
 
 
 def _facts(row: PreferenceRow) -> list[str]:
-    settings = TreeSettings() if row.reference_chosen else TreeSettings(reference=())
-    trees = pair_trees(row, settings)
+    config = TreeConfig() if row.reference_chosen else TreeConfig(reference=())
+    trees = pair_trees(row, config)
     saved = trees.unshared_tokens - trees.policy.num_tokens
     facts = [
         f"tree of the policy: {_shape(trees.policy)}",

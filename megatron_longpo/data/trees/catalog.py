@@ -10,7 +10,7 @@ from megatron_longpo.data.rows.fitting import fit_row
 from megatron_longpo.data.rows.schema import PreferenceRow
 from megatron_longpo.data.trees.packing import PairSize, pair_size
 from megatron_longpo.data.trees.reference_logps import ReferenceLogps
-from megatron_longpo.data.trees.tree import PairTrees, TreeSettings, answer_turns, pair_trees
+from megatron_longpo.data.trees.tree import PairTrees, TreeConfig, answer_turns, pair_trees
 from megatron_longpo.errors import UserError
 
 
@@ -33,7 +33,7 @@ class PairCatalog:
         dataset: RowDataset,
         *,
         limits: RowLimits,
-        settings: TreeSettings,
+        tree_config: TreeConfig,
         reference_logps: ReferenceLogps | None = None,
         per_turn: bool = False,
         progress: Callable[[Iterable[int]], Iterable[int]] = iter,
@@ -43,7 +43,7 @@ class PairCatalog:
         Args:
             dataset: the rows.
             limits: what each row must fit.
-            settings: what goes into the trees.
+            tree_config: what goes into the trees.
             reference_logps: the reference's sums, where the trees are without a reference.
             per_turn: whether the objective pairs chosen and rejected turn by turn.
             progress: wraps the iteration, to show how far it is.
@@ -53,7 +53,7 @@ class PairCatalog:
         """
         self.dataset = dataset
         self.limits = limits
-        self.settings = settings
+        self.tree_config = tree_config
         self.reference_logps = reference_logps
         self.sizes: list[PairSize] = []
         self._indices: list[int] = []
@@ -62,11 +62,11 @@ class PairCatalog:
             row = self._fitted(index)
             if row is None:
                 continue
-            if settings.reads_short_rows:
+            if tree_config.reads_short_rows:
                 _check_short_rows(row)
             trees = self._trees(index, row)
-            if settings.policy or settings.divergence is not None:
-                _check_turns(row, settings, per_turn=per_turn)
+            if tree_config.policy or tree_config.divergence is not None:
+                _check_turns(row, tree_config, per_turn=per_turn)
             self.sizes.append(pair_size(trees))
             self._indices.append(index)
         if not self._indices:
@@ -123,7 +123,7 @@ class PairCatalog:
         return [self.sizes[pair] for pair in pairs]
 
     def _trees(self, index: int, row: PreferenceRow) -> PairTrees:
-        trees = pair_trees(row, self.settings)
+        trees = pair_trees(row, self.tree_config)
         if self.reference_logps is None:
             return trees
         sums = self.reference_logps.of(
@@ -131,7 +131,7 @@ class PairCatalog:
             row_id=row.id,
             num_turns=trees.num_turns,
             where=row.source,
-            rows=self.settings.reference,
+            rows=self.tree_config.reference,
         )
         return replace(trees, reference_logps=sums)
 
@@ -155,7 +155,7 @@ def _check_short_rows(row: PreferenceRow) -> None:
         )
 
 
-def _check_turns(row: PreferenceRow, settings: TreeSettings, *, per_turn: bool) -> None:
+def _check_turns(row: PreferenceRow, tree_config: TreeConfig, *, per_turn: bool) -> None:
     """Answers that are compared must all be there: each turn's in the long and the short rows.
 
     Without short rows, only an objective that goes turn by turn minds unequal numbers.
@@ -164,7 +164,7 @@ def _check_turns(row: PreferenceRow, settings: TreeSettings, *, per_turn: bool) 
         "chosen": int(answer_turns(row.chosen).max()) + 1,
         "rejected": int(answer_turns(row.rejected).max()) + 1,
     }
-    if settings.reads_short_rows:
+    if tree_config.reads_short_rows:
         counts["reference"] = len(row.reference_chosen)
     elif not per_turn:
         return

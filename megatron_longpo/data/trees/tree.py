@@ -24,7 +24,7 @@ NllTokens = Literal["chosen_row", "chosen_answers", "rejected_answers", "short_c
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TreeSettings:
+class TreeConfig:
     """What of a row goes into its trees: decided by the objective, the reference and the user."""
 
     policy: tuple[Row, ...] = ("long_chosen", "long_rejected")
@@ -100,39 +100,39 @@ class PairTrees:
     """For each sum of the reference that was computed before [num_turns] float64, nats."""
 
 
-def pair_trees(row: PreferenceRow, settings: TreeSettings) -> PairTrees:
+def pair_trees(row: PreferenceRow, config: TreeConfig) -> PairTrees:
     """Turns a row into the trees that policy and reference read.
 
     Raises:
         UserError: if a divergence is asked for along answers that differ between its two rows.
     """
-    policy_terms = {name: Term.of_row(name) for name in settings.policy}
-    reference_terms = {name: Term.of_row(name) for name in settings.reference}
-    if settings.divergence is not None:
-        student, teacher = settings.divergence
+    policy_terms = {name: Term.of_row(name) for name in config.policy}
+    reference_terms = {name: Term.of_row(name) for name in config.reference}
+    if config.divergence is not None:
+        student, teacher = config.divergence
         policy_terms[student] = policy_terms.get(student, Term(0)) | Term.DIVERGENCE
         reference_terms[teacher] = reference_terms.get(teacher, Term(0)) | Term.DIVERGENCE
-    groups = _groups(row, settings.policy_rows, policy_terms, nll=settings.nll)
-    policy = _forest(groups, share=settings.share_prefix)
+    groups = _groups(row, config.policy_rows, policy_terms, nll=config.nll)
+    policy = _forest(groups, share=config.share_prefix)
     reference = None
-    if settings.reference_rows and settings.packs_reference:
-        reference_groups = _groups(row, settings.reference_rows, reference_terms, nll=None)
-        reference = _forest(reference_groups, share=settings.share_prefix)
-    if settings.divergence is not None:
+    if config.reference_rows and config.packs_reference:
+        reference_groups = _groups(row, config.reference_rows, reference_terms, nll=None)
+        reference = _forest(reference_groups, share=config.share_prefix)
+    if config.divergence is not None:
         assert reference is not None
         _check_aligned(row, policy, reference)
     answers = [answer_turns(row.chosen), answer_turns(row.rejected)]
     num_turns = max(
         len(row.reference_chosen), *(int(turns.max(initial=-1)) + 1 for turns in answers)
     )
-    summed = () if reference is None else settings.reference
+    summed = () if reference is None else config.reference
     return PairTrees(
         id=row.id,
         policy=policy,
         reference=reference,
         reference_terms=tuple(Term.of_row(name) for name in summed),
         num_turns=num_turns,
-        counts={term: _count(policy, term, num_turns) for term in settings.policy_terms},
+        counts={term: _count(policy, term, num_turns) for term in config.policy_terms},
         unshared_tokens=sum(len(branch.input_ids) for group in groups for branch in group),
     )
 
