@@ -1,4 +1,4 @@
-"""How far two sequences are the same from their beginning."""
+"""The length of the common beginning of two sequences."""
 
 from __future__ import annotations
 

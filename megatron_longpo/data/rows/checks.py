@@ -18,9 +18,9 @@ from megatron_longpo.errors import UserError
 
 
 def check_row(columns: Mapping[str, Any], *, source: str, default_id: str) -> PreferenceRow:
-    """Builds a row from unchecked columns (lists or arrays), padding taken off."""
+    """Builds a row from unchecked columns (lists or arrays) and removes its padding."""
     row_id = columns.get("id")
-    # Where some rows of an Arrow table have short rows and others not, those others have nulls.
+    # In an Arrow table where only some rows have short rows, the others have nulls.
     has_reference = any(columns.get(column) is not None for column in REFERENCE_COLUMNS)
     reference = {
         branch: _reference_rows(columns, branch, source) if has_reference else ()
@@ -44,7 +44,7 @@ def check_row(columns: Mapping[str, Any], *, source: str, default_id: str) -> Pr
 
 
 def _parts(columns: Mapping[str, Any], branch: str, source: str) -> list[Any]:
-    """The three columns of a branch, in the order of `PARTS`."""
+    """Returns the three columns of a branch, in the order of `PARTS`."""
     parts = []
     for part in PARTS:
         value = columns.get(f"{branch}_{part}")
@@ -52,7 +52,7 @@ def _parts(columns: Mapping[str, Any], branch: str, source: str) -> list[Any]:
             raise UserError(
                 f"{source}: lacks {branch}_{part}; a row needs input_ids, attention_mask and "
                 "labels for chosen and rejected, and for both or neither of ref_chosen and "
-                "ref_rejected (longpo tokenize makes rows of texts)"
+                "ref_rejected (longpo tokenize makes rows from texts)"
             )
         parts.append(value)
     return parts
@@ -77,7 +77,7 @@ def _reference_rows(columns: Mapping[str, Any], branch: str, source: str) -> tup
 
 
 def _token_row(parts: list[Any], name: str, source: str) -> TokenRow:
-    """Checks one row and takes its padding off. `name` has `{}` where the column's part goes."""
+    """Checks one row and removes its padding. `name` has `{}` in place of the column's part."""
     ids, mask, labels = (
         _integers(value, name.format(part), source)
         for part, value in zip(PARTS, parts, strict=True)
@@ -91,7 +91,7 @@ def _token_row(parts: list[Any], name: str, source: str) -> TokenRow:
     if ((mask != 0) & (mask != 1)).any():
         raise UserError(f"{source}: {mask_name} must hold only 0 and 1")
     length = int(mask.sum())
-    # The mask alone says what padding is: a pad id may well be the end-of-turn id.
+    # Only the mask marks padding: the pad id may be the end-of-turn id.
     if not mask[:length].all():
         hole = int(np.argmin(mask[:length]))
         raise UserError(
@@ -115,7 +115,7 @@ def _token_row(parts: list[Any], name: str, source: str) -> TokenRow:
 
 
 def _integers(value: Any, name: str, source: str) -> np.ndarray:
-    """[S] int64, or `UserError` where the value is anything but a flat list of integers."""
+    """Returns [S] int64; raises `UserError` if the value is not a flat list of integers."""
     try:
         array = np.asarray(value)
     except (ValueError, OverflowError):  # lists of different lengths, integers beyond 64 bits

@@ -11,14 +11,14 @@ from megatron_longpo.errors import UserError
 
 
 class RowDataset:
-    """Rows by index, each checked when it is read."""
+    """Rows by index, each checked on access."""
 
     def __init__(self, source: RowSource, *, name: str) -> None:
         self._source = source
         self.name = name
         """The path or hub id, for messages."""
         self.fingerprint = source.fingerprint
-        """A hash of the content, the same wherever the data lie."""
+        """A hash of the content, independent of where the data are stored."""
 
     def __len__(self) -> int:
         return len(self._source)
@@ -43,7 +43,7 @@ def open_rows(path: str) -> RowDataset:
         if missing:
             raise UserError(
                 f"{path}: lacks the column {missing[0]}; rows need {', '.join(LONG_COLUMNS)} "
-                "(longpo tokenize makes them of texts)"
+                "(longpo tokenize makes them from texts)"
             )
     dataset = RowDataset(source, name=path)
     if len(dataset) == 0:

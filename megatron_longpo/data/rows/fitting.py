@@ -1,4 +1,4 @@
-"""Rows fitted to a model: ids within its vocabulary, lengths within its limits, documents cut."""
+"""Fits rows to a model: checks ids against its vocabulary, and drops or cuts what is too long."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def fit_row(
     too_long: str,
     max_reference_length: int | None = None,
 ) -> PreferenceRow | None:
-    """The row as a model of `vocab_size` takes it, or None where it is too long and dropped.
+    """Returns the row if it fits the model, cut if need be, or None if it is dropped as too long.
 
-    `max_length` bounds the long rows, `max_reference_length` the short ones. `too_long` is `error`,
-    `drop` or `truncate_document` (`data.too_long` of the settings): the last cuts tokens out of the
-    middle of the document that chosen and rejected share; short rows are never cut, since their
-    chunk is the evidence.
+    `max_length` is the limit of the long rows, `max_reference_length` that of the short ones.
+    `too_long` (the setting `data.too_long`) is `error`, `drop` or `truncate_document`, which cuts
+    tokens from the middle of the document that chosen and rejected share. Short rows are never cut,
+    since their chunk is the evidence.
     """
     for name, tokens in row.named_rows():
         wrong = np.flatnonzero((tokens.input_ids < 0) | (tokens.input_ids >= vocab_size))
@@ -56,10 +56,10 @@ def fit_row(
 def _truncate_document(row: PreferenceRow, max_length: int) -> PreferenceRow:
     """Cuts the middle of the shared document so that both long rows fit `max_length`.
 
-    The first short row has the same template before its chunk and the same question after it, so
-    what the long row shares with it at both ends is kept: the template's head, the question, and
-    the chunk itself where that stands at an end of the document. Without a short row nothing tells
-    the document's tokens from the question's.
+    The first short row has the same template before its chunk and the same question after it. So
+    what the long row shares with it at both ends is kept: the beginning of the template, the
+    question, and the chunk itself if it is at an end of the document. Without a short row, the
+    document's tokens cannot be told from the question's.
     """
     num_cut = max(len(row.chosen), len(row.rejected)) - max_length
     if not row.reference_chosen:

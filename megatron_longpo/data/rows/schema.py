@@ -11,10 +11,10 @@ import numpy as np
 PARTS = ("input_ids", "attention_mask", "labels")
 LONG_COLUMNS = tuple(f"{branch}_{part}" for branch in ("chosen", "rejected") for part in PARTS)
 REFERENCE_COLUMNS = tuple(f"ref_{column}" for column in LONG_COLUMNS)
-"""The short rows' columns: all of them or none, for only some objectives read them."""
+"""Columns of the short rows. A row has all of them or none: only some objectives read them."""
 
 IGNORED_LABEL = -100
-"""Label of a token that no loss counts as an answer."""
+"""Label of a token that is not part of an answer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,15 +45,15 @@ class PreferenceRow:
 
     id: str
     source: str
-    """Where it stands, for messages: `rows.jsonl:17` or `folder[16]`."""
+    """Where the row is stored, for messages: `rows.jsonl:17` or `folder[16]`."""
     chosen: TokenRow
     rejected: TokenRow
     reference_chosen: tuple[TokenRow, ...]
-    """One short row a turn: that turn's chunk, question and chosen answer."""
+    """One short row for each turn: its chunk, question and chosen answer."""
     reference_rejected: tuple[TokenRow, ...]
 
     def named_rows(self) -> Iterator[tuple[str, TokenRow]]:
-        """Every row with the name of its column, `{}` standing for `input_ids` or `labels`."""
+        """Yields every row with the name of its column; `{}` stands for `input_ids` or `labels`."""
         yield "chosen_{}", self.chosen
         yield "rejected_{}", self.rejected
         for branch, rows in (
@@ -65,7 +65,7 @@ class PreferenceRow:
 
 
 def row_columns(row: PreferenceRow) -> dict[str, Any]:
-    """The row in the public schema, as plain lists."""
+    """Returns the row in the public schema, as plain lists."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, list):
@@ -76,7 +76,7 @@ def row_columns(row: PreferenceRow) -> dict[str, Any]:
 
 
 def row_arrays(row: PreferenceRow) -> dict[str, Any]:
-    """The row in the public schema, as arrays; short rows stay ragged, or have no columns."""
+    """Returns the row in the public schema, as arrays; without short rows, it lacks their columns."""
     columns: dict[str, Any] = {"id": row.id}
     for branch, tokens in (("chosen", row.chosen), ("rejected", row.rejected)):
         columns[f"{branch}_input_ids"] = tokens.input_ids
