@@ -68,8 +68,8 @@ class WorkerPool:
                 yield from waiting.popleft().result()
         except BrokenProcessPool:
             raise UserError(
-                f"num_workers ({self._num_workers}): a worker process has died, most likely for "
-                "want of memory; give fewer workers"
+                f"num_workers ({self._num_workers}): a worker process has died, most likely "
+                "because memory ran out; give fewer workers"
             ) from None
 
 

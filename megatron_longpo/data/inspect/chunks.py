@@ -12,11 +12,11 @@ from megatron_longpo.data.trees.tree import answer_turns
 from megatron_longpo.errors import UserError
 
 _SHORTEST_CHUNK = 8
-"""Characters that a text must have to be looked for in a document as its chunk."""
+"""Least characters of a text that is searched for in a document as its chunk."""
 
 
 def chunks_of_row(row: PreferenceRow, tokenizer: ChatTokenizer) -> list[str]:
-    """What each short prompt holds of the long row's document."""
+    """Returns the part of the long row's document that each short prompt holds."""
     chunks: list[str] = []
     turns = answer_turns(row.chosen)
     for turn, short in enumerate(row.reference_chosen):
@@ -31,7 +31,7 @@ def chunks_of_row(row: PreferenceRow, tokenizer: ChatTokenizer) -> list[str]:
 
 
 def _between_template_and_question(prompt: str, tokenizer: ChatTokenizer) -> str:
-    """The chunk of a prompt as `prompt_layout` makes it; empty where the template is another."""
+    """Returns the chunk of a prompt made by `prompt_layout`; empty for another template."""
     mark = "\u2022mark\u2022"
     user: Message = {"role": "user", "content": mark}
     system: Message = {"role": "system", "content": mark}
@@ -49,9 +49,9 @@ def _between_template_and_question(prompt: str, tokenizer: ChatTokenizer) -> str
 
 
 def _in_the_middle(prompt: str, long_prompt: str) -> str:
-    """What a short prompt holds between the beginning and the end that the long one has too.
+    """Returns the text of a short prompt between the ends that it shares with the long one.
 
-    For rows of other makers, and empty where the chunk stands at an end of the document.
+    For rows of other makers. Empty if the chunk is at an end of the document.
     """
     head = common_text_length(prompt, long_prompt)
     tail = common_text_length(prompt[::-1], long_prompt[::-1])
@@ -59,10 +59,10 @@ def _in_the_middle(prompt: str, long_prompt: str) -> str:
     at = long_prompt.find(core)
     if len(core) < _SHORTEST_CHUNK or at < 0:
         return ""
-    # Those ends may begin a little early: what goes on alike around it is the chunk's as well.
+    # The shared ends may hold a little of the chunk: text that is equal around it belongs to it.
     left = common_text_length(prompt[:head][::-1], long_prompt[:at][::-1])
     end = head + len(core)
     right = common_text_length(prompt[end:], long_prompt[at + len(core) :])
-    if left == head:  # the template's own beginning, at the beginning of the document
+    if left == head:  # the beginning of the template, not of the chunk
         left = 0
     return prompt[head - left : end + right].strip()

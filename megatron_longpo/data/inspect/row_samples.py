@@ -1,4 +1,4 @@
-"""Samples of tokenised rows: the trees that a row becomes, as text or ids."""
+"""Makes samples of tokenised rows: their trees, as text or ids."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_longpo.data.trees.tree import TreeConfig, answer_turns, pair_trees
 
 
 def sample_of_row(row: PreferenceRow, tokenizer: ChatTokenizer | None) -> Sample:
-    """The row's trees; text where there is a tokenizer, ids else."""
+    """Returns the row's trees: as text if there is a tokenizer, else as ids."""
     chunks = [] if tokenizer is None else chunks_of_row(row, tokenizer)
     segments = _tree("", row.chosen, row.rejected, tokenizer, chunks)
     for turn, rows in enumerate(
@@ -33,7 +33,7 @@ def sample_of_row(row: PreferenceRow, tokenizer: ChatTokenizer | None) -> Sample
 
 
 def num_turns(row: PreferenceRow) -> int:
-    """The most answers of a long row, or its short rows where they are more."""
+    """Returns the most answers of a long row, or the number of short rows if that is greater."""
     turns = max(int(answer_turns(tokens).max()) + 1 for tokens in (row.chosen, row.rejected))
     return max(turns, len(row.reference_chosen))
 
@@ -45,7 +45,7 @@ def _tree(
     tokenizer: ChatTokenizer | None,
     chunks: Sequence[str],
 ) -> list[Segment]:
-    """The shared prefix of two rows, and each one's rest."""
+    """Returns the shared prefix of two rows and the rest of each."""
     shared = common_prefix_length(chosen.input_ids, rejected.input_ids)
     parts: list[tuple[str, Branch, TokenRow, int]] = [
         ("shared prefix", "shared", _part(chosen, 0, shared), 0),
@@ -108,7 +108,7 @@ def _facts(row: PreferenceRow) -> list[str]:
 
 
 def _shape(forest: Forest) -> str:
-    """`[900 -> [12, 9]]`: tokens of each segment, children in brackets after their parent."""
+    """Returns `[900 -> [12, 9]]`: tokens of each segment, its children in brackets."""
     children: dict[int, list[int]] = {}
     for index, parent in enumerate(forest.segment_parents.tolist()):
         children.setdefault(parent, []).append(index)

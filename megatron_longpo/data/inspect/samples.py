@@ -1,4 +1,4 @@
-"""What `longpo inspect` shows of a row or an example: plain data for the console and the page."""
+"""Samples: what `longpo inspect` shows of a row or example, as plain data."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Segment:
     branch: Branch
     pieces: tuple[Piece, ...]
     start: int = 0
-    """Position of its first token in its rows; 0 for texts."""
+    """Position of its first token in the row; 0 for texts."""
     num_tokens: int | None = None
     """None for texts."""
     num_answer_tokens: int = 0
@@ -42,11 +42,11 @@ class Sample:
     num_turns: int
     segments: tuple[Segment, ...]
     facts: tuple[str, ...]
-    """Lines about the trees and the pack that a row becomes."""
+    """Lines about the row's trees and pack."""
 
 
 def marked(text: str, spans: Sequence[tuple[int, int]]) -> tuple[Piece, ...]:
-    """The text with the spans marked as chunks; spans that overlap are one."""
+    """Returns the text with the spans marked as chunks; overlapping spans become one."""
     pieces: list[Piece] = []
     position = 0
     for start, end in sorted(spans):

@@ -1,4 +1,4 @@
-"""Samples of texts that have not been tokenised."""
+"""Makes samples of texts that are not tokenised yet."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from megatron_longpo.data.text.examples import Example, evidence_spans
 
 
 def sample_of_text(item: Example | DpoPair) -> Sample:
-    """The texts of an example that has not been tokenised."""
+    """Returns the texts of an example or pair."""
     if isinstance(item, DpoPair):
         parts: list[tuple[str, Branch, tuple[Message, ...]]] = [
             ("prompt", "shared", item.prompt),

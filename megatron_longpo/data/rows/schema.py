@@ -76,7 +76,7 @@ def row_columns(row: PreferenceRow) -> dict[str, Any]:
 
 
 def row_arrays(row: PreferenceRow) -> dict[str, Any]:
-    """Returns the row in the public schema, as arrays; without short rows, it lacks their columns."""
+    """Returns the row as arrays of the public schema; short rows may be absent."""
     columns: dict[str, Any] = {"id": row.id}
     for branch, tokens in (("chosen", row.chosen), ("rejected", row.rejected)):
         columns[f"{branch}_input_ids"] = tokens.input_ids

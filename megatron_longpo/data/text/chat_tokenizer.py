@@ -1,4 +1,4 @@
-"""What rows and generation need of a tokenizer, whatever its format."""
+"""The interface of a tokenizer with a chat template, whatever its format."""
 
 from __future__ import annotations
 
@@ -16,28 +16,27 @@ Message = dict[str, str]
 """`{"role": "system" | "user" | "assistant", "content": text}`."""
 
 _NUM_REMEMBERED = 32
-"""Texts whose ids are remembered: more than the prompts and answers of one example, which come
-again in its other rows."""
+"""Texts whose ids are cached: more than the prompts and answers of one example."""
 
 
 class ChatTokenizer(ABC):
-    """What rows and generation need of a tokenizer; the text of special tokens is read as such."""
+    """A tokenizer for rows and generation. It reads the text of a special token as that token."""
 
     name: str
-    """The path or hub id it came from, for messages."""
+    """Path or hub id, for messages."""
     vocab_size: int
     eos_ids: tuple[int, ...]
     """Ids that end a turn or a text."""
     special_texts: tuple[str, ...]
-    """Texts that `encode` turns into one token, wherever they stand, and that are no one's words:
-    special tokens, and further markup of the chat template such as Qwen3's `<think>`."""
+    """Texts that `encode` turns into one token everywhere and that are markup, not words: special
+    tokens, and other markup of the chat template such as Qwen3's `<think>`."""
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, with nothing put before or after it."""
+        """Returns the ids of `text`, with nothing added before or after."""
         return self.ids(text).tolist()
 
     def ids(self, text: str) -> np.ndarray:
-        """[S] int64, read-only: the same, remembered for a while."""
+        """Returns the same as [S] int64, read-only; recent texts are cached."""
         return self._remembered_ids(text)
 
     @cached_property
@@ -53,30 +52,30 @@ class ChatTokenizer(ABC):
     def _encode(self, text: str) -> list[int]: ...
 
     def token_starts(self, text: str) -> np.ndarray | None:
-        """[S] int64: the character of `text` where each of its tokens begins; None where the
-        tokenizer does not tell."""
+        """Returns [S] int64, the character of `text` at which each token begins; None if the
+        tokenizer cannot tell."""
         return None
 
     @abstractmethod
     def spans(self, text: str) -> np.ndarray:
-        """Characters [start, end) that each token of `encode(text)` stands for, [num_tokens, 2]."""
+        """Returns [num_tokens, 2]: the characters [start, end) of each token of `encode(text)`."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special: bool = False) -> str:
-        """The text of `ids`, spaces as they are."""
+        """Returns the text of `ids`, with all spaces kept."""
 
     @abstractmethod
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
-        """The conversation as text, by the chat template."""
+        """Returns the conversation as text, by the chat template."""
 
 
 _WORD = re.compile(r"\s?\S{1,40}|\s+?")
 
 
 def spans_by_words(text: str, count_tokens: Callable[[str], int]) -> np.ndarray:
-    """Spans for a tokenizer that does not tell them: of words, shared out among their tokens.
+    """Estimates [num_tokens, 2] spans by dividing each word evenly among its tokens.
 
-    [num_tokens, 2]. A word by itself may have a token more than within a text.
+    For tokenizers that do not give spans. A word alone may have one token more than within a text.
     """
     spans: list[tuple[int, int]] = []
     counts: dict[str, int] = {}
@@ -90,6 +89,7 @@ def spans_by_words(text: str, count_tokens: Callable[[str], int]) -> np.ndarray:
 
 
 def template_error(name: str, error: Exception) -> UserError:
+    """Returns the error for a conversation that a chat template refuses."""
     reason = " ".join(str(error).split())
     return UserError(
         f"{name}: its chat template refuses this conversation ({reason}); "

@@ -1,8 +1,8 @@
-"""The row of one example or pair: its conversations tokenised, too long documents cut.
+"""Makes the row of one example or pair: tokenises conversations, cuts too long documents.
 
-The long conversations hold the document in their first turn and the branch's own earlier answers
-after it. The short ones, one for each turn, hold the chunk, the question and the answer; there are
-none where the examples have no chunks, as in plain DPO sets.
+A long conversation has the document in its first turn, then the questions and the branch's own
+earlier answers. A short one, for each turn, has the chunk, the question and the answer. Examples
+without chunks, such as plain DPO sets, have no short ones.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megatron_longpo.errors import UserError
 def example_row(
     example: Example, tokenizer: ChatTokenizer, config: TokenizeConfig
 ) -> tuple[PreferenceRow, bool]:
-    """The row of one example and whether its document was cut; raises `Dropped` for no row."""
+    """Returns the row of an example and whether its document was cut. Raises `Dropped` for none."""
     if any(not turn.chosen.strip() or not turn.rejected.strip() for turn in example.turns):
         raise Dropped("empty answer")
     reference = {
@@ -75,7 +75,7 @@ def example_row(
 
 
 def dpo_row(pair: DpoPair, tokenizer: ChatTokenizer, config: TokenizeConfig) -> PreferenceRow:
-    """The row of one pair of a DPO set, without short rows; raises `Dropped` for no row."""
+    """Returns the row of a pair of a DPO set, without short rows. Raises `Dropped` for none."""
     prompt: list[Message] = list(pair.prompt)
     if config.system is not None and prompt[0]["role"] != "system":
         prompt = [{"role": "system", "content": config.system}, *prompt]
@@ -120,7 +120,7 @@ def _answer(turn: Turn, branch: str) -> str:
 def _short_rows(
     example: Example, branch: str, tokenizer: ChatTokenizer, system: str | None
 ) -> tuple[TokenRow, ...]:
-    """A row a turn of its chunk, question and answer; none where some turn has no chunk."""
+    """Returns a row of chunk, question and answer for each turn; none if a turn has no chunk."""
     rows: list[TokenRow] = []
     for turn in example.turns:
         if turn.chunk is None:

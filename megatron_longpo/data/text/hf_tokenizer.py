@@ -21,8 +21,8 @@ _STILL_CLOCK = (
     " | replace('%B', 'July') | replace('%Y', '2024') }}"
     "{%- endmacro %}"
 )
-"""Goes before a template that asks for the date (Llama 3.2), which would give other tokens tomorrow
-than today: on every day it is the one that Llama's templates have where there is no clock."""
+"""Put before a template that asks for the date (Llama 3.2), so that rows do not depend on the day:
+always the date that Llama's templates use if there is no clock."""
 
 
 class HuggingFaceTokenizer(ChatTokenizer):
@@ -31,7 +31,7 @@ class HuggingFaceTokenizer(ChatTokenizer):
     def __init__(self, tokenizer: Any, *, name: str, chat_template: str | None = None) -> None:
         try:
             template = str(tokenizer.get_chat_template(chat_template))
-        except ValueError:  # there is none, or several and none is the default
+        except ValueError:  # there is no template, or several without a default
             raise UserError(
                 f"{name}: this tokenizer has no chat template; "
                 "give chat_template: the path of a Jinja file"
@@ -40,7 +40,7 @@ class HuggingFaceTokenizer(ChatTokenizer):
             template = _STILL_CLOCK + template
         self._tokenizer = tokenizer
         self._chat_template = template
-        # The Rust tokenizer by itself: `transformers` would keep offsets and masks as well.
+        # The Rust tokenizer itself: `transformers` would also compute offsets and masks.
         self._fast: Any = tokenizer.backend_tokenizer if tokenizer.is_fast else None
         if self._fast is not None:
             self._fast.no_truncation()
@@ -49,7 +49,7 @@ class HuggingFaceTokenizer(ChatTokenizer):
         self.vocab_size = len(tokenizer)
         self.eos_ids = () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
         added = tokenizer.added_tokens_decoder.values()
-        # Added tokens that are neither are words: some tokenizers have runs of spaces among them.
+        # Other added tokens are words: some tokenizers have runs of spaces among them.
         texts = {
             token.content
             for token in added

@@ -24,17 +24,17 @@ SENTENCEPIECE_TEMPLATE = (
     "{% else %}[INST] {{ message['content'] }} [/INST]{% endif %}"
     "{% endfor %}"
 )
-"""Chat template of a raw sentencepiece model where no `chat_template` is set."""
+"""Chat template of a raw sentencepiece model if no `chat_template` is set."""
 
 
 class SentencePieceTokenizer(ChatTokenizer):
-    """A bare sentencepiece model file; control symbols written in a text become their ids."""
+    """A sentencepiece model file. The text of a control symbol becomes its id."""
 
     def __init__(self, path: Path, *, chat_template: str | None = None) -> None:
         import sentencepiece
 
         try:
-            # The file by itself, not its name: sentencepiece reports a bad file as OSError.
+            # The contents, not the name: sentencepiece reports a bad file as OSError.
             self._model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
         except (OSError, RuntimeError) as error:
             raise UserError(f"{path}: not a sentencepiece model ({error})") from error
@@ -61,14 +61,14 @@ class SentencePieceTokenizer(ChatTokenizer):
                 ids.append(self._control_ids[part])
                 continue
             if ids and self._adds_space:
-                # `[INST] text` of a template: its space is the one that the model puts there.
+                # `[INST] text` of a template: the model adds this space itself.
                 part = part.removeprefix(" ")
             if part:
                 ids.extend(self._model.encode(part))
         return ids
 
     def spans(self, text: str) -> np.ndarray:
-        # The pieces joined are the text, but for spaces that the model puts before a text.
+        # The joined pieces are the text, except for spaces that the model adds before a text.
         data = text.encode()
         edges: list[tuple[int, int]] = []
         position = 0

@@ -1,8 +1,7 @@
-"""`longpo tokenize`: preference examples to the rows that training reads.
+"""`longpo tokenize`: turns preference examples into the rows that training reads.
 
-The long conversations hold the document in their first turn and the branch's own earlier answers
-after it. The short ones, one for each turn, hold the chunk, the question and the answer; there are
-none where the examples have no chunks, as in plain DPO sets.
+text/example_rows.py makes the row of one example; this file deals the examples to worker processes,
+writes the rows and counts them.
 """
 
 from __future__ import annotations
@@ -27,18 +26,18 @@ from megatron_longpo.data.workers import WorkerPool, usable_cpus
 from megatron_longpo.errors import UserError
 
 WORKER_IMPORTS = (__name__, "transformers.models.auto.tokenization_auto")
-"""What a worker needs and takes long to import."""
+"""Modules that a worker needs and that are slow to import."""
 
 CHUNK_SIZES: dict[TextFormat, int] = {"longpo": 1, "dpo": 32}
-"""Examples that a worker gets at a time: documents are long and pairs of a DPO set short."""
+"""Examples that a worker gets at a time: documents are long, pairs of a DPO set are short."""
 
 _EXAMPLES_PER_WORKER = 16
-"""A worker takes seconds to start, in which this many long documents are tokenised."""
+"""Starting a worker takes as long as tokenising this many long documents: seconds."""
 
 
 @dataclass(kw_only=True)
 class TokenizeSummary:
-    """What became of the examples."""
+    """Counts of rows and of dropped examples."""
 
     num_rows: int = 0
     num_without_short_rows: int = 0
@@ -61,12 +60,12 @@ class TokenizeSummary:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """What became of one example."""
+    """The row of one example, or why there is none."""
 
     dropped: str | None = None
-    """The reason why it gave no row; what follows then stands for nothing."""
+    """The reason why there is no row; the other fields are then meaningless."""
     encoded: Any = None
-    """The row as it is written: a line of JSONL, or a table of one row."""
+    """The row ready to be written: a line of JSONL, or a table of one row."""
     num_tokens: int = 0
     """Of the longer long row."""
     has_short_rows: bool = False
@@ -74,7 +73,7 @@ class Outcome:
 
 
 class ExampleTokenizer:
-    """Makes the row of an example of a set by its index; every worker process has one."""
+    """Makes the row of an example by its index in a set; every worker process has one."""
 
     def __init__(self, examples: TextSet, config: TokenizeConfig) -> None:
         self._examples = examples
@@ -83,7 +82,7 @@ class ExampleTokenizer:
         self._encode = row_line if writes_lines(config) else row_table
 
     def __call__(self, index: int) -> Outcome:
-        """Raises `UserError` where the example, or the template that it meets, is unusable."""
+        """Makes one row. Raises `UserError` if the example or the chat template is unusable."""
         example = self._examples[index]
         document_cut = False
         try:
@@ -104,7 +103,7 @@ class ExampleTokenizer:
 
 
 def run_tokenize(config: TokenizeConfig) -> TokenizeSummary:
-    """Reads the examples, writes the rows and prints what became of them."""
+    """Reads the examples, writes the rows and prints counts."""
     for key in ("max_length", "short_max_length"):
         if getattr(config, key) < 2:
             raise UserError(f"{key} ({getattr(config, key)}): must be at least 2 tokens")
@@ -114,7 +113,7 @@ def run_tokenize(config: TokenizeConfig) -> TokenizeSummary:
     examples = TextSet(config.examples, format=config.format, split=config.split)
     print(f"{config.examples}: {examples.description}")
     num_workers = choose_num_workers(config.num_workers, len(examples))
-    # Made here in any case, so that what is wrong with the tokenizer is said once.
+    # Made here in any case, so that an error of the tokenizer is raised once.
     make_task = partial(ExampleTokenizer, examples, config)
     task = make_task()
     indices = range(len(examples))
@@ -126,21 +125,21 @@ def run_tokenize(config: TokenizeConfig) -> TokenizeSummary:
 
 
 def choose_num_workers(asked: int | None, num_examples: int) -> int:
-    """The workers that are asked for, or one a CPU, as far as starting them is worth it."""
+    """Returns `asked`, or if that is None one worker a CPU, as far as there is work for them."""
     if asked is None:
         asked = min(usable_cpus(), num_examples // _EXAMPLES_PER_WORKER)
     return max(1, min(asked, num_examples))
 
 
 def writes_lines(config: TokenizeConfig) -> bool:
-    """Whether the output is JSONL, by its name."""
+    """Tells by its name whether the output is JSONL."""
     return Path(config.output).suffix in (".jsonl", ".json")
 
 
 def write_outcomes(
     outcomes: Iterable[Outcome], examples: TextSet, config: TokenizeConfig
 ) -> TokenizeSummary:
-    """Writes the rows, in their order, and says what became of the examples."""
+    """Writes the rows in order and prints counts."""
     summary = TokenizeSummary()
     rows = _counted(track(outcomes, description="tokenize", total=len(examples)), config, summary)
     if writes_lines(config):
@@ -154,7 +153,7 @@ def write_outcomes(
 def _counted(
     outcomes: Iterable[Outcome], config: TokenizeConfig, summary: TokenizeSummary
 ) -> Iterator[Any]:
-    """Yields the encoded rows and counts in `summary`; raises where there is none."""
+    """Yields the encoded rows and counts in `summary`; raises if there is no row."""
     for outcome in outcomes:
         if outcome.dropped is not None:
             summary.dropped[outcome.dropped] += 1

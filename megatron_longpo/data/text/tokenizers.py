@@ -13,9 +13,8 @@ from megatron_longpo.errors import UserError
 def load_tokenizer(path: str, *, chat_template: str | None = None) -> ChatTokenizer:
     """Loads a Hugging Face folder or hub id, or a sentencepiece model file.
 
-    `chat_template` is the path of a Jinja file to use in place of the tokenizer's own template.
-    A sentencepiece file has no template of its own; without the setting it gets
-    `SENTENCEPIECE_TEMPLATE`.
+    `chat_template` is the path of a Jinja file that replaces the tokenizer's own template. A
+    sentencepiece file has no template; without this argument it gets `SENTENCEPIECE_TEMPLATE`.
     """
     template = None if chat_template is None else _read_template(chat_template)
     local = Path(path).expanduser()
