@@ -1,4 +1,4 @@
-"""Weights into this rank's part of a GPTModel, one whole tensor in memory at a time."""
+"""Writes weights into this rank's part of a GPTModel, one whole tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from megatron_longpo.model.spec import padded_vocab_size
 def load_hf_weights(gpt_model: GPTModel, arch: Architecture, hf_folder: str) -> None:
     """Writes every parameter of this rank's `gpt_model` from the folder's safetensors.
 
-    The model may be one pipeline chunk, split over tensor-parallel ranks and padded; each rank
-    reads what it needs, one Hugging Face tensor at a time. Call it before the model is wrapped.
+    The model may be one pipeline chunk, split over tensor-parallel ranks and padded. Each rank
+    reads only what it needs, one Hugging Face tensor at a time. Call it before the model is
+    wrapped.
     """
     weights = HfWeights(hf_folder)
     weights.check(arch)
@@ -29,7 +30,7 @@ def load_hf_weights(gpt_model: GPTModel, arch: Architecture, hf_folder: str) -> 
 def write_parameters(
     gpt_model: GPTModel, arch: Architecture, whole: Callable[[TensorRule], Tensor]
 ) -> None:
-    """Writes this rank's part of every parameter; `whole` gives a rule's whole Megatron tensor."""
+    """Writes this rank's part of every parameter; `whole` returns the whole tensor of a rule."""
     size = gpt_model.config.tensor_model_parallel_size
     rank = gpt_model.tp_group.rank()
     with torch.no_grad():
@@ -48,7 +49,7 @@ def write_parameters(
 def local_rules(
     gpt_model: GPTModel, arch: Architecture
 ) -> Iterator[tuple[torch.nn.Parameter, TensorRule]]:
-    """The parameters of this rank's model with their rules, in the model's order; no adapters."""
+    """Yields the parameters of this rank's model, without adapters, and their rules, in order."""
     rules = {
         name: rule
         for rule in (*tensor_rules(arch), output_rule(arch))

@@ -29,7 +29,7 @@ SAFETENSORS_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredTensor:
-    """What a safetensors header says of a tensor."""
+    """A tensor's entry in a safetensors header."""
 
     path: Path
     dtype: str
@@ -38,10 +38,10 @@ class StoredTensor:
 
 
 class HfWeights:
-    """The tensors of a Hugging Face folder by name; only what is asked for is read.
+    """The tensors of a Hugging Face folder by name, each read when it is needed.
 
-    A file is open only while a tensor is read: what has been read of an open file counts as this
-    process's memory, in the end the whole model.
+    A file is open only while a tensor is read: the read parts of an open file count as memory of
+    this process, and would in the end be the whole model.
     """
 
     def __init__(self, hf_folder: str) -> None:
@@ -57,7 +57,7 @@ class HfWeights:
 
     @property
     def num_bytes(self) -> int:
-        """Of the files."""
+        """Size of the files."""
         paths = {stored.path for stored in self._stored.values()}
         return sum(path.stat().st_size for path in paths)
 
@@ -77,7 +77,7 @@ class HfWeights:
         return SAFETENSORS_DTYPES[stored.dtype]
 
     def read(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
-        """The whole tensor on the CPU, checked for NaN and infinity, and for a shape if given."""
+        """Reads a whole tensor to the CPU; refuses NaN, infinity and a shape other than `shape`."""
         self.dtype(name)
         if shape is not None:
             self._check_shape(name, shape)
@@ -90,12 +90,12 @@ class HfWeights:
         return tensor
 
     def read_rule(self, rule: TensorRule, arch: Architecture) -> Tensor:
-        """The whole Megatron tensor that `rule` makes of this folder's, without padding."""
+        """Reads a rule's tensors and returns the whole Megatron tensor, without padding."""
         return to_megatron(rule, arch, [self.read(name) for name in rule.hf_names])
 
     def check(self, arch: Architecture) -> None:
-        """Refuses a folder that lacks a tensor of the model, or has one of another shape, of a
-        dtype that is not read, or that no rule reads."""
+        """Raises `UserError` for a tensor that is missing, has another shape or an unknown dtype,
+        or is not part of the model."""
         expected = {
             name: shape
             for rule in tensor_rules(arch)
@@ -178,12 +178,12 @@ def _open(path: Path) -> Iterator[Any]:
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether there is no NaN and no infinity; in pieces, since torch makes several copies."""
+    """Tells whether there is no NaN and no infinity; in pieces, since torch makes copies."""
     return all(bool(torch.isfinite(piece).all()) for piece in tensor.view(-1).split(2**22))
 
 
 def is_ignored(name: str, arch: Architecture) -> bool:
-    """Tensors that transformers does not read either."""
+    """Tells whether a tensor is one that transformers does not read either."""
     return name.endswith("rotary_emb.inv_freq") or (
         arch.tied_embeddings and name == "lm_head.weight"
     )

@@ -1,4 +1,4 @@
-"""A checkpoint of LoRA adapters and its base, read a tensor at a time, also merged."""
+"""Reads a checkpoint of LoRA adapters and its base, one tensor at a time, merged or not."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from megatron_longpo.model.lora import ADAPTER_NAME
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoraCheckpoint:
-    """A checkpoint with adapters, and the base they belong to, both read a tensor at a time."""
+    """A checkpoint with adapters and their base, both read one tensor at a time."""
 
     reader: TorchDistReader
     record: LoraRecord
     arch: Architecture
-    """The policy, with the RoPE that it was trained with."""
+    """The policy, with the RoPE of its training."""
     base: HfWeights
     base_place: str
-    """Where PEFT is to find the base: a folder (absolute) or a hub id."""
+    """Where PEFT finds the base: an absolute folder or a hub id."""
     changes_rope: bool
-    """Whether the policy's RoPE or positions are not the base's own."""
+    """Whether the policy's RoPE or positions differ from the base's."""
 
     @property
     def dtype(self) -> torch.dtype:
         return self.reader.dtype(next(iter(_adapter_keys(self.record, self.arch))))
 
     def merged(self, rule: TensorRule) -> list[Tensor]:
-        """The rule's Hugging Face tensors in fp32, with the update where they have one."""
+        """Returns the rule's Hugging Face tensors in fp32, adapters added."""
         weights = [
             self.base.read(name, shape).float()
             for name, shape in zip(rule.hf_names, rule.hf_shapes, strict=True)
@@ -53,7 +53,7 @@ class LoraCheckpoint:
         ]
 
     def adapter(self, rule: TensorRule) -> tuple[Tensor, list[Tensor]]:
-        """A [r, in], and B [out, r] of each of the rule's Hugging Face tensors."""
+        """Returns A [r, in], and B [out, r] of each of the rule's Hugging Face tensors."""
         a, b = (
             self.reader.read(_adapter_key(rule, leaf), layer=rule.layer)
             for leaf in ("lora_a", "lora_b")
@@ -67,6 +67,7 @@ class LoraCheckpoint:
         return a, to_hf(rule, self.arch, b)
 
     def has_adapter(self, rule: TensorRule) -> bool:
+        """Tells whether the rule's tensor is the matrix of a layer with an adapter."""
         return _target_of(rule) in self.record.targets
 
 
@@ -78,10 +79,10 @@ def open_lora_checkpoint(
     base: str | None,
     base_option: str = "--base",
 ) -> LoraCheckpoint:
-    """Checks that the checkpoint has all of its adapters, and that the base is the recorded one.
+    """Opens a checkpoint; checks that no adapter is missing and that the base is the recorded one.
 
-    `base` says where the base model is, if not where it was recorded; `base_option` is how a user
-    gives it, for messages.
+    `base` is the folder or hub id of the base model, if it has moved from where it was recorded.
+    `base_option` is the user's option for it, for messages.
     """
     expected = _adapter_keys(record, arch)
     for key, shape in expected.items():
@@ -118,7 +119,7 @@ def open_lora_checkpoint(
 
 
 def _adapter_keys(record: LoraRecord, arch: Architecture) -> dict[str, tuple[int, ...]]:
-    """Checkpoint keys of the adapters with their shapes, stacked over layers."""
+    """Returns the checkpoint keys of the adapters and their shapes, stacked over layers."""
     keys: dict[str, tuple[int, ...]] = {}
     for rule in tensor_rules(arch):
         if _target_of(rule) in record.targets:
@@ -133,6 +134,6 @@ def _adapter_key(rule: TensorRule, leaf: str) -> str:
 
 
 def _target_of(rule: TensorRule) -> str | None:
-    """The layer that the rule's tensor is the matrix of: `linear_qkv` and so on."""
+    """Returns the layer whose matrix is the rule's tensor, such as `linear_qkv`."""
     *_, layer, leaf = rule.megatron_name.split(".")
     return layer if leaf == "weight" else None

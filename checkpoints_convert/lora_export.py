@@ -1,7 +1,7 @@
-"""A checkpoint of LoRA adapters becomes a whole Hugging Face model, or a PEFT adapter.
+"""Exports a checkpoint of LoRA adapters as a PEFT adapter.
 
-PEFT has a layer for each Hugging Face matrix. Those that Megatron fuses were trained with one A:
-each of them gets a copy of it, and its own rows of B.
+PEFT has a layer for each Hugging Face matrix. Matrices that Megatron fuses were trained with one A:
+each of them gets a copy of A, and its own rows of B.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from megatron_longpo.model.spec import DTYPES
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
 BASE_NAME = "base"
-"""Inside an adapter's folder: the base model with the positions that the adapter was trained on."""
+"""Inside an adapter's folder: the base model with the positions of the adapter's training."""
 
 PEFT_MODULES = {
     "linear_qkv": ("q_proj", "k_proj", "v_proj"),
@@ -60,10 +60,10 @@ If either folder moves, write its new place into `base_model_name_or_path` of
 
 
 def export_adapter(checkpoint: LoraCheckpoint, config: ExportConfig) -> str:
-    """Writes a PEFT folder. Adapters are small: all of them are held at once.
+    """Writes a PEFT folder. Adapters are small, so all are in memory at once.
 
     Returns:
-        A line that says what was written.
+        A line about what was written.
     """
     dtype = DTYPES[config.dtype] if config.dtype else checkpoint.dtype
     final = Path(config.destination).expanduser().absolute()
@@ -131,7 +131,7 @@ def _adapter_config(record: LoraRecord, base: str) -> dict[str, Any]:
 
 
 def _write_base(checkpoint: LoraCheckpoint, folder: Path) -> None:
-    """The base model with the policy's positions: a config, and links to the weights."""
+    """Writes the base model with the policy's positions: a config, and links to the weights."""
     original = checkpoint.base.folder
     write_hf_side_files(original, folder, checkpoint.arch)
     for path in sorted({checkpoint.base.path_of(name) for name in checkpoint.base.names}):

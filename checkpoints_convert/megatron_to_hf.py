@@ -1,4 +1,4 @@
-"""`longpo convert export`: a Megatron checkpoint becomes a Hugging Face folder.
+"""`longpo convert export`: converts a Megatron checkpoint to a Hugging Face folder.
 
 python -m checkpoints_convert.megatron_to_hf SRC_MEGATRON DST_HF
 """
@@ -27,6 +27,7 @@ from megatron_longpo.model.spec import DTYPES
 
 
 def run_export(config: ExportConfig) -> None:
+    """Exports a checkpoint and prints what was written."""
     print(export_checkpoint(config))
 
 
@@ -34,7 +35,7 @@ def export_checkpoint(config: ExportConfig) -> str:
     """Writes a Hugging Face folder that transformers 4 and 5 read.
 
     Returns:
-        A line that says what was written.
+        A line about what was written.
     """
     limit = parse_size(config.max_shard_size)
     checkpoint = open_checkpoint(config.source, base=config.base)
@@ -55,7 +56,7 @@ def export_checkpoint(config: ExportConfig) -> str:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of `500MB`, `5GB` (powers of ten, as transformers counts) or a plain number."""
+    """Returns the bytes of `500MB`, `5GB` (powers of ten, as in transformers) or a number."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB)?", text.strip(), re.IGNORECASE)
     size = 0
     if match:
@@ -105,7 +106,7 @@ def _write_weights(
 
 
 def _plan_files(arch: Architecture, *, dtype: torch.dtype, limit: int) -> list[list[TensorRule]]:
-    """Rules in order, a new file where the next one would pass `limit` bytes."""
+    """Deals the rules to files in order, each of at most `limit` bytes or one rule."""
     files: list[list[TensorRule]] = [[]]
     size = 0
     for rule in tensor_rules(arch):
