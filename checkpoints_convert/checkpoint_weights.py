@@ -1,4 +1,4 @@
-"""A Megatron checkpoint's weights, of training or of an import, whole or with adapters merged."""
+"""Reads the weights of a Megatron checkpoint, trained or imported, with adapters merged."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
-from checkpoints_convert.hf_weights import all_finite, write_parameters
-from checkpoints_convert.lora_export import LoraCheckpoint, open_lora_checkpoint
+from checkpoints_convert.gpt_weights import write_parameters
+from checkpoints_convert.hf_weights import all_finite
+from checkpoints_convert.lora_checkpoint import LoraCheckpoint, open_lora_checkpoint
 from checkpoints_convert.lora_record import read_lora_record
 from checkpoints_convert.mapping import TensorRule, tensor_rules, to_hf, to_megatron
 from checkpoints_convert.torch_dist import HF_FOLDER_NAME, TorchDistReader, find_iteration_folder
@@ -20,23 +21,23 @@ from megatron_longpo.errors import UserError
 from megatron_longpo.model.architectures import Architecture, read_architecture
 
 MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.")
-"""What the model's keys begin with; a checkpoint also has optimizer and RNG entries."""
+"""Beginnings of the model's keys; a checkpoint also has optimizer and RNG entries."""
 
 Reader = Callable[[TensorRule], list[Tensor]]
-"""Gives a rule's Hugging Face tensors, whole."""
+"""Returns the whole Hugging Face tensors of a rule."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OpenCheckpoint:
-    """One iteration, ready to be read a tensor at a time."""
+    """One iteration, opened to be read one tensor at a time."""
 
     iteration: Path
     arch: Architecture
-    """The policy, with the RoPE that it was trained with."""
+    """The policy, with the RoPE of its training."""
     dtype: torch.dtype
     read: Reader
     lora: LoraCheckpoint | None
-    """None where the checkpoint has whole weights; else `read` merges."""
+    """The adapters, which `read` merges; None if the checkpoint has whole weights."""
 
     @property
     def hf_folder(self) -> Path:
@@ -47,10 +48,10 @@ class OpenCheckpoint:
 def open_checkpoint(
     source: str, *, base: str | None = None, base_option: str = "--base"
 ) -> OpenCheckpoint:
-    """Opens the newest iteration of a folder, or the one that it is, and checks its keys.
+    """Opens an iteration, or the newest one of a folder, and checks its keys.
 
-    `base` says where the base of adapters is, if not where it was recorded; `base_option` is how a
-    user gives it, for messages.
+    `base` is the folder or hub id of the adapters' base, if it has moved since it was recorded.
+    `base_option` is the user's option for it, for messages.
     """
     iteration = find_iteration_folder(source)
     arch = read_architecture(str(iteration / HF_FOLDER_NAME))
@@ -76,8 +77,8 @@ def load_checkpoint_weights(
 ) -> None:
     """Writes every parameter of this rank's `gpt_model` from a checkpoint of any layout.
 
-    As `hf_weights.load_hf_weights`: each rank reads what it needs, one tensor at a time. `arch` is
-    the checkpoint's but for its RoPE.
+    Each rank reads only what it needs, one tensor at a time. `arch` is the checkpoint's, but its
+    RoPE may differ.
     """
     # A tied output layer is not in the checkpoint: it is the embedding.
     stored = {rule.hf_names: rule for rule in tensor_rules(arch)}
@@ -111,13 +112,13 @@ def _check_keys(reader: TorchDistReader, arch: Architecture) -> None:
 
 
 def _common_dtype(reader: TorchDistReader, arch: Architecture) -> torch.dtype:
-    """The checkpoint's dtype; the widest one, should there be two."""
+    """Returns the checkpoint's dtype; the widest one if there are several."""
     dtypes = {reader.dtype(rule.checkpoint_key) for rule in tensor_rules(arch)}
     return max(dtypes, key=lambda dtype: dtype.itemsize)
 
 
 def _read(reader: TorchDistReader, arch: Architecture, rule: TensorRule) -> list[Tensor]:
-    """The rule's Hugging Face tensors."""
+    """Returns the rule's Hugging Face tensors."""
     stored = reader.read(rule.checkpoint_key, layer=rule.layer)
     if not all_finite(stored):
         where = "" if rule.layer is None else f" of layer {rule.layer}"

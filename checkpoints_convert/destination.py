@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all."""
+"""Output folders that appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from megatron_longpo.errors import UserError
 def new_folder(
     destination: str, *, overwrite: bool, replaceable: Callable[[Path], bool]
 ) -> Iterator[Path]:
-    """Yields a temporary folder beside `destination`, which takes its name when all went well.
+    """Yields a temporary folder, which is renamed to `destination` if the block succeeds.
 
-    A destination that is not empty is refused without `overwrite`, and with it too where
-    `replaceable` does not recognise it: replacing deletes all that is in there.
+    A destination that is not empty is refused without `overwrite`. With it, a destination that
+    `replaceable` does not accept is refused too, since replacing deletes everything in it.
     """
     final = Path(destination).expanduser().absolute()
     _check(final, overwrite=overwrite, replaceable=replaceable)

@@ -1,4 +1,4 @@
-"""Hugging Face folders: where they are, and the files beside the weights."""
+"""Hugging Face folders: finds or downloads them, and copies the files beside the weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SIDE_FILES = (*TOKENIZER_FILES, "generation_config.json")
 
 
 def local_hf_folder(folder_or_hub_id: str) -> str:
-    """Returns the folder itself, or that of a downloaded copy of the hub id."""
+    """Returns the folder itself, or the folder of a downloaded copy of the hub id."""
     if Path(folder_or_hub_id).expanduser().is_dir():
         return str(Path(folder_or_hub_id).expanduser())
     is_hub_id = folder_or_hub_id.count("/") == 1 and folder_or_hub_id[0] not in "./~"
@@ -38,8 +38,8 @@ def local_hf_folder(folder_or_hub_id: str) -> str:
             allow_patterns=["config.json", "model*.safetensors*", *SIDE_FILES],
         )
     except Exception as error:
-        # The hub client raises a dozen kinds (offline, gated, unknown, timed out); all of them
-        # mean that there is no folder to read.
+        # The hub client raises many kinds (offline, gated, unknown, timed out); each of them
+        # means that there is no folder to read.
         reason = str(error).strip().split("\n")[0]
         raise UserError(
             f"{folder_or_hub_id}: no such folder, and not available from the hub ({reason})"
@@ -55,8 +55,8 @@ def write_hf_side_files(
 ) -> None:
     """Copies tokenizer, chat template and generation config, and writes the effective config.json.
 
-    The config says what `arch` says: a policy's changed theta, scaling and positions. `dtype`
-    (torch's name, such as `bfloat16`) replaces the stored one, None keeps it.
+    The config has the theta, scaling and positions of `arch`, which a policy may have changed.
+    `dtype` (torch's name, such as `bfloat16`) replaces the stored one; None keeps it.
     """
     source, destination = Path(hf_source_folder), Path(destination_folder)
     destination.mkdir(parents=True, exist_ok=True)
@@ -70,7 +70,7 @@ def write_hf_side_files(
 
 
 def copy_files(source: Path, destination: Path, patterns: Iterable[str]) -> None:
-    """Copies what matches, folders with what is in them; tokenizers so that 4 and 5 read them."""
+    """Copies matching files and folders; transformers 4 and 5 both read the copied tokenizer."""
     for pattern in patterns:
         for path in sorted(source.glob(pattern)):
             target = destination / path.name
@@ -82,20 +82,20 @@ def copy_files(source: Path, destination: Path, patterns: Iterable[str]) -> None
 
 
 def _spell_for_both_versions(tokenizer_config: Path) -> None:
-    """Rewrites what transformers 5 writes and 4 does not read; 5 reads the older words as well."""
+    """Replaces keys of transformers 5 by those of version 4, which version 5 reads too."""
     if not tokenizer_config.is_file():
         return
     try:
-        settings = json.loads(tokenizer_config.read_text(encoding="utf-8"))
+        stored = json.loads(tokenizer_config.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{tokenizer_config}: not valid JSON ({error})") from error
-    older = dict(settings)
+    older = dict(stored)
     if older.get("tokenizer_class") == "TokenizersBackend":
         older["tokenizer_class"] = "PreTrainedTokenizerFast"
         older.pop("backend", None)
     if isinstance(older.get("extra_special_tokens"), list):
         older["additional_special_tokens"] = older.pop("extra_special_tokens")
-    if older != settings:
+    if older != stored:
         _write_json(tokenizer_config, older)
 
 

@@ -1,4 +1,4 @@
-"""`longpo convert import`: a Hugging Face folder becomes a Megatron checkpoint.
+"""`longpo convert import`: converts a Hugging Face folder to a Megatron checkpoint.
 
 python -m checkpoints_convert.hf_to_megatron SRC_HF DST_MEGATRON
 """
@@ -42,21 +42,22 @@ from megatron_longpo.parallel.groups import Groups
 
 
 class NoAttention(torch.nn.Module):
-    """Stands where the core attention would: it has no weights, and a conversion runs no layer."""
+    """Takes the place of core attention, which has no weights: a conversion runs no layer."""
 
     def __init__(self, **_: Any) -> None:
         super().__init__()
 
 
 def run_import(config: ImportConfig) -> None:
+    """Imports a checkpoint and prints what was written."""
     print(import_checkpoint(config))
 
 
 def import_checkpoint(config: ImportConfig) -> str:
-    """Writes `config.destination` as contract.md section 6 has it, without optimizer state.
+    """Writes `config.destination` in the format of contract.md section 6, without optimizer state.
 
     Returns:
-        A line that says what was written.
+        A line about what was written.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("convert import runs in one process; start it without torchrun")
@@ -85,7 +86,7 @@ def import_checkpoint(config: ImportConfig) -> str:
 
 
 def stored_dtype(weights: HfWeights) -> Literal["bf16", "fp32"]:
-    """The dtype that keeps every tensor's values: fp32 if any tensor has it."""
+    """Returns the dtype that keeps every tensor's values: fp32 if any tensor has it."""
     dtypes = {weights.dtype(name) for name in weights.names}
     if torch.float32 in dtypes:
         return "fp32"
@@ -98,7 +99,7 @@ def stored_dtype(weights: HfWeights) -> Literal["bf16", "fp32"]:
 
 
 def _parts(arch: Architecture, weights: HfWeights, dtype: torch.dtype) -> list[Part]:
-    """The whole model's tensors, none of them read yet."""
+    """Returns the whole model's tensors, to be read when they are written."""
     padded_rows = padded_vocab_size(arch, 1)
 
     def make(rule: TensorRule) -> Tensor:
@@ -120,9 +121,9 @@ def _parts(arch: Architecture, weights: HfWeights, dtype: torch.dtype) -> list[P
 
 
 def _stock_objects(arch: Architecture) -> dict[str, Any]:
-    """What a stock model saves beside its tensors: empty extra states, but it asks for them.
+    """Returns what a stock model saves beside its tensors: empty extra states, which it requires.
 
-    Needs Megatron's process groups. The model that is asked has no storage.
+    Needs Megatron's process groups. The model is built without storage.
     """
     with torch.device("meta"):
         model = build_gpt(arch, transformer_config(arch), core_attention=NoAttention)
@@ -136,7 +137,7 @@ def _stock_objects(arch: Architecture) -> dict[str, Any]:
 
 @contextmanager
 def single_process() -> Iterator[Groups]:
-    """Megatron's groups for a world of one; ended afterwards unless they were there before."""
+    """Starts Megatron's groups for one process, and ends them unless they existed before."""
     had_groups = dist.is_initialized()
     started = groups.initialize(groups.ParallelSizes())
     try:

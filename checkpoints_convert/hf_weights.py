@@ -1,30 +1,25 @@
-"""Hugging Face safetensors, one tensor at a time, into this rank's GPTModel."""
+"""The safetensors of a Hugging Face folder, read one tensor at a time."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.models.gpt.gpt_model import GPTModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from checkpoints_convert.mapping import (
     TensorRule,
-    local_shard,
-    output_rule,
     tensor_rules,
     to_megatron,
 )
 from megatron_longpo.errors import UserError
 from megatron_longpo.model.architectures import Architecture
-from megatron_longpo.model.lora import is_adapter_parameter
-from megatron_longpo.model.spec import padded_vocab_size
 
 INDEX_NAME = "model.safetensors.index.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -34,7 +29,7 @@ SAFETENSORS_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredTensor:
-    """What a safetensors header says of a tensor."""
+    """A tensor's entry in a safetensors header."""
 
     path: Path
     dtype: str
@@ -43,10 +38,10 @@ class StoredTensor:
 
 
 class HfWeights:
-    """The tensors of a Hugging Face folder by name; only what is asked for is read.
+    """The tensors of a Hugging Face folder by name, each read when it is needed.
 
-    A file is open only while a tensor is read: what has been read of an open file counts as this
-    process's memory, in the end the whole model.
+    A file is open only while a tensor is read: the read parts of an open file count as memory of
+    this process, and would in the end be the whole model.
     """
 
     def __init__(self, hf_folder: str) -> None:
@@ -62,7 +57,7 @@ class HfWeights:
 
     @property
     def num_bytes(self) -> int:
-        """Of the files."""
+        """Size of the files."""
         paths = {stored.path for stored in self._stored.values()}
         return sum(path.stat().st_size for path in paths)
 
@@ -82,7 +77,7 @@ class HfWeights:
         return SAFETENSORS_DTYPES[stored.dtype]
 
     def read(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
-        """The whole tensor on the CPU, checked for NaN and infinity, and for a shape if given."""
+        """Reads a whole tensor to the CPU; refuses NaN, infinity and a shape other than `shape`."""
         self.dtype(name)
         if shape is not None:
             self._check_shape(name, shape)
@@ -95,12 +90,12 @@ class HfWeights:
         return tensor
 
     def read_rule(self, rule: TensorRule, arch: Architecture) -> Tensor:
-        """The whole Megatron tensor that `rule` makes of this folder's, without padding."""
+        """Reads a rule's tensors and returns the whole Megatron tensor, without padding."""
         return to_megatron(rule, arch, [self.read(name) for name in rule.hf_names])
 
     def check(self, arch: Architecture) -> None:
-        """Refuses a folder that lacks a tensor of the model, or has one of another shape, of a
-        dtype that is not read, or that no rule reads."""
+        """Raises `UserError` for a tensor that is missing, has another shape or an unknown dtype,
+        or is not part of the model."""
         expected = {
             name: shape
             for rule in tensor_rules(arch)
@@ -182,64 +177,13 @@ def _open(path: Path) -> Iterator[Any]:
         yield file
 
 
-def load_hf_weights(gpt_model: GPTModel, arch: Architecture, hf_folder: str) -> None:
-    """Writes every parameter of this rank's `gpt_model` from the folder's safetensors.
-
-    The model may be one pipeline chunk, split over tensor-parallel ranks and padded; each rank
-    reads what it needs, one Hugging Face tensor at a time. Call it before the model is wrapped.
-    """
-    weights = HfWeights(hf_folder)
-    weights.check(arch)
-    write_parameters(gpt_model, arch, lambda rule: weights.read_rule(rule, arch))
-
-
-def write_parameters(
-    gpt_model: GPTModel, arch: Architecture, whole: Callable[[TensorRule], Tensor]
-) -> None:
-    """Writes this rank's part of every parameter; `whole` gives a rule's whole Megatron tensor."""
-    size = gpt_model.config.tensor_model_parallel_size
-    rank = gpt_model.tp_group.rank()
-    with torch.no_grad():
-        for parameter, rule in local_rules(gpt_model, arch):
-            shard = local_shard(
-                rule,
-                whole(rule),
-                rank=rank,
-                size=size,
-                padded_vocab_size=padded_vocab_size(arch, size),
-            )
-            assert shard.shape == parameter.shape, (rule, shard.shape, parameter.shape)
-            parameter.copy_(shard)
-
-
-def local_rules(
-    gpt_model: GPTModel, arch: Architecture
-) -> Iterator[tuple[torch.nn.Parameter, TensorRule]]:
-    """The parameters of this rank's model with their rules, in the model's order; no adapters."""
-    rules = {
-        name: rule
-        for rule in (*tensor_rules(arch), output_rule(arch))
-        for name in (rule.megatron_name, rule.fused_name)
-    }
-    prefix = "decoder.layers."
-    for name, parameter in gpt_model.named_parameters():
-        if is_adapter_parameter(name):
-            continue
-        if name.startswith(prefix):
-            local, rest = name.removeprefix(prefix).split(".", 1)
-            layer = gpt_model.decoder.layers[int(local)].layer_number - 1
-            name = f"{prefix}{layer}.{rest}"
-        assert name in rules, f"no rule for parameter {name}"
-        yield parameter, rules[name]
-
-
 def all_finite(tensor: Tensor) -> bool:
-    """Whether there is no NaN and no infinity; in pieces, since torch makes several copies."""
+    """Tells whether there is no NaN and no infinity; in pieces, since torch makes copies."""
     return all(bool(torch.isfinite(piece).all()) for piece in tensor.view(-1).split(2**22))
 
 
 def is_ignored(name: str, arch: Architecture) -> bool:
-    """Tensors that transformers does not read either."""
+    """Tells whether a tensor is one that transformers does not read either."""
     return name.endswith("rotary_emb.inv_freq") or (
         arch.tied_embeddings and name == "lm_head.weight"
     )

@@ -1,4 +1,4 @@
-"""`lora.json` of a checkpoint with adapters: which they are, and what they were trained on."""
+"""`lora.json` of a checkpoint with adapters: their shape and the base they were trained on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LORA_NAME = "lora.json"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoraRecord:
-    """What a checkpoint without base weights must say about them."""
+    """The adapters of a checkpoint, and the base weights that it does not contain."""
 
     rank: int
     alpha: float
@@ -28,7 +28,7 @@ class LoraRecord:
 
     @staticmethod
     def of(settings: LoraSettings, *, base: str, base_folder: str) -> LoraRecord:
-        """The record of a run on `base`, which a user has named and which lies in `base_folder`."""
+        """Makes the record of a run on `base`, as the user named it, stored in `base_folder`."""
         path = Path(base).expanduser()
         return LoraRecord(
             rank=settings.rank,
@@ -47,7 +47,7 @@ class LoraRecord:
 
 
 def read_lora_record(checkpoint: Path) -> LoraRecord | None:
-    """The record of a checkpoint with adapters, None for one with whole weights."""
+    """Reads the record of a checkpoint; None if the checkpoint has whole weights."""
     path = checkpoint / LORA_NAME
     if not path.is_file():
         return None

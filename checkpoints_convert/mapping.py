@@ -1,7 +1,8 @@
-"""Which Hugging Face tensors make up which Megatron tensor, and the way there and back.
+"""Maps Hugging Face tensors to Megatron tensors and back.
 
-`LAYER_TABLE` and the three rows before it list every tensor once; a `TensorRule` is a row filled in
-for one model and layer. The families share the names; they differ in which rows apply.
+`LAYER_TABLE` and the three templates before it list every tensor once; a `TensorRule` is a template
+filled in for one model and layer. All families use these names; they differ in which templates
+apply.
 docs/architectures.md says how to add one.
 
 Letters: G key/value heads, Q query heads a key/value head, D head size, H hidden size.
@@ -23,14 +24,14 @@ Kind = Literal["plain", "qkv", "gate_up", "vocab"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorRule:
-    """One tensor of the whole (unsharded) Megatron model.
+    """One tensor of the whole (unsharded) Megatron model, and its Hugging Face tensors.
 
-    `plain` tensors are the same on both sides, `qkv` joins three, `gate_up` two, and `vocab` has
-    padding rows after the Hugging Face ones.
+    A `plain` tensor is equal on both sides, `qkv` joins three Hugging Face tensors, `gate_up` joins
+    two, and `vocab` has padding rows after the Hugging Face rows.
     """
 
     megatron_name: str
-    """Parameter name with the layer's number in the whole model."""
+    """Parameter name, with the layer's number in the whole model."""
     checkpoint_key: str
     """Key in a `torch_dist` checkpoint. A layer's tensor is one row of a stack over layers."""
     layer: int | None
@@ -40,11 +41,11 @@ class TensorRule:
     """The shapes that the Hugging Face tensors must have."""
     kind: Kind = "plain"
     split_dim: int | None = None
-    """The dimension that tensor parallelism splits, None = every rank holds the whole tensor."""
+    """The dimension that tensor parallelism splits; None = every rank has the whole tensor."""
 
     @property
     def fused_name(self) -> str:
-        """The parameter's name where norms are fused with the linear layers behind them."""
+        """The parameter's name in models that fuse norms with the linear layers after them."""
         layers = "decoder.layers."
         if self.layer is None:
             return self.checkpoint_key
@@ -52,35 +53,35 @@ class TensorRule:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The Megatron tensor's, without padding."""
+        """Shape of the Megatron tensor, without padding."""
         return (sum(shape[0] for shape in self.hf_shapes), *self.hf_shapes[0][1:])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
-    """One Megatron tensor of the model, or of every layer."""
+class RuleTemplate:
+    """A `TensorRule` for any model, and for every layer if it is in `LAYER_TABLE`."""
 
     megatron: str
-    """Parameter name, of a layer's without `decoder.layers.N.`."""
+    """Parameter name; in a layer, without `decoder.layers.N.`."""
     hf: Mapping[str, str]
-    """Hugging Face names, of a layer's without `model.layers.N.`, with their dimensions: a letter
-    of `dimensions` each."""
+    """Hugging Face names (in a layer, without `model.layers.N.`) and dimensions, one letter of
+    `dimensions` each."""
     key: str | None = None
-    """Name in a checkpoint, None = as `megatron`."""
+    """Name in a checkpoint; None = `megatron`."""
     kind: Kind = "plain"
     split_dim: int | None = None
     only_if: str | None = None
-    """The field of `Architecture` that must be true for the row to apply."""
+    """The field of `Architecture` that must be true for the template to apply; None = always."""
 
 
-EMBEDDING = Row(
+EMBEDDING = RuleTemplate(
     megatron="embedding.word_embeddings.weight",
     hf={"model.embed_tokens.weight": "vh"},
     kind="vocab",
     split_dim=0,
 )
-FINAL_NORM = Row(megatron="decoder.final_layernorm.weight", hf={"model.norm.weight": "h"})
-OUTPUT = Row(
+FINAL_NORM = RuleTemplate(megatron="decoder.final_layernorm.weight", hf={"model.norm.weight": "h"})
+OUTPUT = RuleTemplate(
     megatron="output_layer.weight",
     hf={"lm_head.weight": "vh"},
     kind="vocab",
@@ -88,13 +89,13 @@ OUTPUT = Row(
 )
 
 LAYER_TABLE = (
-    # Stock checkpoints call a norm by the linear layer that it is fused with elsewhere.
-    Row(
+    # Stock checkpoints name a norm after the linear layer that it is fused with elsewhere.
+    RuleTemplate(
         megatron="input_layernorm.weight",
         hf={"input_layernorm.weight": "h"},
         key="self_attention.linear_qkv.layer_norm_weight",
     ),
-    Row(
+    RuleTemplate(
         megatron="self_attention.linear_qkv.weight",
         hf={
             "self_attn.q_proj.weight": "qh",
@@ -104,7 +105,7 @@ LAYER_TABLE = (
         kind="qkv",
         split_dim=0,
     ),
-    Row(
+    RuleTemplate(
         megatron="self_attention.linear_qkv.bias",
         hf={
             "self_attn.q_proj.bias": "q",
@@ -115,39 +116,39 @@ LAYER_TABLE = (
         split_dim=0,
         only_if="qkv_bias",
     ),
-    Row(
+    RuleTemplate(
         megatron="self_attention.q_layernorm.weight",
         hf={"self_attn.q_norm.weight": "d"},
         only_if="qk_norm",
     ),
-    Row(
+    RuleTemplate(
         megatron="self_attention.k_layernorm.weight",
         hf={"self_attn.k_norm.weight": "d"},
         only_if="qk_norm",
     ),
-    Row(
+    RuleTemplate(
         megatron="self_attention.linear_proj.weight",
         hf={"self_attn.o_proj.weight": "hq"},
         split_dim=1,
     ),
-    Row(
+    RuleTemplate(
         megatron="pre_mlp_layernorm.weight",
         hf={"post_attention_layernorm.weight": "h"},
         key="mlp.linear_fc1.layer_norm_weight",
     ),
-    Row(
+    RuleTemplate(
         megatron="mlp.linear_fc1.weight",
         hf={"mlp.gate_proj.weight": "fh", "mlp.up_proj.weight": "fh"},
         kind="gate_up",
         split_dim=0,
     ),
-    Row(megatron="mlp.linear_fc2.weight", hf={"mlp.down_proj.weight": "hf"}, split_dim=1),
+    RuleTemplate(megatron="mlp.linear_fc2.weight", hf={"mlp.down_proj.weight": "hf"}, split_dim=1),
 )
 """The tensors of a layer, in the order of Hugging Face files."""
 
 
 def dimensions(arch: Architecture) -> dict[str, int]:
-    """What the letters of the tables stand for."""
+    """Returns the sizes that the letters of the templates stand for."""
     return {
         "v": arch.vocab_size,
         "h": arch.hidden_size,
@@ -159,42 +160,42 @@ def dimensions(arch: Architecture) -> dict[str, int]:
 
 
 def tensor_rules(arch: Architecture) -> Iterator[TensorRule]:
-    """The rules of the whole model, in the order of Hugging Face files."""
+    """Yields the rules of the whole model, in the order of Hugging Face files."""
     yield _rule(EMBEDDING, arch)
     for layer in range(arch.num_layers):
-        for row in LAYER_TABLE:
-            if row.only_if is None or getattr(arch, row.only_if):
-                yield _rule(row, arch, layer=layer)
+        for template in LAYER_TABLE:
+            if template.only_if is None or getattr(arch, template.only_if):
+                yield _rule(template, arch, layer=layer)
     yield _rule(FINAL_NORM, arch)
     if not arch.tied_embeddings:
         yield _rule(OUTPUT, arch)
 
 
 def output_rule(arch: Architecture) -> TensorRule:
-    """The output layer. Where it is tied, a last pipeline stage holds a copy of the embedding."""
-    row = OUTPUT if not arch.tied_embeddings else replace(OUTPUT, hf=EMBEDDING.hf)
-    return _rule(row, arch)
+    """Returns the rule of the output layer; if it is tied, the last stage copies the embedding."""
+    template = OUTPUT if not arch.tied_embeddings else replace(OUTPUT, hf=EMBEDDING.hf)
+    return _rule(template, arch)
 
 
-def _rule(row: Row, arch: Architecture, *, layer: int | None = None) -> TensorRule:
+def _rule(template: RuleTemplate, arch: Architecture, *, layer: int | None = None) -> TensorRule:
     sizes = dimensions(arch)
-    ours, theirs, key = "", "", row.key or row.megatron
+    ours, theirs, key = "", "", template.key or template.megatron
     if layer is not None:
         ours, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."
         key = f"decoder.layers.{key}"
     return TensorRule(
-        megatron_name=ours + row.megatron,
+        megatron_name=ours + template.megatron,
         checkpoint_key=key,
         layer=layer,
-        hf_names=tuple(theirs + name for name in row.hf),
-        hf_shapes=tuple(tuple(sizes[letter] for letter in dims) for dims in row.hf.values()),
-        kind=row.kind,
-        split_dim=row.split_dim,
+        hf_names=tuple(theirs + name for name in template.hf),
+        hf_shapes=tuple(tuple(sizes[letter] for letter in dims) for dims in template.hf.values()),
+        kind=template.kind,
+        split_dim=template.split_dim,
     )
 
 
 def to_megatron(rule: TensorRule, arch: Architecture, parts: Sequence[Tensor]) -> Tensor:
-    """Hugging Face tensors in the rule's order -> the whole Megatron tensor, without padding."""
+    """Joins Hugging Face tensors in the rule's order to the whole Megatron tensor, unpadded."""
     if rule.kind == "qkv":
         return _join_qkv(arch, *parts)
     if rule.kind == "gate_up":
@@ -203,7 +204,7 @@ def to_megatron(rule: TensorRule, arch: Architecture, parts: Sequence[Tensor]) -
 
 
 def to_hf(rule: TensorRule, arch: Architecture, tensor: Tensor) -> list[Tensor]:
-    """The inverse of `to_megatron`; padding rows are cut off."""
+    """Splits a whole Megatron tensor into Hugging Face tensors, and removes padding rows."""
     if rule.kind == "qkv":
         return _split_qkv(arch, tensor)
     if rule.kind == "gate_up":
@@ -216,22 +217,22 @@ def to_hf(rule: TensorRule, arch: Architecture, tensor: Tensor) -> list[Tensor]:
 def local_shard(
     rule: TensorRule, tensor: Tensor, *, rank: int, size: int, padded_vocab_size: int
 ) -> Tensor:
-    """What tensor-parallel rank `rank` of `size` holds of the whole Megatron tensor."""
+    """Returns the part of a whole Megatron tensor on tensor-parallel rank `rank` of `size`."""
     if rule.kind == "vocab":
         return _vocab_shard(tensor, rank=rank, size=size, padded_rows=padded_vocab_size)
     if rule.split_dim is None or size == 1:
         return tensor
     if rule.kind == "gate_up":
-        # Each rank holds its part of the gate above its part of the up projection.
+        # Each rank has its part of the gate, then its part of the up projection.
         return torch.cat([half.chunk(size)[rank] for half in tensor.chunk(2)])
     return tensor.chunk(size, dim=rule.split_dim)[rank]
 
 
 def _join_qkv(arch: Architecture, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """[G*Q*D, ...], [G*D, ...], [G*D, ...] -> [G*(Q+2)*D, ...].
+    """Joins [G*Q*D, ...], [G*D, ...], [G*D, ...] to [G*(Q+2)*D, ...].
 
-    Megatron keeps each key/value head's query heads together with it, so that a contiguous split
-    over ranks gives each rank whole groups.
+    Megatron keeps the query heads of a key/value head beside it, so that a contiguous split over
+    ranks gives every rank whole groups.
     """
     rest = q.shape[1:]
     groups = (arch.num_kv_heads, -1, arch.head_dim, *rest)
@@ -246,10 +247,10 @@ def _split_qkv(arch: Architecture, qkv: Tensor) -> list[Tensor]:
 
 
 def _vocab_shard(tensor: Tensor, *, rank: int, size: int, padded_rows: int) -> Tensor:
-    """This rank's rows, padding rows zero: no token has their ids, so they are never trained."""
+    """Returns this rank's rows. Padding rows are zero: no token has their ids."""
     rows = padded_rows // size
     if size == 1 and len(tensor) == rows:
-        return tensor  # the largest tensor of all: not twice in memory
+        return tensor  # the largest tensor: no second copy in memory
     shard = tensor.new_zeros(rows, *tensor.shape[1:])
     own = tensor[rank * rows : (rank + 1) * rows]
     shard[: len(own)] = own

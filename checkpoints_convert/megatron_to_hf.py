@@ -1,8 +1,6 @@
-"""`longpo convert export`: a Megatron checkpoint becomes a Hugging Face folder.
+"""`longpo convert export`: converts a Megatron checkpoint to a Hugging Face folder.
 
-    python -m checkpoints_convert.megatron_to_hf SRC_MEGATRON DST_HF
-
-Also the Hugging Face view of a model in memory, for tests.
+python -m checkpoints_convert.megatron_to_hf SRC_MEGATRON DST_HF
 """
 
 from __future__ import annotations
@@ -11,19 +9,16 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from megatron.core.models.gpt.gpt_model import GPTModel
-from torch import Tensor
 
 from checkpoints_convert.checkpoint_weights import Reader, open_checkpoint
 from checkpoints_convert.destination import new_folder
 from checkpoints_convert.hf_folder import write_hf_side_files
-from checkpoints_convert.hf_weights import INDEX_NAME, WEIGHTS_NAME, local_rules
+from checkpoints_convert.hf_weights import INDEX_NAME, WEIGHTS_NAME
 from checkpoints_convert.lora_export import export_adapter
-from checkpoints_convert.mapping import TensorRule, tensor_rules, to_hf
+from checkpoints_convert.mapping import TensorRule, tensor_rules
 from checkpoints_convert.safetensors_writer import write_safetensors
 from megatron_longpo.config.convert import ExportConfig
 from megatron_longpo.errors import UserError
@@ -32,6 +27,7 @@ from megatron_longpo.model.spec import DTYPES
 
 
 def run_export(config: ExportConfig) -> None:
+    """Exports a checkpoint and prints what was written."""
     print(export_checkpoint(config))
 
 
@@ -39,7 +35,7 @@ def export_checkpoint(config: ExportConfig) -> str:
     """Writes a Hugging Face folder that transformers 4 and 5 read.
 
     Returns:
-        A line that says what was written.
+        A line about what was written.
     """
     limit = parse_size(config.max_shard_size)
     checkpoint = open_checkpoint(config.source, base=config.base)
@@ -59,24 +55,8 @@ def export_checkpoint(config: ExportConfig) -> str:
     return f"{config.destination}: {arch.family}, {arch.num_layers} layers, {dtype}"
 
 
-def hf_named_tensors(gpt_model: GPTModel, arch: Architecture) -> Iterator[tuple[str, Tensor]]:
-    """Hugging Face names and (views of) weights of a model that no rank shares."""
-    for parameter, rule in local_rules(gpt_model, arch):
-        yield from zip(rule.hf_names, to_hf(rule, arch, parameter.detach()), strict=True)
-
-
-def hf_named_gradients(gpt_model: GPTModel, arch: Architecture) -> Iterator[tuple[str, Tensor]]:
-    """As `hf_named_tensors`, of the gradients: `main_grad` where Megatron's DDP made one."""
-    for parameter, rule in local_rules(gpt_model, arch):
-        gradient = getattr(parameter, "main_grad", None)
-        gradient = parameter.grad if gradient is None else gradient
-        if gradient is None:
-            raise ValueError(f"{rule.megatron_name} has no gradient")
-        yield from zip(rule.hf_names, to_hf(rule, arch, gradient), strict=True)
-
-
 def parse_size(text: str) -> int:
-    """Bytes of `500MB`, `5GB` (powers of ten, as transformers counts) or a plain number."""
+    """Returns the bytes of `500MB`, `5GB` (powers of ten, as in transformers) or a number."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB)?", text.strip(), re.IGNORECASE)
     size = 0
     if match:
@@ -126,7 +106,7 @@ def _write_weights(
 
 
 def _plan_files(arch: Architecture, *, dtype: torch.dtype, limit: int) -> list[list[TensorRule]]:
-    """Rules in order, a new file where the next one would pass `limit` bytes."""
+    """Deals the rules to files in order, each of at most `limit` bytes or one rule."""
     files: list[list[TensorRule]] = [[]]
     size = 0
     for rule in tensor_rules(arch):

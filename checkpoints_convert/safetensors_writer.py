@@ -1,7 +1,7 @@
-"""Writes a safetensors file tensor by tensor: the library's own writer wants all of them at once.
+"""Writes a safetensors file tensor by tensor; the library's own writer needs all at once.
 
 The format (huggingface.co/docs/safetensors): 8 bytes with the header's length, a JSON header with
-dtype, shape and byte range of each tensor, and the tensors one behind the other.
+dtype, shape and byte range of each tensor, then the tensors without gaps.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def write_safetensors(
     *,
     dtype: torch.dtype,
 ) -> None:
-    """Writes `tensors`, which come in the order of `shapes`; one of them is in memory at a time."""
+    """Writes `tensors`, in the order of `shapes`, one in memory at a time."""
     with path.open("wb") as file:
         file.write(_header(shapes, dtype))
         for (name, shape), tensor in zip(shapes.items(), tensors, strict=True):

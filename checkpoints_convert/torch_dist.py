@@ -1,4 +1,4 @@
-"""Megatron `torch_dist` checkpoint folders: finding them, and reading them without a model."""
+"""Finds Megatron `torch_dist` checkpoint folders and reads them without a model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def iteration_folder(parent: str | Path, iteration: int) -> Path:
 
 
 def find_iteration_folder(source: str) -> Path:
-    """Returns `source` if it is a checkpoint itself, else the latest iteration in it."""
+    """Returns `source` if it is a checkpoint itself, else its latest iteration."""
     folder = Path(source).expanduser()
     tracker = folder / TRACKER_NAME
     if tracker.is_file():
@@ -43,14 +43,14 @@ def find_iteration_folder(source: str) -> Path:
 
 
 def is_import_result(folder: Path) -> bool:
-    """Whether the folder holds iteration 0 and nothing that training has added."""
+    """Tells whether the folder has iteration 0 and nothing else, as an import writes it."""
     iterations = [path.name for path in folder.iterdir() if re.fullmatch(r"iter_\d+", path.name)]
     others = {path.name for path in folder.iterdir()} - {TRACKER_NAME, *iterations}
     return iterations == [iteration_folder("", 0).name] and not others
 
 
 class TorchDistReader:
-    """Tensors of one iteration's folder by key. Needs no process group and no model."""
+    """The tensors of one iteration's folder by key. Needs no process group and no model."""
 
     def __init__(self, folder: Path) -> None:
         self._reader = FileSystemReader(folder)
@@ -74,7 +74,7 @@ class TorchDistReader:
         return self._tensor(key).properties.dtype
 
     def read(self, key: str, *, layer: int | None = None) -> Tensor:
-        """The whole tensor, whatever ranks wrote it, or row `layer` of a stack over layers."""
+        """Reads a whole tensor, whichever ranks wrote it, or row `layer` of a stack over layers."""
         stored = self._tensor(key)
         offsets = [0] * len(stored.size)
         sizes = list(stored.size)
@@ -98,7 +98,7 @@ class TorchDistReader:
 
 
 class _IntoOneTensor(DefaultLoadPlanner):
-    """Lets a storage reader fill one tensor that is a box of the stored one."""
+    """Lets a storage reader fill one tensor with a box of the stored one."""
 
     def __init__(self, target: Tensor) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """Writes a Megatron `torch_dist` checkpoint tensor by tensor, without a model in memory.
 
-Megatron's own writer takes a state dict of tensors that all exist. The format is that of
-torch.distributed.checkpoint, whose file writer asks for each tensor when its turn comes.
+Megatron's own writer needs a state dict with all tensors in memory. The format is that of
+torch.distributed.checkpoint, whose file writer requests one tensor after the other.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 COMMON_NAME = "common.pt"
-"""Where Megatron looks for what is no tensor; since 0.19 only if the file is there."""
+"""Megatron's file for values that are not tensors; optional since 0.19."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,16 +34,16 @@ class Part:
 
     key: str
     shape: tuple[int, ...]
-    """Of the part itself, without the dimension of the stack."""
+    """Shape of the part itself, without the dimension of the stack."""
     dtype: torch.dtype
     make: Callable[[], Tensor]
-    """Makes the tensor, of that shape and dtype, when it is to be written."""
+    """Makes the tensor, with that shape and dtype, when it is written."""
     layer: int | None = None
     num_layers: int | None = None
 
     @property
     def chunk(self) -> ChunkStorageMetadata:
-        """Where the part lies in the whole tensor."""
+        """Offsets and sizes of the part in the whole tensor."""
         if self.layer is None:
             offsets, sizes = (0,) * len(self.shape), self.shape
         else:
@@ -71,15 +71,15 @@ def write_torch_dist(
     objects: Mapping[str, Any],
     common: Mapping[str, Any],
 ) -> None:
-    """Fills the empty folder of an iteration.
+    """Writes a checkpoint into the empty folder of an iteration, one part in memory at a time.
 
-    What a part's `make` raises comes through. In memory is one part at a time.
+    An error that a part's `make` raises is passed on.
 
     Args:
         folder: an `iter_*` folder.
-        parts: all tensors, every stack whole, in the order in which they are made and written.
+        parts: all tensors, with every stack complete, in the order in which they are written.
         objects: Megatron's sharded objects by their unique keys.
-        common: what `dist_checkpointing.load` returns beside what it was asked for.
+        common: values that `dist_checkpointing.load` returns beside the requested tensors.
     """
     items = [part.item for part in parts]
     items += [WriteItem(index=MetadataIndex(key), type=WriteItemType.BYTE_IO) for key in objects]
@@ -94,7 +94,7 @@ def write_torch_dist(
 
 
 class _OnDemand(DefaultSavePlanner):
-    """Makes what the writer asks for."""
+    """Makes the tensors and objects that the writer requests."""
 
     def __init__(self, parts: Sequence[Part], objects: Mapping[str, Any]) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class _OnDemand(DefaultSavePlanner):
         index = write_item.index
         if write_item.type == WriteItemType.BYTE_IO:
             stream = io.BytesIO()
-            # A list, since Megatron keeps all of a rank's objects of one key together.
+            # A list, since Megatron stores all of a rank's objects of one key together.
             torch.save([self._objects[index.fqn]], stream)
             return stream
         assert index.offset is not None

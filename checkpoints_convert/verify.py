@@ -1,8 +1,8 @@
-"""`longpo convert verify`: proof that a model survives the way to Megatron and back.
+"""`longpo convert verify`: checks that a model survives the way to Megatron and back.
 
 The source is imported and exported into a temporary folder. Then weights, config, tokenizer and
-chat template of the export are compared with the source's, and the logits of our model, loaded
-from the import, with transformers' of the source.
+chat template of the export are compared with the source's. The logits of our model, loaded from the
+import, are compared with those of transformers on the source.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ class Check:
 
     name: str
     passed: bool | None
-    """None = there was nothing to compare, or the user did not ask for it."""
+    """None = not compared: there was nothing to compare, or the user switched it off."""
     detail: str
     """What was compared, or the first difference."""
 
 
 def run_verify(config: VerifyConfig) -> None:
-    """Prints what was compared.
+    """Verifies a model and prints what was compared.
 
     Raises:
         CheckFailed: if something differs.
@@ -73,7 +73,7 @@ def run_verify(config: VerifyConfig) -> None:
 
 
 def verify(config: VerifyConfig) -> list[Check]:
-    """Makes the round trip in a temporary folder and compares everything, whatever fails."""
+    """Makes the round trip in a temporary folder and does all comparisons, even if some fail."""
     source = local_hf_folder(config.source)
     model = source if config.export is None else local_hf_folder(config.export)
     arch = read_architecture(model)
@@ -104,7 +104,7 @@ def verify(config: VerifyConfig) -> list[Check]:
             skip("tokenizer", "the source has none")
             skip("chat template", "the source has none")
         else:
-            # With `export`, this compares what training wrote with what it started from.
+            # With `export`, this compares the trained model with the one before training.
             other = open_tokenizer(exported)
             check("tokenizer", lambda: compare_tokenizers(tokenizer, other, texts))
             if tokenizer.chat_template is None:
@@ -129,7 +129,7 @@ def verify(config: VerifyConfig) -> list[Check]:
 
 @contextmanager
 def _work_folder(parent: str | None, weights: HfWeights) -> Iterator[Path]:
-    """A temporary folder with room for the model twice."""
+    """Makes a temporary folder on a disk with room for the model twice."""
     root = Path(tempfile.gettempdir() if parent is None else parent).expanduser()
     if not root.is_dir():
         raise UserError(f"work_dir ({root}): no such folder; make it first")

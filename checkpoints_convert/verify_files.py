@@ -1,6 +1,6 @@
-"""Comparisons of Hugging Face folders, one tensor in memory at a time.
+"""Compares Hugging Face folders, one tensor in memory at a time.
 
-Each returns what it compared, in words, and raises CheckFailed at the first difference.
+Each comparison returns a description and raises CheckFailed at the first difference.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from megatron_longpo.model.architectures import Architecture, read_architecture,
 BITS = {2: torch.int16, 4: torch.int32}
 """Integers as wide as a dtype, by bytes: they tell -0 from 0."""
 
-NOT_SETTINGS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
-"""Keys of transformers' config objects that are not about the model; dtypes are the weights'."""
+NOT_COMPARED = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+"""Keys of transformers' configs that are not compared; dtypes are compared with the weights."""
 
 
 def compare_weights(
     source: HfWeights, export: HfWeights, arch: Architecture, *, dtype: torch.dtype | None
 ) -> str:
-    """Every weight bit by bit; `dtype` is what they were converted to, None = left as they were.
+    """Compares weights bit by bit. `dtype` is that of the conversion; None = unchanged.
 
-    Where embedding and output are tied, an output layer in the source's file is read by nobody, and
-    none is exported.
+    If embedding and output are tied, an output layer in the source's file is never read, and none is
+    exported.
     """
     names = [name for name in source.names if not is_ignored(name, arch)]
     if missing := sorted(set(names) ^ set(export.names)):
@@ -59,7 +59,7 @@ def _compare_tensor(name: str, expected: Tensor, actual: Tensor) -> None:
 
 
 def compare_shapes(source: HfWeights, trained: HfWeights, arch: Architecture) -> str:
-    """Names and shapes of a trained model's tensors; the values are what training has changed."""
+    """Compares names and shapes of a trained model's tensors; training has changed the values."""
     expected, actual = (
         {name: list(found.shape(name)) for name in found.names if not is_ignored(name, arch)}
         for found in (source, trained)
@@ -70,9 +70,9 @@ def compare_shapes(source: HfWeights, trained: HfWeights, arch: Architecture) ->
 
 
 def compare_configs(source: str, export: str, *, trained: bool = False) -> str:
-    """What we and transformers read from both config.json.
+    """Compares what we and transformers read from both config.json.
 
-    `trained`: positions and RoPE may differ.
+    If `trained`, positions and RoPE may differ.
     """
     theirs, ours = read_architecture(source), read_architecture(export)
     if trained:
@@ -82,17 +82,17 @@ def compare_configs(source: str, export: str, *, trained: bool = False) -> str:
     _check_both_spellings(export, ours)
     if trained:
         return "same architecture; positions and RoPE may differ"
-    source_settings, export_settings = _settings(source), _settings(export)
-    for key, value in source_settings.items():
-        _compare_value(key, value, export_settings.get(key))
+    source_values, export_values = _config_values(source), _config_values(export)
+    for key, value in source_values.items():
+        _compare_value(key, value, export_values.get(key))
     return (
-        f"{len(source_settings)} settings as transformers reads them; rope_theta "
+        f"{len(source_values)} settings as transformers reads them; rope_theta "
         f"{ours.rope.theta:g} for transformers 4 and 5"
     )
 
 
 def _check_both_spellings(export: str, arch: Architecture) -> None:
-    """transformers 4 reads `rope_theta` and `rope_scaling`, 5 reads `rope_parameters`."""
+    """Checks that transformers 4 (`rope_theta`, `rope_scaling`) and 5 (`rope_parameters`) agree."""
     _, raw = read_hf_config(export)
     parameters = raw.get("rope_parameters") or {}
     _compare_value("rope_theta", arch.rope.theta, raw.get("rope_theta"))
@@ -108,8 +108,8 @@ def _compare_value(name: str, expected: Any, actual: Any) -> None:
         raise CheckFailed(f"{name} is {actual!r} instead of {expected!r}")
 
 
-def _settings(folder: str) -> dict[str, Any]:
+def _config_values(folder: str) -> dict[str, Any]:
     from transformers import AutoConfig
 
-    settings = AutoConfig.from_pretrained(folder).to_dict()
-    return {key: value for key, value in settings.items() if key not in NOT_SETTINGS}
+    values = AutoConfig.from_pretrained(folder).to_dict()
+    return {key: value for key, value in values.items() if key not in NOT_COMPARED}

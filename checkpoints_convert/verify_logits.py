@@ -1,7 +1,7 @@
-"""fp32 logits of transformers and of our model, one model in memory at a time.
+"""Compares fp32 logits of transformers and of our model, one model in memory at a time.
 
-Ours is loaded from the imported checkpoint and runs as in training: our attention over a prefix
-tree, our rotary angles. Each text becomes two rows with a common first half.
+Our model is loaded from the imported checkpoint and runs as in training, with our attention over a
+prefix tree and our rotary angles. Each text becomes two rows with a common first half.
 
 Letters: T tokens of a row, e predictions of a row, v vocabulary.
 """
@@ -18,8 +18,8 @@ import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
+from checkpoints_convert.gpt_weights import local_rules
 from checkpoints_convert.hf_to_megatron import single_process
-from checkpoints_convert.hf_weights import local_rules
 from checkpoints_convert.torch_dist import TorchDistReader
 from megatron_longpo.data.trees.forest import Branch, Forest, Term, build_forest, concatenate
 from megatron_longpo.errors import CheckFailed
@@ -32,7 +32,7 @@ from megatron_longpo.parallel.context import NoExchange
 from megatron_longpo.parallel.layout import lay_out
 
 BRANCHES = (Term.LONG_CHOSEN, Term.LONG_REJECTED)
-"""Names of a text's two rows; the edges of a tree say by them which row they belong to."""
+"""Terms of a text's two rows, by which a tree's edges tell their row."""
 
 
 def compare_logits(
@@ -44,18 +44,18 @@ def compare_logits(
     tolerance: float,
     folder: Path,
 ) -> str:
-    """Compares what both models predict after every token of the texts.
+    """Compares the logits of both models after every token of the texts.
 
     Args:
-        hf_folder: what transformers reads.
-        iteration: its import, which we read.
-        arch: of both.
+        hf_folder: the folder that transformers reads.
+        iteration: its import, which our model reads.
+        arch: architecture of both.
         texts: token ids by the text's name.
-        tolerance: largest difference, times the logits' standard deviation where that is over 1.
+        tolerance: the largest difference, times the logits' standard deviation if that is over 1.
         folder: holds transformers' logits while our model is in memory.
 
     Raises:
-        CheckFailed: naming the text and the token.
+        CheckFailed: at the first difference; names the text and the token.
     """
     rows = {name: two_rows(ids) for name, ids in texts.items()}
     worst = spread = 0.0
@@ -84,7 +84,7 @@ def compare_logits(
 
 
 def two_rows(ids: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
-    """The text, and the same without its third quarter: rows that share their first half."""
+    """Returns the text, and the text without its third quarter: both share the first half."""
     half, rest = len(ids) // 2, 3 * len(ids) // 4
     return ids, [*ids[:half], *ids[rest:]]
 
@@ -95,7 +95,7 @@ def our_logits(
     rows: Mapping[str, tuple[Sequence[int], Sequence[int]]],
     device: torch.device,
 ) -> Iterator[tuple[str, int, Tensor]]:
-    """Yields text, 0 or 1 for its row, and [T-1,v] logits before each token but the row's first.
+    """Yields name of the text, 0 or 1 for its row, and [T-1, v] logits of all tokens but the first.
 
     Needs Megatron's process groups.
     """
@@ -128,7 +128,7 @@ def our_logits(
 
 
 def load_import(iteration: Path, arch: Architecture, device: torch.device) -> GPTModel:
-    """The model that training would build, in fp32, with a checkpoint's weights."""
+    """Builds the model as in training, but in fp32, and loads a checkpoint's weights."""
     reader = TorchDistReader(iteration)
     chosen = choose_kernel("auto", device=device, dtype=torch.float32, head_dim=arch.head_dim)
     attention = functools.partial(TreeAttention, kernel=chosen.kernel, exchange=NoExchange())
@@ -141,7 +141,7 @@ def load_import(iteration: Path, arch: Architecture, device: torch.device) -> GP
 
 
 def _tree(pair: tuple[Sequence[int], Sequence[int]]) -> Forest:
-    """Both rows in one tree, with an edge to every token but a row's first."""
+    """Puts both rows into one tree, with an edge to every token but a row's first."""
     branches = [
         Branch(
             input_ids=np.asarray(row, dtype=np.int64),

@@ -1,4 +1,4 @@
-"""Texts to try a model on, and comparisons of what two tokenizers make of them."""
+"""Reads texts to try a model on, and compares what two tokenizers make of them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ODD_TEXT = (
     "Grüße aus Köln, 東京 and Αθήνα 🙂\t1234567890  3.14e-10\n\n\n   def f(x):\r\n\treturn x\u200b"
     " <|im_start|>user <s>[INST] </s><|eot_id|><think>"
 )
-"""What tokenizers treat specially: scripts, digits, spaces, line ends, special tokens as text."""
+"""Texts that tokenizers treat specially: scripts, digits, spaces, special tokens as text."""
 
 CONVERSATIONS: tuple[list[dict[str, str]], ...] = (
     [{"role": "user", "content": "What does the ledger say?"}],
@@ -38,7 +38,7 @@ CONVERSATIONS: tuple[list[dict[str, str]], ...] = (
 
 
 def read_texts(own: str | None) -> dict[str, str]:
-    """Texts by name: prose and code that Python brings along, and the user's own."""
+    """Returns texts by name: prose and code that come with Python, and the user's own."""
     texts = {"prose": topics[PROSE_TOPIC], "code": inspect.getsource(textwrap)}
     if own is not None:
         path = Path(own).expanduser()
@@ -50,7 +50,7 @@ def read_texts(own: str | None) -> dict[str, str]:
 
 
 def open_tokenizer(folder: str) -> Any | None:
-    """transformers' tokenizer of a folder, None if it has no such files."""
+    """Opens transformers' tokenizer of a folder; None if it has no such files."""
     from transformers import AutoTokenizer
 
     if not any(path for pattern in TOKENIZER_FILES for path in Path(folder).glob(pattern)):
@@ -65,7 +65,7 @@ def open_tokenizer(folder: str) -> Any | None:
 def token_rows(
     texts: dict[str, str], tokenizer: Any | None, arch: Architecture, *, max_tokens: int
 ) -> dict[str, list[int]]:
-    """The first tokens of each text; of its bytes, where there is no tokenizer."""
+    """Returns the first tokens of each text; if there is no tokenizer, its bytes are the tokens."""
     rows: dict[str, list[int]] = {}
     longest = min(max_tokens, arch.max_position_embeddings)
     for name, text in texts.items():
@@ -85,7 +85,7 @@ def token_rows(
 
 
 def compare_tokenizers(source: Any, export: Any | None, texts: dict[str, str]) -> str:
-    """Ids of the texts, with and without the special tokens that a tokenizer adds."""
+    """Compares ids of the texts, with and without the special tokens that a tokenizer adds."""
     if export is None:
         raise CheckFailed("the export has no tokenizer")
     num_ids = 0
@@ -105,7 +105,7 @@ def compare_tokenizers(source: Any, export: Any | None, texts: dict[str, str]) -
 
 
 def compare_chat_templates(source: Any, export: Any | None) -> str:
-    """Ids of conversations; a conversation that one template refuses the other must refuse."""
+    """Compares ids of conversations. If one template refuses a conversation, both must."""
     num_refused = 0
     if export is None or not export.chat_template:
         raise CheckFailed("the export has no chat template")

@@ -14,7 +14,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
 
-from megatron_longpo.data.text.tokenizers import HuggingFaceTokenizer
+from megatron_longpo.data.text.hf_tokenizer import HuggingFaceTokenizer
 from tests import small_tokenizers as small
 
 _CHATML_TURNS = (

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_longpo.data.rows.dataset import IGNORED_LABEL, PreferenceRow, TokenRow
+from megatron_longpo.data.rows.schema import IGNORED_LABEL, PreferenceRow, TokenRow
 
 
 def random_row(

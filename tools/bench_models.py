@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.random import Generator
 
-from megatron_longpo.data.rows.dataset import IGNORED_LABEL, PreferenceRow, TokenRow
+from megatron_longpo.data.rows.schema import IGNORED_LABEL, PreferenceRow, TokenRow
 from megatron_longpo.model.architectures import Architecture
 
 

@@ -35,12 +35,8 @@ from megatron_longpo.config.train import (
     resolve,
     resolve_reference,
 )
-from megatron_longpo.data.rows.dataset import (
-    IGNORED_LABEL,
-    PreferenceRow,
-    TokenRow,
-    write_rows_jsonl,
-)
+from megatron_longpo.data.rows.schema import IGNORED_LABEL, PreferenceRow, TokenRow
+from megatron_longpo.data.rows.writing import write_rows_jsonl
 from megatron_longpo.engine.metrics import peak_memory_gib
 from megatron_longpo.reference import run as reference_pass
 from megatron_longpo.training import loop

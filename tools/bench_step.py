@@ -39,7 +39,7 @@ from megatron_longpo.config.train import (
     TrainConfig,
     resolve,
 )
-from megatron_longpo.data.rows.dataset import write_rows_jsonl
+from megatron_longpo.data.rows.writing import write_rows_jsonl
 from megatron_longpo.data.trees.sampler import PairSampler
 from megatron_longpo.engine.batches import rank_packs
 from megatron_longpo.engine.sources import make_objective, read_pairs

@@ -29,7 +29,8 @@ from pathlib import Path
 
 from examples.quickstart.documents import standard_library_files
 from megatron_longpo.data.jsonl import write_packed_jsonl
-from megatron_longpo.data.text.tokenizers import ChatTokenizer, load_tokenizer
+from megatron_longpo.data.text.chat_tokenizer import ChatTokenizer
+from megatron_longpo.data.text.tokenizers import load_tokenizer
 from megatron_longpo.errors import UserError
 from megatron_longpo.generation.documents.chunking import chunk_document
 from megatron_longpo.generation.documents.reading import DocumentSet

@@ -17,7 +17,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_longpo.data.jsonl import write_whole
-from megatron_longpo.data.rows.dataset import PreferenceRow, write_rows_jsonl
+from megatron_longpo.data.rows.schema import PreferenceRow
+from megatron_longpo.data.rows.writing import write_rows_jsonl
 from megatron_longpo.model.spec import DTYPES
 from tools.bench_models import ModelShape, PairShape, random_pair
 

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.integrations.liger import apply_liger_kernel
 from trl import DPOConfig, DPOTrainer
 
-from megatron_longpo.data.rows.dataset import IGNORED_LABEL, PreferenceRow
+from megatron_longpo.data.rows.schema import IGNORED_LABEL, PreferenceRow
 from megatron_longpo.model.spec import DTYPES
 from tools.peer_case import (
     ADAM_BETAS,

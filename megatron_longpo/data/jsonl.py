@@ -1,4 +1,4 @@
-"""JSON Lines files: random access by a byte-offset index, and writing that never leaves half."""
+"""JSON Lines files: random access by byte offsets, and writing that never leaves half a file."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from megatron_longpo.errors import UserError
 
 
 class JsonlFile:
-    """The objects of a JSONL file, parsed when asked for.
+    """The objects of a JSONL file, parsed on access.
 
-    Opening reads the file once, to note where each line begins and to hash the bytes; the objects
-    themselves stay on disk, so a file larger than memory is fine. Blank lines are skipped.
+    Opening reads the file once, to note where each line begins and to hash the bytes. The objects
+    stay on disk, so the file may be larger than memory. Blank lines are skipped.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -68,25 +68,25 @@ class JsonlFile:
         return value
 
     def where(self, index: int) -> str:
-        """`file:line` of an object, for messages."""
+        """Returns `file:line` of an object, for messages."""
         return f"{self.path}:{self._line_numbers[index]}"
 
 
 def dump_line(value: Mapping[str, Any]) -> str:
-    """One object as one line of JSONL, with its line end."""
+    """Returns one object as one line of JSONL, with its line end."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")) + "\n"
 
 
 def write_jsonl(path: str | Path, values: Iterable[Mapping[str, Any]]) -> int:
     """Writes all objects to a file beside `path`, then renames it. Returns their number.
 
-    Where `values` raises or the disk is full, neither file is left changed.
+    If `values` raises or the disk is full, `path` keeps what it had.
     """
     return write_lines(path, (dump_line(value).encode() for value in values))
 
 
 def write_lines(path: str | Path, lines: Iterable[bytes]) -> int:
-    """The same with the lines of a file as they are, line ends included."""
+    """Writes lines, which include their line ends, as `write_jsonl` writes objects."""
     count = 0
     with replacing(path) as file:
         for line in lines:
@@ -98,11 +98,11 @@ def write_lines(path: str | Path, lines: Iterable[bytes]) -> int:
 
 @contextmanager
 def replacing(path: str | Path, *, partial: Path | None = None) -> Iterator[BinaryIO]:
-    """A file that becomes `path` when the block ends; where it raises, nothing is changed.
+    """Opens a file that replaces `path` when the block ends. If the block raises, `path` stays.
 
     Args:
-        path: what is replaced.
-        partial: where the file stands until then, on the same file system; `partial_path` else.
+        path: the file that is replaced.
+        partial: the file until then, on the same file system; None = `partial_path(path)`.
     """
     partial = partial or partial_path(path)
     try:
@@ -117,7 +117,7 @@ def replacing(path: str | Path, *, partial: Path | None = None) -> Iterator[Bina
         with disk_errors(path):
             os.replace(partial, path)
     except BaseException:
-        with suppress(OSError):  # what is raised says why, not that there is nothing to remove
+        with suppress(OSError):  # the error that is raised matters, not this one
             partial.unlink(missing_ok=True)
         raise
 
@@ -128,13 +128,13 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
     try:
         yield file
     finally:
-        # What a full disk refused has been said, and would be refused once more.
+        # The disk's error was raised before; closing would raise it again.
         with suppress(OSError):
             file.close()
 
 
 def write_packed_jsonl(path: str | Path, values: Iterable[Mapping[str, Any]]) -> None:
-    """`write_jsonl` through gzip; the same values give the same bytes."""
+    """Writes objects as gzipped JSONL, like `write_jsonl`. The same values give the same bytes."""
     with (
         replacing(path) as file,
         gzip.GzipFile(fileobj=file, mode="wb", filename="", mtime=0) as packed,
@@ -153,7 +153,7 @@ def write_whole(path: str | Path, content: str) -> None:
 def disk_errors(
     path: str | Path, *, advice: str = "free some space or choose another place"
 ) -> Iterator[None]:
-    """Turns what a disk refuses in the block (full, over quota, read-only) into a `UserError`."""
+    """Turns an OSError of the block (disk full, over quota, read-only) into a `UserError`."""
     try:
         yield
     except OSError as error:
@@ -163,13 +163,13 @@ def disk_errors(
 
 
 def partial_path(path: str | Path) -> Path:
-    """Where a file stands until it is complete: on the same file system, so renaming is atomic."""
+    """Returns the name of an incomplete file: in the same folder, so that renaming is atomic."""
     path = Path(path)
     return path.with_name(path.name + ".partial")
 
 
 def refuse_existing(path: str | Path, *, overwrite: bool, key: str) -> None:
-    """Raises `UserError` where a target holds something already and `overwrite` is off."""
+    """Raises `UserError` if a target is not empty and `overwrite` is off."""
     path = Path(path)
     if overwrite or not path.exists():
         return

@@ -1,4 +1,4 @@
-"""Progress and drops of commands that go through documents or examples."""
+"""Progress bars, and counts of what was dropped, for commands over documents or examples."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 def track(items: Iterable[T], *, description: str, total: int) -> Iterator[T]:
-    """Yields the items under a progress bar on stderr (none where that is no terminal)."""
+    """Yields the items under a progress bar on stderr; no bar if stderr is not a terminal."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -36,9 +36,9 @@ def track(items: Iterable[T], *, description: str, total: int) -> Iterator[T]:
 
 
 class Dropped(Exception):
-    """Something gives no example or row; the message is the reason that is counted."""
+    """Raised for an item that gives no example or row; its message is the reason, to be counted."""
 
 
 def format_counts(counts: Counter[str]) -> str:
-    """`3 x long answer, 1 x empty answer`, the most frequent first."""
+    """Returns `3 x long answer, 1 x empty answer`, the most frequent first."""
     return ", ".join(f"{number} x {reason}" for reason, number in counts.most_common())

@@ -1,4 +1,4 @@
-"""The same function over many items in several processes, with results in the items' order."""
+"""Runs one function over many items in several processes; results keep the items' order."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from typing import Any
 from megatron_longpo.errors import UserError
 
 _WAITING_PER_WORKER = 4
-"""Calls that are handed out ahead: enough to keep workers busy while one result is late, few
-enough that results do not fill the memory."""
+"""Calls handed out ahead of time: enough to keep workers busy while one result is late, few enough
+that results do not fill the memory."""
 
 
 def usable_cpus() -> int:
-    """How many CPUs this process may run on, which in a job can be fewer than the machine has."""
+    """Returns the number of CPUs this process may use: in a job, often not the whole machine."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class WorkerPool:
-    """Processes that each hold the function that `make_task` makes.
+    """Worker processes that each hold the function that `make_task` returns.
 
-    They are forked from a server that has imported what they need and has no threads, not from
-    this process. An error of the function is raised here as it is, in the items' order; Ctrl-C ends
-    this process, which ends the workers.
+    They are forked from a server process that has no threads and has done their imports, not from
+    this process. An error in the function is raised here unchanged, in the items' order. Ctrl-C
+    ends this process, which ends the workers.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class WorkerPool:
         num_workers: int,
         imports: Sequence[str] = (),
     ) -> None:
-        """`make_task` is pickled; `imports` are modules that it takes long to import."""
+        """Starts no process yet. `make_task` is pickled; `imports` are modules slow to import."""
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(list(imports))
         self._num_workers = num_workers
@@ -68,14 +68,14 @@ class WorkerPool:
                 yield from waiting.popleft().result()
         except BrokenProcessPool:
             raise UserError(
-                f"num_workers ({self._num_workers}): a worker process has died, most likely for "
-                "want of memory; give fewer workers"
+                f"num_workers ({self._num_workers}): a worker process has died, most likely "
+                "because memory ran out; give fewer workers"
             ) from None
 
 
 @contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Ctrl-C goes to all processes of a terminal; those started here never see it, ours decides."""
+    """Blocks SIGINT while processes start: a terminal sends it to all, and only ours may react."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -91,13 +91,13 @@ def _start(make_task: Callable[[], Callable[[Any], Any]]) -> None:
     global _task
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    # As many processes as CPUs, each with tokenizers' own threads, would be in each other's way.
+    # One process for each CPU, each with tokenizers' own threads, would compete for the CPUs.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _task = make_task()
 
 
 def _end_with_parent() -> None:
-    """A parent that was killed has not told its workers."""
+    """Ends this worker when its parent has ended, even if the parent was killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

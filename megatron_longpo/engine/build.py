@@ -17,7 +17,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import unwrap_model
 
-from checkpoints_convert.hf_weights import load_hf_weights
+from checkpoints_convert.gpt_weights import load_hf_weights
 from megatron_longpo.config.train import TrainConfig
 from megatron_longpo.engine.degrees import heads_per_rank, stage_split
 from megatron_longpo.engine.sources import ModelSources

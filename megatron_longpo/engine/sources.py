@@ -14,7 +14,7 @@ from megatron_longpo.config.train import TrainConfig
 from megatron_longpo.data.rows.dataset import RowDataset, open_rows
 from megatron_longpo.data.trees.catalog import PairCatalog, RowLimits
 from megatron_longpo.data.trees.reference_logps import ReferenceLogps
-from megatron_longpo.data.trees.tree import TreeSettings
+from megatron_longpo.data.trees.tree import TreeConfig
 from megatron_longpo.engine.degrees import check_every_rank_has_layers, check_split, stage_split
 from megatron_longpo.errors import UserError
 from megatron_longpo.model.architectures import Architecture, read_architecture
@@ -167,7 +167,7 @@ def read_pairs(
     """
     dataset = open_rows(path)
     needs, scorer = objective.needs, sources.scorer
-    settings = TreeSettings(
+    tree_config = TreeConfig(
         policy=needs.policy,
         reference=needs.reference if scorer is not None else (),
         packs_reference=find_logps is None,
@@ -186,9 +186,9 @@ def read_pairs(
             vocab_size=vocab_size,
             max_length=config.data.max_length,
             too_long=config.data.too_long,
-            max_reference_length=reference_positions if settings.reads_short_rows else None,
+            max_reference_length=reference_positions if tree_config.reads_short_rows else None,
         ),
-        settings=settings,
+        tree_config=tree_config,
         reference_logps=None if find_logps is None else find_logps(dataset),
         per_turn=objective.compared is not None and config.objective.turns == "per_turn",
         progress=progress,

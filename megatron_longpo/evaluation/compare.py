@@ -6,37 +6,16 @@ import csv
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from megatron_longpo.data.jsonl import write_whole
-from megatron_longpo.engine.metrics import EVALUATION_NAME
-from megatron_longpo.engine.report import Run, read_run
 from megatron_longpo.errors import UserError
-from megatron_longpo.evaluation.output import FILE_NAME, read_evaluation
+from megatron_longpo.evaluation.compared import Evaluated, names, read_evaluated
 from megatron_longpo.evaluation.plots import draw_all
-from megatron_longpo.evaluation.results import Record, flat_numbers
 
 HIGHER_IS_BETTER = (
     *("retrieval/", "ends/", "generated/", "retention/agreement", "rewards/", "suite/"),
 )
-PAIR_KEYS = ("rewards/accuracies", "rewards/margins", "nll_loss")
-"""What of a run's last evaluation of data.eval_path is compared too."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Evaluated:
-    """One column of the comparison."""
-
-    name: str
-    record: Record
-    """As `results` describes it; of a training run the last evaluation's."""
-    numbers: dict[str, float]
-    step: int | None = None
-    """Of a training run, the step of these numbers."""
-    history: list[tuple[int, dict[str, float]]] = field(default_factory=list)
-    """Of a training run, steps and numbers of all evaluations."""
 
 
 def run_compare(paths: Sequence[str], output: Path) -> None:
@@ -54,61 +33,6 @@ def run_compare(paths: Sequence[str], output: Path) -> None:
     print_table(evaluated)
     for path in ("comparison.json", "comparison.csv", "comparison.md", *plots):
         print(output / path)
-
-
-def names(paths: Sequence[str]) -> list[str]:
-    """As few last parts of each path as it takes to tell them apart."""
-    parts = [Path(path).parts for path in paths]
-    for depth in range(1, max(map(len, parts), default=1) + 1):
-        short = ["/".join(of[-depth:]) for of in parts]
-        if len(set(short)) == len(short):
-            return short
-    raise UserError(f"models ({', '.join(paths)}): one stands twice. Name each once")
-
-
-def read_evaluated(path: str, name: str) -> Evaluated:
-    """Reads a folder with evaluation.json, or a run's with metrics.jsonl."""
-    folder = Path(path)
-    if folder.is_file():
-        folder = folder.parent
-    if (folder / FILE_NAME).is_file():
-        record = read_evaluation(folder / FILE_NAME)["results"]
-        return Evaluated(name=name, record=record, numbers=flat_numbers(record))
-    if not (folder / "metrics.jsonl").is_file():
-        raise UserError(
-            f"models ({path}): neither {FILE_NAME} of longpo evaluate nor metrics.jsonl of a "
-            "training run is there. Give such a folder"
-        )
-    return _read_training_run(read_run(str(folder)), name)
-
-
-def _read_training_run(run: Run, name: str) -> Evaluated:
-    """The last evaluation of a run, and all of them as curves."""
-    history = [(int(row["step"]), _numbers_of_row(row)) for row in run.evaluation]
-    if not history:
-        raise UserError(
-            f"models ({run.folder}): the run has not evaluated. Set data.eval_path or a part of "
-            "evaluation when it trains"
-        )
-    step, numbers = history[-1]
-    record: Record = {}
-    records = run.folder / EVALUATION_NAME
-    if records.is_file():
-        for line in records.read_text(encoding="utf-8").splitlines():
-            found = json.loads(line)
-            if found["step"] == step:
-                record = {key: value for key, value in found.items() if key != "step"}
-    return Evaluated(name=name, record=record, numbers=numbers, step=step, history=history)
-
-
-def _numbers_of_row(row: dict[str, Any]) -> dict[str, float]:
-    prefixes = ("retrieval/", "ends/", "nll/", "retention/")
-    numbers = {key.removeprefix("eval/"): value for key, value in row.items() if value is not None}
-    return {
-        key: float(value)
-        for key, value in numbers.items()
-        if key.startswith(prefixes) or key in PAIR_KEYS
-    }
 
 
 def keys_of(evaluated: Sequence[Evaluated]) -> list[str]:

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 
 from checkpoints_convert.checkpoint_weights import load_checkpoint_weights, open_checkpoint
+from checkpoints_convert.gpt_weights import load_hf_weights
 from checkpoints_convert.hf_folder import local_hf_folder
-from checkpoints_convert.hf_weights import load_hf_weights
 from checkpoints_convert.torch_dist import TRACKER_NAME
 from megatron_longpo.config.evaluate import EvaluateConfig, check_evaluate_world, training_config
-from megatron_longpo.data.text.tokenizers import ChatTokenizer, load_tokenizer
+from megatron_longpo.data.text.chat_tokenizer import ChatTokenizer
+from megatron_longpo.data.text.tokenizers import load_tokenizer
 from megatron_longpo.engine import build, degrees, run_folder
 from megatron_longpo.engine.console import RunConsole
 from megatron_longpo.errors import StopRequested, UserError

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_longpo.data.rows.dataset import IGNORED_LABEL, common_prefix_length
+from megatron_longpo.data.common_prefix import common_prefix_length
+from megatron_longpo.data.rows.schema import IGNORED_LABEL
 from megatron_longpo.data.text.chat import conversation_row
+from megatron_longpo.data.text.chat_tokenizer import ChatTokenizer
 from megatron_longpo.data.text.prompt_layout import opening_messages
-from megatron_longpo.data.text.tokenizers import ChatTokenizer
 
 _CONTEXTS = ("one", "two")
 """Two words that differ in their first and in their last letter."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from megatron_longpo.data.text.tokenizers import ChatTokenizer
+from megatron_longpo.data.text.chat_tokenizer import ChatTokenizer
 from megatron_longpo.evaluation.retrieval import Question, RetrievalSet
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from megatron_longpo.data.text.tokenizers import ChatTokenizer
+from megatron_longpo.data.text.chat_tokenizer import ChatTokenizer
 from megatron_longpo.errors import UserError
 from megatron_longpo.evaluation.frames import plain_ids
 from megatron_longpo.generation.documents.reading import DocumentSet

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from megatron_longpo.config.evaluation import RetrievalKind
+from megatron_longpo.evaluation.compared import Evaluated
 from megatron_longpo.evaluation.figures import (
     color,
     grid,
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from megatron_longpo.evaluation.compare import Evaluated
 
 HEATMAP = "retrieval_heatmap.png"
 BY_LENGTH = "retrieval_by_length.png"

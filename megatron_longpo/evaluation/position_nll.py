@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_longpo.config.evaluation import NllConfig
-from megatron_longpo.data.text.tokenizers import ChatTokenizer
+from megatron_longpo.data.text.chat_tokenizer import ChatTokenizer
 from megatron_longpo.errors import UserError
 from megatron_longpo.evaluation.frames import make_frame, plain_ids
 from megatron_longpo.evaluation.haystack import read_documents

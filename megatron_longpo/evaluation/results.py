@@ -8,7 +8,7 @@ A record has up to four keys:
                 found in what the model wrote), where it was asked to write
     nll         a list of buckets: start, stop, tokens, nll (nats a token)
     retention   prompts, positions, kl (nats a position), agreement (share of positions)
-    suites      what lm-evaluation-harness found, by suite (harness/records.py)
+    suites      what lm-evaluation-harness found, by suite (suite_numbers.py)
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from megatron_longpo.evaluation.harness.records import suite_numbers
 from megatron_longpo.evaluation.position_nll import NllSet
 from megatron_longpo.evaluation.probes import ProbeSet
 from megatron_longpo.evaluation.retrieval import Question, RetrievalSet
+from megatron_longpo.evaluation.suite_numbers import suite_numbers
 
 Record = dict[str, Any]
 

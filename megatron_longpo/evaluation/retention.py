@@ -8,9 +8,9 @@ import numpy as np
 
 from megatron_longpo.config.evaluation import RetentionConfig
 from megatron_longpo.data.jsonl import JsonlFile
-from megatron_longpo.data.rows.dataset import IGNORED_LABEL
+from megatron_longpo.data.rows.schema import IGNORED_LABEL
 from megatron_longpo.data.text.chat import conversation_row, prompt_ids
-from megatron_longpo.data.text.tokenizers import ChatTokenizer, Message
+from megatron_longpo.data.text.chat_tokenizer import ChatTokenizer, Message
 from megatron_longpo.errors import UserError
 from megatron_longpo.evaluation.chats import CHATS
 from megatron_longpo.evaluation.probes import ProbeBranch, ProbeRow, ProbeSet

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from megatron_longpo.config.evaluation import EvaluationConfig
-from megatron_longpo.data.text.tokenizers import ChatTokenizer
+from megatron_longpo.data.text.chat_tokenizer import ChatTokenizer
 from megatron_longpo.evaluation.position_nll import NllSet, make_nll
 from megatron_longpo.evaluation.probes import ProbeSet
 from megatron_longpo.evaluation.results import (

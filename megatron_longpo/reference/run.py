@@ -188,7 +188,7 @@ def score_part(
         scored = score_microbatches(model, packs, groups)
     most_turns = torch.tensor(max(pack.turn_mask.shape[1] for pack in packs), device=groups.device)
     dist.all_reduce(most_turns, op=dist.ReduceOp.MAX)
-    names = task.catalog.settings.reference
+    names = task.catalog.tree_config.reference
     # One rank of each data-parallel group fills in its pairs, the others leave zeros: the sum over
     # all ranks is exact.
     sums_NRT = torch.zeros(

@@ -19,9 +19,9 @@ from megatron.core import dist_checkpointing
 from megatron.core.models.gpt.gpt_model import GPTModel
 from safetensors.torch import load_file
 
+from checkpoints_convert.gpt_weights import load_hf_weights
 from checkpoints_convert.hf_folder import write_hf_side_files
 from checkpoints_convert.hf_to_megatron import NoAttention, run_import
-from checkpoints_convert.hf_weights import load_hf_weights
 from checkpoints_convert.megatron_to_hf import run_export
 from checkpoints_convert.torch_dist import HF_FOLDER_NAME, iteration_folder
 from megatron_longpo.config.convert import ExportConfig, ImportConfig

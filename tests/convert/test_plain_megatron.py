@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from megatron.core.utils import unwrap_model
 
+from checkpoints_convert.gpt_weights import load_hf_weights
 from checkpoints_convert.hf_to_megatron import NoAttention, run_import
-from checkpoints_convert.hf_weights import load_hf_weights
 from megatron_longpo.config.convert import ImportConfig
 from megatron_longpo.model.architectures import Architecture, read_architecture
 from megatron_longpo.model.spec import build_gpt, padded_vocab_size, transformer_config

@@ -11,9 +11,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from checkpoints_convert.gpt_weights import load_hf_weights
 from checkpoints_convert.hf_folder import write_hf_side_files
 from checkpoints_convert.hf_to_megatron import NoAttention, run_import
-from checkpoints_convert.hf_weights import load_hf_weights
 from checkpoints_convert.megatron_to_hf import parse_size, run_export
 from checkpoints_convert.safetensors_writer import write_safetensors
 from megatron_longpo.config.convert import ExportConfig, ImportConfig

@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from megatron_longpo import cli
-from megatron_longpo.data.rows.dataset import row_columns
+from megatron_longpo.data.rows.schema import row_columns
 from megatron_longpo.engine.run_folder import settings
 from megatron_longpo.errors import EXIT_BAD_INPUT
 from megatron_longpo.parallel.groups import Groups

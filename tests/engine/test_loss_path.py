@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_longpo.data.trees.packing import make_pack
-from megatron_longpo.data.trees.tree import PairTrees, TreeSettings, pair_trees
+from megatron_longpo.data.trees.tree import PairTrees, TreeConfig, pair_trees
 from megatron_longpo.engine.schedule import _loss
 from megatron_longpo.objectives import OBJECTIVES, Objective
 from megatron_longpo.parallel.groups import Groups
@@ -24,9 +24,9 @@ from tests.objectives.logps import objective
 quick = settings(max_examples=15, deadline=None, derandomize=True)
 
 
-def settings_of(loss: Objective, *, share: bool) -> TreeSettings:
+def tree_config_of(loss: Objective, *, share: bool) -> TreeConfig:
     needs = loss.needs
-    return TreeSettings(
+    return TreeConfig(
         policy=needs.policy,
         reference=needs.reference,
         nll=needs.nll,
@@ -86,7 +86,7 @@ def test_microbatches_change_no_digit(
     name: str, turns: str, single_process: Groups, rows: Any, share: bool, data: st.DataObject
 ) -> None:
     loss = objective(name, turns=turns, nll_weight=0.0 if name == "opsdl" else 0.7)
-    pairs = [pair_trees(row, settings_of(loss, share=share)) for row in rows]
+    pairs = [pair_trees(row, tree_config_of(loss, share=share)) for row in rows]
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     scores = [scores_of(trees, generator) for trees in pairs]
     order = data.draw(st.permutations(range(len(pairs))))

@@ -9,7 +9,8 @@ from typing import Any
 
 from megatron_longpo.config.generate import GenerateConfig
 from megatron_longpo.data.text.chat import prompt_ids
-from megatron_longpo.data.text.tokenizers import ChatTokenizer, HuggingFaceTokenizer
+from megatron_longpo.data.text.chat_tokenizer import ChatTokenizer
+from megatron_longpo.data.text.hf_tokenizer import HuggingFaceTokenizer
 from megatron_longpo.generation import generate
 from megatron_longpo.generation.backends.base import BackendError, Completion, Request, Sampling
 from tests import small_tokenizers as small

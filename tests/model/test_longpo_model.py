@@ -14,8 +14,8 @@ from megatron.core.dist_checkpointing.mapping import apply_factories
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
+from checkpoints_convert.gpt_weights import load_hf_weights
 from checkpoints_convert.hf_to_megatron import NoAttention
-from checkpoints_convert.hf_weights import load_hf_weights
 from megatron_longpo.config.train import OptimizerConfig
 from megatron_longpo.data.trees.packing import make_pack
 from megatron_longpo.engine.pair_sums import sum_pairs

@@ -13,7 +13,7 @@ from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from transformers import AutoModelForCausalLM
 
-from checkpoints_convert.hf_weights import load_hf_weights
+from checkpoints_convert.gpt_weights import load_hf_weights
 from checkpoints_convert.mapping import tensor_rules
 from megatron_longpo.errors import UserError
 from megatron_longpo.model.architectures import read_architecture

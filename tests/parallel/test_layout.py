@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_longpo.data.rows.dataset import PreferenceRow
+from megatron_longpo.data.rows.schema import PreferenceRow
 from megatron_longpo.data.trees.forest import Forest, Term, build_forest, divergence_edges
 from megatron_longpo.data.trees.packing import make_pack
-from megatron_longpo.data.trees.tree import TreeSettings, pair_trees
+from megatron_longpo.data.trees.tree import TreeConfig, pair_trees
 from megatron_longpo.parallel.layout import (
     RankTokens,
     Span,
@@ -154,7 +154,7 @@ def edges_of(tokens: RankTokens, here: np.ndarray) -> list[tuple[int, ...]]:
 def test_causal_work_is_even_in_every_long_segment() -> None:
     """A prefix and an answer, each long: no rank has more than its share and a few tokens."""
     (row,) = random_rows(np.random.default_rng(0), 9, 1, max_turns=1)
-    forest = pair_trees(row, TreeSettings(nll=None)).policy
+    forest = pair_trees(row, TreeConfig(nll=None)).policy
     scaled = Forest(
         **{
             name: getattr(forest, name)
@@ -183,7 +183,7 @@ def test_causal_work_is_even_in_every_long_segment() -> None:
 def test_a_group_that_scatters_heads_has_two_pieces_a_segment() -> None:
     """An early part and its late counterpart, as one rank has: kernels see no smaller pieces."""
     (row,) = random_rows(np.random.default_rng(0), 200, 1, max_turns=1)
-    forest = pair_trees(row, TreeSettings(nll=None)).policy
+    forest = pair_trees(row, TreeConfig(nll=None)).policy
     num_segments = len(forest.segment_starts)
     for rank in range(8):
         grouped = lay_out(
@@ -199,7 +199,7 @@ def test_a_group_that_scatters_heads_has_two_pieces_a_segment() -> None:
 def test_a_pack_is_laid_out_with_its_tables(
     rows: list[PreferenceRow], is_filler: bool, multiple: int
 ) -> None:
-    pack = make_pack([pair_trees(row, TreeSettings()) for row in rows], is_filler=is_filler)
+    pack = make_pack([pair_trees(row, TreeConfig()) for row in rows], is_filler=is_filler)
     laid_out = lay_out_pack(pack, device=CPU, multiple=multiple)
     assert laid_out.turn_mask.dtype == torch.bool
     assert laid_out.turn_mask.sum(1).tolist() == pack.turn_counts.tolist()
@@ -217,7 +217,7 @@ def test_a_pack_is_laid_out_with_its_tables(
 
 def test_a_pack_without_reference_has_none() -> None:
     (row,) = random_rows(np.random.default_rng(0), 9, 1)
-    pack = make_pack([pair_trees(row, TreeSettings(reference=()))])
+    pack = make_pack([pair_trees(row, TreeConfig(reference=()))])
     assert lay_out_pack(pack, device=CPU).reference is None
 
 

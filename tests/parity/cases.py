@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from megatron_longpo.config.train import LoraConfig, ObjectiveConfig
-from megatron_longpo.data.rows.dataset import PreferenceRow
+from megatron_longpo.data.rows.schema import PreferenceRow
 from tests.random_rows import random_row
 
 VOCAB = 300

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-from checkpoints_convert.hf_weights import local_rules
+from checkpoints_convert.gpt_weights import local_rules
 from checkpoints_convert.mapping import output_rule, tensor_rules, to_hf
 from megatron_longpo.training.loop import Run
 

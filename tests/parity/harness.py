@@ -25,7 +25,7 @@ from megatron_longpo.config.train import (
     TrainConfig,
     resolve,
 )
-from megatron_longpo.data.rows.dataset import write_rows_jsonl
+from megatron_longpo.data.rows.writing import write_rows_jsonl
 from megatron_longpo.engine.build import gather_parameters
 from megatron_longpo.engine.metrics import LOSS_KEYS, Metrics
 from megatron_longpo.parallel.groups import Groups, ParallelSizes

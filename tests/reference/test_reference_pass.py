@@ -24,7 +24,7 @@ from megatron_longpo.config.train import (
     TrainConfig,
     resolve,
 )
-from megatron_longpo.data.rows.dataset import write_rows_jsonl
+from megatron_longpo.data.rows.writing import write_rows_jsonl
 from megatron_longpo.engine import batches
 from megatron_longpo.engine.flops import step_flops
 from megatron_longpo.engine.reference_cache import part_paths
@@ -261,7 +261,7 @@ def test_it_goes_on_with_what_is_there(
     monkeypatch.setattr(reference_pass, "score_part", recorded)
     with pytest.raises(StopRequested, match=rf"stopped with 8 of {NUM_PAIRS} rows scored"):
         compute(config)
-    with pytest.raises(UserError, match=r"is not among the \d+ rows in .*goes on where it stopped"):
+    with pytest.raises(UserError, match=r"is not among the \d+ rows in .*resumes where it stopped"):
         loop.prepare(config)
     (folder,) = (tmp_path / "reference_logps").iterdir()
     torn, _ = part_paths(folder)

@@ -14,7 +14,7 @@ from megatron.core.utils import unwrap_model
 
 from megatron_longpo.config.train import ObjectiveConfig
 from megatron_longpo.data.rows.dataset import open_rows
-from megatron_longpo.data.trees.tree import TreeSettings
+from megatron_longpo.data.trees.tree import TreeConfig
 from megatron_longpo.engine.flops import step_flops
 from megatron_longpo.parallel.groups import Groups
 from megatron_longpo.training import loop
@@ -183,7 +183,7 @@ def test_settings_reach_the_trees(shelf: Shelf, tmp_path: Path) -> None:
     """Objective, reference and data settings decide what is computed at all."""
     sft = replace(CASE, name="sft_trees", reference=None, objective=ObjectiveConfig(name="sft"))
     run = loop.prepare(short_config(shelf, tmp_path / "sft", case=sft))
-    assert run.pairs.settings == TreeSettings(policy=(), nll="chosen_answers", reference=())
+    assert run.pairs.tree_config == TreeConfig(policy=(), nll="chosen_answers", reference=())
     assert [size.reference_tokens for size in run.pairs.sizes] == [0] * NUM_PAIRS
     case = replace(
         CASE,
@@ -193,7 +193,7 @@ def test_settings_reach_the_trees(shelf: Shelf, tmp_path: Path) -> None:
     run = loop.prepare(
         short_config(shelf, tmp_path / "dpo", case=case, data={"share_prefix": False})
     )
-    assert run.pairs.settings == TreeSettings(
+    assert run.pairs.tree_config == TreeConfig(
         nll=None, reference=("long_chosen", "long_rejected"), share_prefix=False
     )
     rows = open_rows(shelf.rows_file(case))

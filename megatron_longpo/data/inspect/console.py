@@ -1,4 +1,4 @@
-"""A sample and statistics on the console: in colour on a terminal, with signs elsewhere."""
+"""Shows a sample and statistics on the console: with colours on a terminal, else with signs."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ _HEADINGS = {"shared": "bold cyan", "chosen": "bold green", "rejected": "bold re
 
 
 def show_sample(console: Console, sample: Sample, max_chars: int) -> None:
+    """Prints a sample; long texts are cut to `max_chars` at each end."""
     console.print(Text(f"{sample.source}  id {sample.id}, {sample.num_turns} turns", "bold"))
     for fact in sample.facts:
         console.print(Text(fact))
@@ -62,6 +63,7 @@ def _piece(console: Console, piece: Piece, max_chars: int) -> Text:
 
 
 def show_statistics(console: Console, statistics: Statistics) -> None:
+    """Prints a table of the statistics, and their notes."""
     table = Table(
         title=f"{statistics.num_read} of {statistics.num_items} {statistics.kind}",
         title_justify="left",

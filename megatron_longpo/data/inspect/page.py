@@ -1,4 +1,4 @@
-"""The page of `longpo inspect --html`: one file that holds its data, its style and its script."""
+"""Writes the page of `longpo inspect --html`: one file with its data, style and script."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def write_page(
     """Writes the page (first beside it, then renamed).
 
     Args:
-        path: of the HTML file.
-        samples: what can be picked.
-        statistics: of the whole set.
-        title: what the set is called.
+        path: path of the HTML file.
+        samples: the samples to pick from.
+        statistics: statistics of the whole set.
+        title: name of the set.
         first: index of the sample that is shown when the page opens.
-        max_chars: characters shown at each end of a long text until it is unfolded.
+        max_chars: characters at each end of a long text that are shown before it is unfolded.
     """
     data = {
         "samples": [asdict(sample) for sample in samples],
@@ -51,12 +51,12 @@ def write_page(
     template = resources.files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8")
     before, after = template.split("{{ data }}")
     page = before.replace("{{ title }}", html.escape(title)) + _script_json(data) + after
-    # Half of a surrogate pair, which a JSON text may hold, has no UTF-8.
+    # JSON may hold half of a surrogate pair, which UTF-8 cannot.
     write_whole(path, page.encode("utf-8", errors="replace").decode("utf-8"))
 
 
 def _script_json(data: Any) -> str:
-    """JSON that cannot end the script element it stands in, nor begin a comment there."""
+    """Returns JSON that can neither end the script element around it nor begin a comment."""
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 

@@ -1,4 +1,4 @@
-"""`longpo inspect`: what rows or examples hold, on the console and as a page for a browser."""
+"""`longpo inspect`: shows rows or examples on the console and as a page for a browser."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from rich.console import Console
 from megatron_longpo.config.tokenize import InspectConfig
 from megatron_longpo.data.inspect.console import show_sample, show_statistics
 from megatron_longpo.data.inspect.page import write_page
-from megatron_longpo.data.inspect.samples import Sample, sample_of_row, sample_of_text
+from megatron_longpo.data.inspect.row_samples import sample_of_row
+from megatron_longpo.data.inspect.samples import Sample
 from megatron_longpo.data.inspect.statistics import row_statistics, text_statistics
+from megatron_longpo.data.inspect.text_samples import sample_of_text
 from megatron_longpo.data.jsonl import refuse_existing
 from megatron_longpo.data.progress import track
-from megatron_longpo.data.rows.dataset import LONG_COLUMNS, RowDataset, open_rows
+from megatron_longpo.data.rows.dataset import RowDataset, open_rows
+from megatron_longpo.data.rows.schema import LONG_COLUMNS
 from megatron_longpo.data.rows.sources import open_source
 from megatron_longpo.data.text.sets import TextSet
 from megatron_longpo.data.text.tokenizers import load_tokenizer
@@ -24,7 +27,7 @@ from megatron_longpo.errors import UserError
 
 
 def run_inspect(config: InspectConfig) -> None:
-    """Prints one row or example and statistics over the set; writes the page if asked to."""
+    """Prints one row or example and statistics over the set; writes the page if `html` is set."""
     for key in ("max_chars", "html_samples"):
         if getattr(config, key) < 1:
             raise UserError(f"{key} ({getattr(config, key)}): must be at least 1")
@@ -63,12 +66,12 @@ def run_inspect(config: InspectConfig) -> None:
 
 
 def _open(path: str) -> RowDataset | TextSet:
-    """Rows where the first item has their columns, texts else."""
+    """Opens rows if the first item has their columns, else texts."""
     source = open_source(path)
     is_rows = len(source) > 0 and source.columns(0).get(LONG_COLUMNS[0]) is not None
     return open_rows(path) if is_rows else TextSet(path)
 
 
 def _spread(length: int, number: int) -> list[int]:
-    """Indices spread evenly over all, in order."""
+    """Returns `number` indices spread evenly over all, in order."""
     return np.linspace(0, length - 1, min(number, length)).astype(int).tolist()

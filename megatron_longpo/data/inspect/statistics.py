@@ -1,4 +1,4 @@
-"""What the rows or examples of a set have in common, in numbers."""
+"""Statistics over the rows or examples of a set."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_longpo.data.inspect.samples import num_turns
-from megatron_longpo.data.rows.dataset import IGNORED_LABEL, PreferenceRow, common_prefix_length
+from megatron_longpo.data.common_prefix import common_prefix_length
+from megatron_longpo.data.inspect.row_samples import num_turns
+from megatron_longpo.data.rows.schema import IGNORED_LABEL, PreferenceRow
 from megatron_longpo.data.text.dpo_sets import DpoPair
 from megatron_longpo.data.text.examples import Example
 
@@ -18,21 +19,21 @@ NUM_BINS = 24
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Series:
-    """One number of every row, or of every part of a row."""
+    """One number for every row, or for every part of a row."""
 
     name: str
     unit: str
     values: tuple[float, ...]
 
     def bins(self) -> tuple[list[int], list[float]]:
-        """Counts and the borders between them."""
+        """Returns a histogram: counts, and the borders between them."""
         counts, borders = np.histogram(self.values, bins=NUM_BINS)
         return counts.tolist(), borders.tolist()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Statistics:
-    """Of the items that were read."""
+    """Statistics of the items that were read."""
 
     num_read: int
     num_items: int
@@ -40,11 +41,11 @@ class Statistics:
     """rows or examples."""
     series: list[Series]
     notes: list[str]
-    """Sentences: turns, what sharing saves, what is missing, duplicates."""
+    """Sentences about turns, savings by sharing, missing parts and duplicates."""
 
 
 def row_statistics(rows: Iterable[PreferenceRow], num_items: int) -> Statistics:
-    """In one pass: a thousand long rows would not fit into memory."""
+    """Computes statistics of rows in one pass: a thousand long rows would not fit into memory."""
     lengths: dict[str, list[float]] = {name: [] for name, _ in _ROW_SERIES}
     num_rows = num_without_short = 0
     seen = _Seen("chosen and rejected tokens", "shared prefix", "id")
@@ -87,7 +88,7 @@ def row_statistics(rows: Iterable[PreferenceRow], num_items: int) -> Statistics:
 
 
 def text_statistics(items: Iterable[Example | DpoPair], num_items: int) -> Statistics:
-    """The same of texts that have not been tokenised."""
+    """Computes the same statistics of texts that are not tokenised yet."""
     lengths: dict[str, list[float]] = {name: [] for name, _ in _TEXT_SERIES}
     num_read = 0
     seen = _Seen("texts", "id")
@@ -147,7 +148,7 @@ def _series(
 
 
 class _Seen:
-    """Which items have been there before, by several keys of each."""
+    """Counts duplicates, by several keys of each item."""
 
     def __init__(self, *names: str) -> None:
         self._digests: dict[str, set[bytes]] = {name: set() for name in names}

@@ -1,4 +1,4 @@
-"""Where rows of tokens or texts come from: a JSON file, an Arrow or Parquet folder, or the hub."""
+"""Sources of rows of tokens or texts: JSON files, Arrow and Parquet folders, and the hub."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ class RowSource(Protocol):
     """Unchecked rows by index."""
 
     fingerprint: str
-    """A hash of the content: the same data give the same value wherever they lie."""
+    """A hash of the content, independent of where the data are stored."""
     column_names: tuple[str, ...] | None
-    """The columns that every row has; None where rows may differ."""
+    """The columns that every row has; None if rows may differ."""
 
     def __len__(self) -> int: ...
 
     def columns(self, index: int) -> Mapping[str, Any]:
-        """The columns of a row: plain values, lists of integers as lists or arrays."""
+        """Returns the columns of a row: plain values, lists of integers as lists or arrays."""
 
     def where(self, index: int) -> str:
-        """`rows.jsonl:17` or `folder[16]`, for messages."""
+        """Returns `rows.jsonl:17` or `folder[16]`, for messages."""
 
 
 class JsonlSource:
-    """One object a line."""
+    """A JSONL file: one object a line."""
 
     column_names: tuple[str, ...] | None = None
 
@@ -53,7 +53,7 @@ class JsonlSource:
 
 
 class JsonArraySource:
-    """A JSON file that holds one list of objects; all of it is in memory."""
+    """A JSON file that holds one list of objects, all of it in memory."""
 
     column_names: tuple[str, ...] | None = None
 
@@ -91,7 +91,7 @@ class ArrowSource:
     def __init__(
         self, dataset: Any, *, name: str, fingerprint: str, keep: Collection[str] | None
     ) -> None:
-        """`keep` names the columns to read, where there are such; None reads all."""
+        """Reads only the columns in `keep`, as far as they exist; None reads all."""
         if keep is not None:
             dataset = dataset.select_columns([n for n in dataset.column_names if n in keep])
         self._dataset = dataset.with_format("arrow")
@@ -111,7 +111,7 @@ class ArrowSource:
 
 
 def _plain(scalar: Any) -> Any:
-    """An Arrow scalar as a NumPy array, a list of arrays (list of lists) or a plain value."""
+    """Returns an Arrow scalar as a NumPy array, a list of arrays or a plain value."""
     import pyarrow as pa
 
     if not isinstance(scalar, pa.ListScalar | pa.LargeListScalar | pa.FixedSizeListScalar):
@@ -130,13 +130,14 @@ def _plain(scalar: Any) -> Any:
 def open_source(
     path: str, *, keep: Collection[str] | None = None, split: str | None = None
 ) -> RowSource:
-    """Opens a path or hub id; `UserError` where nothing there holds rows.
+    """Opens a path or hub id; raises `UserError` if nothing there holds rows.
 
     Args:
         path: a JSONL file, a JSON file with a list, a `save_to_disk` folder, a Parquet file or
             folder, or a hub id.
-        keep: the columns that are wanted; others may be left unread.
-        split: of a hub id or a `save_to_disk` folder of several; None = the only one, or `train`.
+        keep: the columns that are needed; others may be left unread.
+        split: name of the split, if a hub id or folder has several; None = the only one, or
+            `train`.
     """
     local = Path(path).expanduser()
     if local.is_dir():
@@ -152,7 +153,7 @@ def open_source(
 
 
 def _holds_list(path: Path) -> bool:
-    """Whether a .json file is one list; a line of JSONL is an object."""
+    """Tells a .json file that is one list from JSONL, whose lines are objects."""
     if path.suffix != ".json":
         return False
     try:
@@ -185,7 +186,7 @@ def _open_folder(folder: Path, keep: Collection[str] | None, split: str | None) 
 def _open_parquet(files: list[Path], name: Path, keep: Collection[str] | None) -> RowSource:
     import datasets
 
-    # The fingerprint of `datasets` for files follows their times; ours follows their bytes.
+    # The fingerprint of `datasets` depends on the files' times; ours depends on their bytes.
     digest = hashlib.blake2b(digest_size=16)
     for file in files:
         with open(file, "rb") as stream:
@@ -217,13 +218,13 @@ def _arrow_source(
     loaded: Any, name: str, keep: Collection[str] | None, split: str | None
 ) -> RowSource:
     dataset = one_split(loaded, name, split)
-    # Before columns are left out, which `datasets` counts as another content.
+    # Taken before columns are left out, since `datasets` gives the rest another fingerprint.
     fingerprint = f"{dataset._fingerprint}-{len(dataset)}"
     return ArrowSource(dataset, name=name, fingerprint=fingerprint, keep=keep)
 
 
 def one_split(loaded: Any, name: str, split: str | None) -> Any:
-    """The split that is asked for, else the only one, or the one called `train`."""
+    """Returns the split called `split`, or if that is None the only one or `train`."""
     import datasets
 
     if isinstance(loaded, datasets.Dataset):

@@ -1,19 +1,20 @@
-"""Conversations to token rows: answers are labelled by position, never by searching for markers.
+"""Turns conversations into token rows. Answers are labelled by position, not by finding markers.
 
-A row is built of pieces, each tokenised by itself, so that no token straddles the border between
-a prompt and an answer:
+A row consists of pieces, each tokenised by itself, so that no token crosses the border between a
+prompt and an answer:
 
     prompt of turn 1 | answer 1 and its end of turn | rest of the prompt of turn 2 | answer 2 ...
 
 - The prompt of a turn is the template's rendering of the messages so far with its generation
   prompt: what the model sees when it writes the answer. Chosen and rejected share it token by
   token, and `prompt_ids` gives the same ids for generation.
-- Where an answer stands in a rendering is known by construction (`Renderings`), whatever the
-  document holds.
-- Pieces are joined append-only. A template that rewrites earlier answers (Qwen3 removes their
-  thinking) keeps them here as they were when they were written.
-- Special-token text inside a message is plain text: the piece is split inside it, so it is never
-  read as the special token. So is the template's other markup, such as Qwen3's `<think>`.
+- The position of an answer in a rendering is known by construction (`Renderings`), whatever the
+  document contains.
+- Pieces are only appended. If a template rewrites earlier answers (Qwen3 removes their thinking),
+  the row keeps them as they were when they were written.
+- The text of a special token inside a message is plain text: the piece is split inside it, so that
+  it never becomes the special token. The same holds for other markup of the template, such as
+  Qwen3's `<think>`.
 """
 
 from __future__ import annotations
@@ -25,21 +26,21 @@ from functools import lru_cache
 
 import numpy as np
 
-from megatron_longpo.data.rows.dataset import IGNORED_LABEL, TokenRow
+from megatron_longpo.data.rows.schema import IGNORED_LABEL, TokenRow
+from megatron_longpo.data.text.chat_tokenizer import ChatTokenizer, Message
 from megatron_longpo.data.text.renderings import Renderings
-from megatron_longpo.data.text.tokenizers import ChatTokenizer, Message
 from megatron_longpo.errors import UserError
 
 _ANCHORS = ("\n", ".", "a")
-"""Texts to tokenise in front of a piece that continues a text; see `_encode_after`."""
+"""Texts to tokenise before a piece that continues a text; see `_encode_after`."""
 
 
 def prompt_ids(
     tokenizer: ChatTokenizer, messages: Sequence[Message], *, answers_from: int = 0
 ) -> list[int]:
-    """The ids of a conversation that ends with a user's message, ready for the answer.
+    """Returns the ids of a conversation that ends with a user's message, ready for the answer.
 
-    They are what `conversation_row` holds before that answer; `answers_from` is as there.
+    `conversation_row` has the same ids before that answer. `answers_from` is as there.
     """
     conversation = _Conversation(tokenizer, messages, answers_from)
     pieces = [*conversation.answered_turns(), (conversation.prompt_piece(len(messages)), False)]
@@ -49,16 +50,16 @@ def prompt_ids(
 def conversation_row(
     tokenizer: ChatTokenizer, messages: Sequence[Message], *, answers_from: int = 0
 ) -> TokenRow:
-    """The row of a whole conversation; the assistant's messages are answers.
+    """Returns the row of a whole conversation, in which the assistant's messages are answers.
 
-    Labels cover each answer and the end-of-turn tokens right after it, and nothing else. Texts are
-    stripped of outer white space, as most templates do anyway.
+    Labels cover each answer and the end-of-turn tokens directly after it, and nothing else. White
+    space at both ends of a message is removed, as most templates do.
 
     Args:
-        tokenizer: the model's.
+        tokenizer: the model's tokenizer.
         messages: the conversation, which ends with an answer.
-        answers_from: index of the first message that may be an answer. The assistant's messages
-            before it are part of the prompt, as the template renders them, and have no labels.
+        answers_from: index of the first message that may be an answer. Earlier messages of the
+            assistant are part of the prompt, as the template renders them, without labels.
     """
     pieces = list(_Conversation(tokenizer, messages, answers_from).answered_turns())
     return TokenRow(
@@ -88,13 +89,13 @@ class _Conversation:
         self._special, self._end_of_turn = _special_patterns(tokenizer)
 
     def answered_turns(self) -> Iterator[tuple[np.ndarray, bool]]:
-        """Ids of each prompt and of each answer up to the last, and whether it is an answer."""
+        """Yields the ids of each prompt and answer up to the last, with whether it is an answer."""
         for index in self.answers:
             yield self.prompt_piece(index), False
             yield self.answer_piece(index), True
 
     def prompt_piece(self, index: int) -> np.ndarray:
-        """Ids of the prompt for the answer `index`, from the end of the answer before it on."""
+        """Returns the ids of the prompt for answer `index`, from the end of the previous answer."""
         prompt = self._renderings.text(index, generation_prompt=True)
         previous = [i for i in self.answers if i < index]
         if not previous:
@@ -108,7 +109,7 @@ class _Conversation:
         return self._encode(prompt, cuts=cuts, start=start, context=end_of_turn.lstrip())
 
     def answer_piece(self, index: int) -> np.ndarray:
-        """Ids of the answer `index` with its end of turn and any space the template leads it by."""
+        """Returns the ids of answer `index` with its end of turn and any space before it."""
         prompt = self._renderings.text(index, generation_prompt=True)
         full = self._renderings.text(index + 1)
         start, end = self._renderings.span(index, upto=index + 1)
@@ -118,10 +119,10 @@ class _Conversation:
         context = self._special_tail(prompt)
         return self._encode(full[:stop], cuts=cuts, start=start - len(lead), context=context)
 
-    # ------------------------------------------------------------ what stands beside answers
+    # ------------------------------------------------------------ texts around answers
 
     def _end_of_turn_after(self, index: int) -> str:
-        """The special tokens that the template puts right after an answer."""
+        """Returns the special tokens that the template puts directly after an answer."""
         full = self._renderings.text(index + 1)
         _, end = self._renderings.span(index, upto=index + 1)
         found = self._end_of_turn.match(full, end) if self._end_of_turn else None
@@ -133,11 +134,11 @@ class _Conversation:
         return found.group()
 
     def _lead(self, before: str, prompt: str, index: int) -> str:
-        """The white space between a prompt and its answer; `before` is the text before the answer.
+        """Returns the white space between a prompt and its answer.
 
-        The two agree, but for a system prompt that a template (Mistral v0.3, Nemo) puts into the
-        last message, if that is the user's, and nowhere else. The prompt then has what the model
-        sees when it answers.
+        `before` is the text before the answer. It begins like the prompt, except for templates
+        (Mistral v0.3, Nemo) that put the system prompt into the last message if that is the user's.
+        Then the prompt is what the model sees when it answers.
         """
         tail = prompt
         if index > 0 and not before.startswith(prompt):
@@ -158,23 +159,23 @@ class _Conversation:
     # ------------------------------------------------------------ tokens
 
     def _special_tail(self, text: str) -> str | None:
-        """The special token that a text ends with, or None.
+        """Returns the special token that a text ends with, or None.
 
-        Some tokenizers begin anew after one, with a space (Llama 2) or without (Mistral v0.3).
+        After one, some tokenizers add a space (Llama 2) and others do not (Mistral v0.3).
         """
         texts = [special for special in self._tokenizer.special_texts if text.endswith(special)]
         return max(texts, key=len, default=None)
 
     def _special_cuts(self, content: str) -> list[int]:
-        """Offsets one character inside each special-token text of a message."""
+        """Returns offsets one character inside each special-token text of a message."""
         cuts: list[int] = []
-        # From one character on after each find, so that texts which overlap are all found.
+        # Each search begins one character after the last find, so that overlapping texts are found.
         while self._special and (found := self._special.search(content, cuts[-1] if cuts else 0)):
             cuts.append(found.start() + 1)
         return cuts
 
     def _cuts(self, upto: int, indices: range) -> list[int]:
-        """Offsets in the prompt where special-token text of these messages gets split."""
+        """Returns the offsets at which special-token texts of these messages are split."""
         cuts: list[int] = []
         for index in indices:
             inside = self._special_cuts(self._messages[index]["content"])
@@ -184,10 +185,10 @@ class _Conversation:
         return cuts
 
     def _encode(self, text: str, *, cuts: list[int], start: int, context: str | None) -> np.ndarray:
-        """Ids of `text[start:]`, split at `cuts`.
+        """Returns the ids of `text[start:]`, split at `cuts`.
 
-        `context` is the text that the first piece is tokenised after: "" = none, it begins the
-        row; None = a text that goes on, whose exact words do not matter.
+        `context` is the text that the first piece is tokenised after: "" = none, since the piece
+        begins the row; None = any text that it continues.
         """
         ids: list[np.ndarray] = []
         borders = [start, *cuts, len(text)]
@@ -202,11 +203,11 @@ class _Conversation:
         return _joined(ids)
 
     def _encode_after(self, contexts: Sequence[str], piece: str) -> np.ndarray:
-        """Ids of `piece` as the continuation of a text.
+        """Returns the ids of `piece` as the continuation of a text.
 
-        Sentencepiece tokenizers put a space before whatever they are given. So the piece is
-        tokenised behind a short text, whose own ids are then taken off; that is exact where they
-        come out unchanged, and another text is tried where the two have merged.
+        Sentencepiece tokenizers put a space before every text. So the piece is tokenised after a
+        short text, whose ids are then removed. This is exact if those ids are unchanged; if the two
+        texts have merged, another short text is tried.
         """
         if not piece:
             return np.empty(0, dtype=np.int64)
@@ -222,7 +223,7 @@ class _Conversation:
 
 
 def _joined(pieces: Sequence[np.ndarray]) -> np.ndarray:
-    """[S] int64: the pieces one after another; a conversation without an answer has none."""
+    """Concatenates the pieces to [S] int64; there are none if a conversation has no answer."""
     return np.concatenate([np.empty(0, dtype=np.int64), *pieces])
 
 
@@ -230,7 +231,7 @@ def _joined(pieces: Sequence[np.ndarray]) -> np.ndarray:
 def _special_patterns(
     tokenizer: ChatTokenizer,
 ) -> tuple[re.Pattern[str] | None, re.Pattern[str] | None]:
-    """What finds a special token's text, and what matches those that end a turn."""
+    """Returns patterns for the text of a special token, and for those that end a turn."""
     texts = [re.escape(text) for text in tokenizer.special_texts if len(text) > 1]
     if not texts:
         return None, None

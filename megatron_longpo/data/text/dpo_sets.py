@@ -4,8 +4,8 @@
     prompt: messages  chosen: messages  rejected: messages      the answers alone
                       chosen: messages  rejected: messages      whole conversations
 
-Text is the user's message or the assistant's answer: it goes through the chat template like any
-other. Whole conversations may come with a `prompt` text that repeats their first message.
+A text is the user's message or the assistant's answer, and goes through the chat template like any
+message. Whole conversations may come with a `prompt` text that repeats their first message.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_longpo.data.text.chat_tokenizer import Message
 from megatron_longpo.data.text.examples import check_unicode
-from megatron_longpo.data.text.tokenizers import Message
 from megatron_longpo.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DpoPair:
-    """Two conversations with one beginning; nothing in them is known to be a document."""
+    """Two conversations with a common beginning, in which no part is known to be a document."""
 
     id: str
     prompt: tuple[Message, ...]
-    """What both begin with; an assistant's message in it is read, not trained on."""
+    """The common beginning. The assistant's messages in it are read, not trained on."""
     chosen: tuple[Message, ...]
-    """From the first answer that is compared on; begins and ends with the assistant's."""
+    """From the first compared answer; begins and ends with a message of the assistant."""
     rejected: tuple[Message, ...]
     source: str
 
@@ -60,7 +60,7 @@ def check_dpo_pair(columns: Mapping[str, Any], *, source: str, default_id: str) 
 
 
 def describe_dpo_form(columns: Mapping[str, Any]) -> str:
-    """The form of a row that `check_dpo_pair` accepts, in words."""
+    """Describes the form of a row that `check_dpo_pair` accepts."""
     if isinstance(columns["chosen"], str):
         return "prompt and answers as text"
     prompt = columns.get("prompt")
@@ -70,12 +70,12 @@ def describe_dpo_form(columns: Mapping[str, Any]) -> str:
 
 
 def _is_whole(messages: Sequence[Mapping[str, str]]) -> bool:
-    """Whether messages begin with the prompt rather than with the answer to it."""
+    """Tells whether messages begin with the prompt, not with the answer to it."""
     return messages[0]["role"] != "assistant"
 
 
 def _messages(value: Any, key: str, role: str, source: str) -> list[Message]:
-    """Messages from a list of them, or from a text that `role` says."""
+    """Returns messages from a list of messages, or from a text by `role`."""
     if isinstance(value, str):
         if key == "prompt" and not value.strip():
             raise UserError(f"{source}: prompt is empty")
@@ -100,7 +100,7 @@ def _messages(value: Any, key: str, role: str, source: str) -> list[Message]:
 
 
 def _common_length(chosen: list[Message], rejected: list[Message]) -> int:
-    """How many messages two conversations share, the last of neither among them."""
+    """Returns how many messages two conversations share, without the last message of either."""
     length = 0
     for one, other in zip(chosen[:-1], rejected[:-1], strict=False):
         if one != other:

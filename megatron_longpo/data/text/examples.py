@@ -13,12 +13,12 @@ from megatron_longpo.errors import UserError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Turn:
-    """One question about a document, answered from its chunk and from the whole of it."""
+    """One question about a document, with an answer from its chunk and one from the whole."""
 
     chunk: str | None
-    """The part of the document that holds the evidence; None where there is no short context."""
+    """The part of the document that holds the evidence; None if there is no short context."""
     chunk_span: tuple[int, int] | None
-    """[start, end) of the chunk in characters of the document, where known."""
+    """[start, end) of the chunk in characters of the document; None if unknown."""
     question: str
     chosen: str
     """The answer given the chunk."""
@@ -35,11 +35,11 @@ class Example:
     turns: tuple[Turn, ...]
     meta: dict[str, Any] = field(default_factory=dict)
     source: str = ""
-    """`examples.jsonl:3` for messages; empty where it was not read from a file."""
+    """`examples.jsonl:3` for messages; empty if the example was not read from a file."""
 
 
 class ExampleFile:
-    """The examples of a JSONL file by index, each checked when it is read."""
+    """The examples of a JSONL file by index, each checked on access."""
 
     def __init__(self, path: str | Path) -> None:
         self._file = JsonlFile(path)
@@ -103,7 +103,7 @@ def _text(value: Mapping[str, Any], key: str, source: str, *, may_be_empty: bool
 
 
 def check_unicode(text: str, key: str, source: str) -> None:
-    """Raises where a text holds half of a surrogate pair, which JSON can write and no one read."""
+    """Raises if a text holds half of a surrogate pair, which JSON can hold and UTF-8 cannot."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -128,7 +128,7 @@ def _span(value: Any, *, chunk: str | None, document: str, source: str) -> tuple
             f"{source}: chunk_span [{start}, {end}] lies outside the document's "
             f"{len(document)} characters"
         )
-    # Outer and inner white space may have been tidied; other text means a span of something else.
+    # White space may have been changed; any other difference means that the span is wrong.
     if chunk is not None and document[start:end].split() != chunk.split():
         raise UserError(
             f"{source}: document[{start}:{end}] is not the chunk; spans count characters, not bytes"
@@ -136,8 +136,22 @@ def _span(value: Any, *, chunk: str | None, document: str, source: str) -> tuple
     return start, end
 
 
+def evidence_spans(example: Example) -> list[tuple[int, int]]:
+    """Returns the spans of the chunks in the document; a chunk without a span is searched for."""
+    spans = (evidence_span(example, turn) for turn in example.turns)
+    return [span for span in spans if span is not None]
+
+
+def evidence_span(example: Example, turn: Turn) -> tuple[int, int] | None:
+    """Returns the span of a turn's chunk; None if there is no chunk or it is not found."""
+    if turn.chunk_span is not None or turn.chunk is None:
+        return turn.chunk_span
+    start = example.document.find(turn.chunk)
+    return None if start < 0 else (start, start + len(turn.chunk))
+
+
 def example_columns(example: Example) -> dict[str, Any]:
-    """The example as the object of one line."""
+    """Returns the example as the object of one line."""
     return {
         "id": example.id,
         "document": example.document,

@@ -1,7 +1,7 @@
-"""How a document and a question make a prompt, and how a document is cut to fit one.
+"""Builds prompts from a document and a question, and cuts documents to fit.
 
-`generation` and `tokenize` both come here, so that a model is trained on the prompts that its
-answers were written for.
+`longpo generate` and `longpo tokenize` both use it, so that a model is trained on the prompts that
+its answers were written for.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from typing import Literal
 
 import numpy as np
 
-from megatron_longpo.data.text.tokenizers import Message
+from megatron_longpo.data.text.chat_tokenizer import Message
 
 CutFrom = Literal["middle", "tail"]
 
 
 def user_message(context: str, question: str) -> str:
-    """The user's message: a document or a chunk, an empty line, the question."""
+    """Returns the user's message: a document or a chunk, an empty line, the question."""
     return f"{context.rstrip()}\n\n{question}"
 
 
 def opening_messages(system: str | None, context: str, question: str) -> list[Message]:
-    """The conversation up to the first answer."""
+    """Returns the conversation up to the first answer."""
     messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     return [*messages, {"role": "user", "content": user_message(context, question)}]
 
@@ -37,12 +37,12 @@ def shorten_document(
     cut_from: CutFrom = "middle",
     token_starts: Callable[[str], np.ndarray | None] | None = None,
 ) -> str | None:
-    """The document without as many characters as it takes for `count_tokens` to give `max_tokens`.
+    """Returns the document, cut so that `count_tokens` is at most `max_tokens`, or None.
 
     `count_tokens` may count a whole conversation around the document. The spans in `keep` (the
-    evidence of the questions) stay; None where they leave too little to cut. Where `token_starts`
-    tells at which characters the document's tokens begin, the first cut is nearly always right;
-    else its tokens are taken to be equally long, and the cut is made larger until it is enough.
+    evidence of the questions) stay; None means that they leave too little to cut. `token_starts`
+    returns the characters at which tokens begin; with it, the first cut is nearly always enough.
+    Without it, tokens are assumed to be equally long, and the cut grows until it is enough.
     """
     num_tokens = count_tokens(document)
     if num_tokens <= max_tokens:
@@ -50,7 +50,7 @@ def shorten_document(
     starts = None if token_starts is None else token_starts(document)
     if starts is None:
         starts = np.linspace(0, len(document), num_tokens, endpoint=False).astype(np.int64)
-    # A cut may leave the ends of two tokens, which become tokens of their own.
+    # A cut may leave parts of two tokens, which become tokens of their own.
     surplus = num_tokens - max_tokens + 2
     while True:
         num_chars = _chars_of_tokens(surplus, starts, len(document), keep, cut_from)
@@ -71,7 +71,7 @@ def _chars_of_tokens(
     keep: Sequence[tuple[int, int]],
     cut_from: CutFrom,
 ) -> int | None:
-    """The fewest characters whose cut takes the beginnings of `num_tokens` tokens, or None."""
+    """Returns the least number of characters to cut so that `num_tokens` tokens go, or None."""
 
     def tokens_in(num_chars: int) -> int:
         spans = np.array(cut_spans(length, num_chars, keep=keep, cut_from=cut_from)).reshape(-1, 2)
@@ -87,10 +87,10 @@ def _chars_of_tokens(
 def cut_document(
     document: str, num_chars: int, *, keep: Sequence[tuple[int, int]], cut_from: CutFrom
 ) -> str | None:
-    """The document less `num_chars` characters outside the spans in `keep`, or None.
+    """Returns the document without `num_chars` characters outside the spans in `keep`, or None.
 
-    `middle` cuts from the middle of the widest gap between kept spans, then of the next widest;
-    `tail` from the end of the last gap, then of the one before.
+    `middle` cuts from the middle of the widest gap between kept spans, then of the next widest.
+    `tail` cuts from the end of the last gap, then of the previous one.
     """
     if sum(end - start for start, end in _gaps(len(document), keep)) < num_chars:
         return None
@@ -105,7 +105,7 @@ def cut_document(
 def cut_spans(
     length: int, num_chars: int, *, keep: Sequence[tuple[int, int]], cut_from: CutFrom
 ) -> list[tuple[int, int]]:
-    """What `cut_document` cuts of a document of `length` characters, in order."""
+    """Returns the spans that `cut_document` removes from `length` characters, in order."""
     gaps = _gaps(length, keep)
     if cut_from == "middle":
         gaps.sort(key=lambda gap: gap[0] - gap[1])
@@ -121,7 +121,7 @@ def cut_spans(
 
 
 def _gaps(length: int, keep: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """What lies outside the spans in `keep`, in order."""
+    """Returns the spans outside those in `keep`, in order."""
     gaps: list[tuple[int, int]] = []
     position = 0
     for start, end in [*sorted(keep), (length, length)]:

@@ -1,27 +1,27 @@
-"""What a chat template makes of a conversation, and where each message stands in it.
+"""Renders conversations by the chat template, and finds the position of each message in them.
 
 Positions come from a second rendering with short marks in place of the messages: the text around
-the marks, put around the messages, must be the real rendering. Where it is not, because a template
-goes by what a message says, the conversation is rendered again with one character put before or
-after the message: the texts part exactly where it stands, whatever they hold.
+the marks, with the messages in place of the marks, must equal the real rendering. If it does not,
+because a template depends on what a message says, the conversation is rendered again with one
+character added before or after the message: the renderings begin to differ exactly there.
 """
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from megatron_longpo.data.text.tokenizers import ChatTokenizer, Message
+from megatron_longpo.data.common_prefix import common_text_length
+from megatron_longpo.data.text.chat_tokenizer import ChatTokenizer, Message
 from megatron_longpo.errors import UserError
 
 _PROBES = ("x", "y")
-"""Two different characters: the text that follows a message can begin with only one of them."""
+"""Two different characters: the text after a message can begin with only one of them."""
 
 
 class TemplateChangesText(UserError):
-    """The chat template does not render this message's text as it is."""
+    """Raised if the chat template changes the text of a message."""
 
 
 class Renderings:
@@ -34,7 +34,7 @@ class Renderings:
         self._spans: dict[tuple[int, bool], dict[int, tuple[int, int]]] = {}
 
     def text(self, upto: int, *, generation_prompt: bool = False) -> str:
-        """The rendering of the first `upto` messages."""
+        """Returns the rendering of the first `upto` messages."""
         key = (upto, generation_prompt)
         if key not in self._texts:
             self._texts[key] = self._tokenizer.render(
@@ -43,10 +43,10 @@ class Renderings:
         return self._texts[key]
 
     def span(self, index: int, *, upto: int, generation_prompt: bool = False) -> tuple[int, int]:
-        """Where message `index` stands in `text(upto)`: [start, end) in characters.
+        """Returns [start, end) of message `index` in the characters of `text(upto)`.
 
         Raises:
-            TemplateChangesText: if it does not stand there as it is.
+            TemplateChangesText: if the rendering does not contain the message unchanged.
         """
         key = (upto, generation_prompt)
         if key not in self._spans:
@@ -56,7 +56,7 @@ class Renderings:
         return self._spans[key][index]
 
     def _spans_by_marks(self, upto: int, generation_prompt: bool) -> dict[int, tuple[int, int]]:
-        """The spans of all messages, or of none where the marks do not tell."""
+        """Returns the spans of all messages, or of none if the marks do not prove them."""
         roles = tuple(message["role"] for message in self._messages[:upto])
         frame = _frame(self._tokenizer, roles, generation_prompt)
         if frame is None:
@@ -96,28 +96,28 @@ class Renderings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Frame:
-    """What a template writes around messages of certain roles."""
+    """The text of a template around messages of certain roles."""
 
     order: tuple[int, ...]
-    """Indices of the messages as they follow each other in the rendering."""
+    """Indices of the messages in the order of the rendering."""
     texts: tuple[str, ...]
-    """The text before the first of them, between them and after the last."""
+    """The text before the first message, between messages, and after the last."""
 
 
 @lru_cache(maxsize=128)
 def _frame(
     tokenizer: ChatTokenizer, roles: tuple[str, ...], generation_prompt: bool
 ) -> _Frame | None:
-    """The frame by a rendering of marks, or None where some mark is not there exactly once."""
+    """Finds the frame by rendering marks; None if a mark appears more than once."""
     marks = [f"\ue000{index}\ue001" for index in range(len(roles))]
     messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
     try:
         text = tokenizer.render(messages, add_generation_prompt=generation_prompt)
     except UserError:
-        return None  # the real messages will say what the template refuses
+        return None  # rendering the real messages raises the right error
     if any(text.count(mark) > 1 for mark in marks):
         return None
-    # A system prompt may stand in a later message, or nowhere.
+    # A template may put the system prompt into a later message, or nowhere.
     places = sorted((text.index(mark), index) for index, mark in enumerate(marks) if mark in text)
     texts: list[str] = []
     position = 0
@@ -128,15 +128,5 @@ def _frame(
 
 
 def _parting(text: str, render: Callable[[str], str], changed: Sequence[str]) -> int:
-    """The offset where `text` and the renderings with one character put in begin to differ."""
-    return min(_common_prefix_length(text, render(content)) for content in changed)
-
-
-def _common_prefix_length(left: str, right: str) -> int:
-    """How many leading characters two texts share, by bisection: slices compare fast."""
-    longest = min(len(left), len(right))
-    if left[:longest] == right[:longest]:
-        return longest
-    return bisect.bisect_left(
-        range(1, longest + 1), True, key=lambda length: left[:length] != right[:length]
-    )
+    """Returns the offset at which `text` and renderings with one more character begin to differ."""
+    return min(common_text_length(text, render(content)) for content in changed)

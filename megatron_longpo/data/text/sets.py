@@ -1,4 +1,4 @@
-"""Texts to make rows of: which form a source holds, and each item of it, checked."""
+"""Sources of texts to make rows from: finds their form, and reads and checks their items."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ NEEDED_COLUMNS: dict[TextFormat, tuple[str, ...]] = {
     "longpo": ("document", "turns"),
     "dpo": ("chosen", "rejected"),
 }
-"""What tells the forms apart; a DPO set may have a prompt as well."""
+"""Columns that tell the forms apart; a DPO set may also have a prompt."""
 
 
 class TextSet:
-    """The examples or pairs of a source by index, each checked when it is read."""
+    """The examples or pairs of a source by index, each checked on access."""
 
     def __init__(
         self, path: str, *, format: Literal["auto"] | TextFormat = "auto", split: str | None = None
     ) -> None:
-        """Opens a source of texts; `format` auto goes by the columns of the first item."""
+        """Opens a source of texts; with `format` auto, the columns of the first item decide."""
         self._source = open_source(path, split=split)
         if len(self._source) == 0:
             raise UserError(f"{path}: holds no examples; it needs at least one")
         first = self._source.columns(0)
         self.format = find_format(first, path) if format == "auto" else format
-        # Checked here, so that a wrong `format` is answered before anything is written.
+        # Checked here, so that a wrong `format` is refused before anything is written.
         self[0]
         self.description = (
             "LongPO examples: documents with turns"
@@ -53,7 +53,7 @@ class TextSet:
 
 
 def find_format(columns: Mapping[str, Any], path: str) -> TextFormat:
-    """The form of a set by the columns of its first item."""
+    """Returns the form of a set by the columns of its first item."""
     present = [name for name, value in columns.items() if value is not None]
     for form, needed in NEEDED_COLUMNS.items():
         if all(name in present for name in needed):

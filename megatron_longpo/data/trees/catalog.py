@@ -1,37 +1,39 @@
-"""One pass over the rows before training: every row checked, every pair measured."""
+"""Reads all rows once before training: checks every row and measures every pair."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from megatron_longpo.data.rows.dataset import PreferenceRow, RowDataset, fit_row
+from megatron_longpo.data.rows.dataset import RowDataset
+from megatron_longpo.data.rows.fitting import fit_row
+from megatron_longpo.data.rows.schema import PreferenceRow
 from megatron_longpo.data.trees.packing import PairSize, pair_size
 from megatron_longpo.data.trees.reference_logps import ReferenceLogps
-from megatron_longpo.data.trees.tree import PairTrees, TreeSettings, answer_turns, pair_trees
+from megatron_longpo.data.trees.tree import PairTrees, TreeConfig, answer_turns, pair_trees
 from megatron_longpo.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowLimits:
-    """What a row must fit."""
+    """The limits that a row must fit."""
 
     vocab_size: int
     max_length: int
     too_long: str
     max_reference_length: int | None
-    """The reference's positions; None where it has no limit or reads no short rows."""
+    """Positions of the reference; None if it has no limit or reads no short rows."""
 
 
 class PairCatalog:
-    """The usable pairs of a data set: their sizes in memory, their trees on demand."""
+    """The usable pairs of a data set: sizes in memory, trees on demand."""
 
     def __init__(
         self,
         dataset: RowDataset,
         *,
         limits: RowLimits,
-        settings: TreeSettings,
+        tree_config: TreeConfig,
         reference_logps: ReferenceLogps | None = None,
         per_turn: bool = False,
         progress: Callable[[Iterable[int]], Iterable[int]] = iter,
@@ -41,17 +43,17 @@ class PairCatalog:
         Args:
             dataset: the rows.
             limits: what each row must fit.
-            settings: what goes into the trees.
-            reference_logps: the reference's sums, where the trees are without a reference.
+            tree_config: which parts of a row go into its trees.
+            reference_logps: sums of the reference, for trees without a reference.
             per_turn: whether the objective pairs chosen and rejected turn by turn.
-            progress: wraps the iteration, to show how far it is.
+            progress: wraps the iteration to show progress.
 
         Raises:
             UserError: for the first row that is malformed or does not fit, or if none is usable.
         """
         self.dataset = dataset
         self.limits = limits
-        self.settings = settings
+        self.tree_config = tree_config
         self.reference_logps = reference_logps
         self.sizes: list[PairSize] = []
         self._indices: list[int] = []
@@ -60,11 +62,11 @@ class PairCatalog:
             row = self._fitted(index)
             if row is None:
                 continue
-            if settings.reads_short_rows:
+            if tree_config.reads_short_rows:
                 _check_short_rows(row)
             trees = self._trees(index, row)
-            if settings.policy or settings.divergence is not None:
-                _check_turns(row, settings, per_turn=per_turn)
+            if tree_config.policy or tree_config.divergence is not None:
+                _check_turns(row, tree_config, per_turn=per_turn)
             self.sizes.append(pair_size(trees))
             self._indices.append(index)
         if not self._indices:
@@ -85,7 +87,7 @@ class PairCatalog:
         return max(size.policy_tokens for size in self.sizes)
 
     def read_ahead(self, pairs: Sequence[int]) -> None:
-        """Keeps the trees of these pairs, and of no others, for when they are asked for."""
+        """Builds and keeps the trees of these pairs, and forgets all others."""
         self._ahead = {pair: self.trees(pair) for pair in pairs}
 
     def trees(self, pair: int) -> PairTrees:
@@ -98,14 +100,14 @@ class PairCatalog:
         return self._trees(index, row)
 
     def row_index(self, pair: int) -> int:
-        """Where a usable pair stands in the data set."""
+        """Returns the index in the data set of a usable pair."""
         return self._indices[pair]
 
     def pair_id(self, pair: int) -> str:
         return self.dataset[self._indices[pair]].id
 
     def check_budget(self, pack_tokens: int) -> None:
-        """Refuses a microbatch budget that some pair exceeds, naming that pair."""
+        """Raises `UserError` if a pair exceeds the microbatch budget, and names that pair."""
         for pair, size in enumerate(self.sizes):
             if size.policy_tokens > pack_tokens:
                 raise UserError(
@@ -121,7 +123,7 @@ class PairCatalog:
         return [self.sizes[pair] for pair in pairs]
 
     def _trees(self, index: int, row: PreferenceRow) -> PairTrees:
-        trees = pair_trees(row, self.settings)
+        trees = pair_trees(row, self.tree_config)
         if self.reference_logps is None:
             return trees
         sums = self.reference_logps.of(
@@ -129,7 +131,7 @@ class PairCatalog:
             row_id=row.id,
             num_turns=trees.num_turns,
             where=row.source,
-            rows=self.settings.reference,
+            rows=self.tree_config.reference,
         )
         return replace(trees, reference_logps=sums)
 
@@ -153,16 +155,16 @@ def _check_short_rows(row: PreferenceRow) -> None:
         )
 
 
-def _check_turns(row: PreferenceRow, settings: TreeSettings, *, per_turn: bool) -> None:
-    """Answers that are compared must all be there: each turn's in the long and the short rows.
+def _check_turns(row: PreferenceRow, tree_config: TreeConfig, *, per_turn: bool) -> None:
+    """Raises `UserError` if rows that are compared turn by turn have different numbers of turns.
 
-    Without short rows, only an objective that goes turn by turn minds unequal numbers.
+    Without short rows, only objectives with `per_turn` need equal numbers.
     """
     counts = {
         "chosen": int(answer_turns(row.chosen).max()) + 1,
         "rejected": int(answer_turns(row.rejected).max()) + 1,
     }
-    if settings.reads_short_rows:
+    if tree_config.reads_short_rows:
         counts["reference"] = len(row.reference_chosen)
     elif not per_turn:
         return

@@ -1,8 +1,8 @@
 """Forests of token segments, and the edges between their tokens that a loss follows.
 
-Rows that begin alike share those tokens: a *segment* is a run of tokens with one history, its
-parent the segment that the history ends in. An *edge* is one next-token prediction that the loss
-counts: (source token, target id). See design.md section 2.
+Rows share the tokens of a common beginning. A *segment* is a run of tokens with one history; its
+parent is the segment in which that history ends. An *edge* is one next-token prediction that the
+loss counts: (source token, target id). See design.md section 2.
 
 Letters: T tokens of a forest, S segments, E edges.
 """
@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 
-from megatron_longpo.data.rows.dataset import common_prefix_length
+from megatron_longpo.data.common_prefix import common_prefix_length
 
 NO_PARENT = -1
 
@@ -45,16 +45,16 @@ class Term(IntFlag):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Forest:
-    """Segments laid out flat, depth first, and the edges between their tokens.
+    """Segments in one flat sequence, depth first, and the edges between their tokens.
 
-    A first child follows its parent directly, so the chain of first children from a root is
-    contiguous. A segment's tokens attend their ancestors and, causally, the segment itself.
+    A first child directly follows its parent, so the chain of first children from a root is
+    contiguous. A segment's tokens attend to their ancestors and, causally, to the segment itself.
     """
 
     input_ids: np.ndarray
     """[T] int64."""
     position_ids: np.ndarray
-    """[T] int64; a token's index in its row, which RoPE turns by, never the flat offset."""
+    """[T] int64; a token's index in its row, which RoPE uses, not the flat offset."""
     segment_starts: np.ndarray
     """[S] int64; flat index of a segment's first token; ascending, without gaps."""
     segment_lengths: np.ndarray
@@ -68,7 +68,7 @@ class Forest:
     edge_pairs: np.ndarray
     """[E] int64; pair index in the pack."""
     edge_turns: np.ndarray
-    """[E] int64; turn of the answer that the target belongs to, 0 where it is no answer token."""
+    """[E] int64; turn of the answer that the target belongs to, 0 for other tokens."""
     edge_terms: np.ndarray
     """[E] int64; `Term` flags, never 0."""
 
@@ -82,7 +82,7 @@ class Forest:
 
     @property
     def num_scored(self) -> int:
-        """Next-token distributions that the head computes: a divergence is one beside any sum."""
+        """Next-token distributions that the head computes; an edge's divergence is one more."""
         diverges = (self.edge_terms & Term.DIVERGENCE) != 0
         return int(diverges.sum()) + int(((self.edge_terms & ~Term.DIVERGENCE) != 0).sum())
 
@@ -94,7 +94,7 @@ class Forest:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Branch:
-    """A row on its way into a tree: which of its tokens are targets, for which sums.
+    """The tokens of a row before it joins a tree, and which of them are targets of which sums.
 
     `terms` and `turns` are [S] int64, aligned with `input_ids`; terms 0 = not a target.
     """
@@ -105,10 +105,10 @@ class Branch:
 
 
 def build_forest(branches: Sequence[Branch], *, share: bool) -> Forest:
-    """Lays branches out as a prefix tree; a tree of one segment each where `share` is False.
+    """Builds prefix trees from branches; without `share`, every branch is a tree of one segment.
 
-    Branches without a common first token become trees of their own. Tokens that several
-    branches share appear once, and an edge that they share joins the sums of all of them.
+    Branches without a common first token become separate trees. Tokens that several branches share
+    appear once, and an edge that they share joins the sums of all of them.
     """
     builder = _ForestBuilder(branches)
     if share:
@@ -120,7 +120,7 @@ def build_forest(branches: Sequence[Branch], *, share: bool) -> Forest:
 
 
 def concatenate(forests: Sequence[Forest], *, pairs: Sequence[int] | None = None) -> Forest:
-    """Puts forests one behind the other; `pairs` gives the pair index of each one's edges."""
+    """Concatenates forests; `pairs` gives the pair index of each forest's edges."""
     token_offsets = np.cumsum([0] + [forest.num_tokens for forest in forests])
     segment_offsets = np.cumsum([0] + [len(forest.segment_starts) for forest in forests])
 
@@ -149,10 +149,9 @@ def concatenate(forests: Sequence[Forest], *, pairs: Sequence[int] | None = None
 
 
 def divergence_edges(forest: Forest) -> np.ndarray:
-    """[D] int64: indices of the divergence's edges, in an order that any row with the answer has.
+    """Returns [D] int64: indices of the divergence's edges, by pair, turn and position.
 
-    By pair, by turn, and along the answer; so the n-th of the policy's forest and the n-th of the
-    reference's predict the same token.
+    So edge n of the policy's forest and edge n of the reference's predict the same token.
     """
     edges = np.flatnonzero(forest.edge_terms & Term.DIVERGENCE)
     positions = forest.position_ids[forest.edge_sources[edges]]
@@ -173,7 +172,7 @@ class _ForestBuilder:
         self.edges: list[np.ndarray] = [np.empty((4, 0), dtype=np.int64)]
 
     def grow(self, group: list[int], *, start: int, parent: int) -> None:
-        """Adds the branches of `group`, which are alike before `start`, under `parent`."""
+        """Adds the branches of `group`, which are equal before `start`, under `parent`."""
         end = _common_end([self.branches[index].input_ids for index in group], start)
         if end > start:
             self._add_edges(group, start, end, parent)
@@ -195,7 +194,7 @@ class _ForestBuilder:
         return len(self.starts) - 1
 
     def _add_edges(self, group: list[int], start: int, end: int, parent: int) -> None:
-        """Adds the edges whose targets are the tokens [start, end) of a segment about to come."""
+        """Adds the edges whose targets are the tokens [start, end) of the next segment."""
         sources = np.arange(end - start) + self.num_tokens - 1
         if parent == NO_PARENT:
             # Nothing predicts the first token of a row.
@@ -237,7 +236,7 @@ class _ForestBuilder:
 
 
 def _common_end(rows: Sequence[np.ndarray], start: int) -> int:
-    """End of the longest prefix that all rows have in common, knowing they agree before `start`."""
+    """Returns the end of the longest common prefix of rows that are equal before `start`."""
     end = min(len(row) for row in rows)
     for row in rows[1:]:
         end = start + common_prefix_length(rows[0][start:end], row[start:end])

@@ -1,4 +1,4 @@
-"""Packs: the pairs of one microbatch as flat forests, and how a global batch is dealt to ranks."""
+"""Packs the pairs of a microbatch into flat forests, and deals a global batch to the ranks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_longpo.errors import UserError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pack:
-    """One microbatch. Letters: N pairs of the pack, T most turns among them."""
+    """One microbatch. Letters: N pairs of the pack, T the most turns of a pair."""
 
     policy: Forest
     reference: Forest | None
@@ -27,10 +27,10 @@ class Pack:
     turn_counts: np.ndarray
     """[N] int64."""
     counts: Mapping[Term, np.ndarray]
-    """For each of the policy's terms [N, T] int64: the tokens that its sums are over."""
+    """[N, T] int64 for each of the policy's terms: the number of tokens in its sums."""
     reference_logps: Mapping[Term, np.ndarray]
-    """For each sum of the reference that was computed before [N, T] float64, nats; 0 in turns that
-    a pair lacks."""
+    """[N, T] float64 in nats for each sum of the reference that was computed before; 0 in turns
+    that a pair lacks."""
 
     @property
     def num_pairs(self) -> int:
@@ -39,10 +39,10 @@ class Pack:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PairSize:
-    """What dealing, packing and the step's metrics must know of a pair."""
+    """The sizes of a pair, for dealing, packing and the step's metrics."""
 
     policy_tokens: int
-    """Physical ones: shared tokens once."""
+    """Physical tokens: shared ones count once."""
     unshared_tokens: int
     """Policy tokens if no row shared its prefix."""
     reference_tokens: int
@@ -55,7 +55,7 @@ class PairSize:
 
     @property
     def reference_alone(self) -> PairSize:
-        """The size of `tree.reference_alone`."""
+        """The size of the pair after `tree.reference_alone`."""
         return PairSize(
             policy_tokens=self.reference_tokens,
             unshared_tokens=self.reference_tokens,
@@ -68,20 +68,20 @@ class PairSize:
 
     @property
     def attention_cost(self) -> int:
-        """A backward pass costs two forward passes, and the reference has none."""
+        """Backward costs as much as two forward passes, and the reference has no backward."""
         return 3 * self.policy_attended + self.reference_attended
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Microbatch:
-    """Indices into the global batch; a filler keeps the ranks' counts equal and weighs nothing."""
+    """Indices into the global batch. A filler makes ranks' counts equal; its weight is 0."""
 
     pairs: tuple[int, ...]
     is_filler: bool = False
 
 
 def pair_size(trees: PairTrees) -> PairSize:
-    """Measures a pair."""
+    """Measures a pair's trees."""
     policy, reference = trees.policy, trees.reference
     return PairSize(
         policy_tokens=policy.num_tokens,
@@ -114,7 +114,7 @@ def make_pack(pairs: Sequence[PairTrees], *, is_filler: bool = False) -> Pack:
 def _stacked(
     by_term: Sequence[Mapping[Term, np.ndarray]], num_turns: int
 ) -> dict[Term, np.ndarray]:
-    """Each pair's values [its turns] as [N, num_turns], padded with 0."""
+    """Stacks the pairs' values, one for each turn, to [N, num_turns], padded with 0."""
     return {
         term: np.stack([np.pad(of[term], (0, num_turns - len(of[term]))) for of in by_term])
         for term in by_term[0]
@@ -126,22 +126,22 @@ def deal(
 ) -> list[list[Microbatch]]:
     """Deals a global batch to the data-parallel ranks and packs each rank's share.
 
-    Every rank computes the same result. The dearest pair goes first, to the rank with the least
-    attention so far; a rank's pairs are packed first-fit, longest first. A pipeline schedule needs
-    equal counts, so ranks with fewer microbatches than others split some, and where there is
-    nothing left to split get fillers.
+    Every rank computes the same result. The pair that costs most is dealt first, to the rank with
+    the least attention so far. A rank's pairs are packed first-fit, longest first. A pipeline
+    schedule needs equal counts, so ranks with fewer microbatches split some of theirs, and get
+    fillers if none can be split.
 
     Args:
         sizes: the pairs of the global batch.
         num_ranks: data-parallel size.
-        budget_tokens: most physical policy tokens of a microbatch.
-        multiple: what the number of microbatches of a rank must be a multiple of.
+        budget_tokens: the most physical policy tokens of a microbatch.
+        multiple: every rank's number of microbatches is a multiple of it.
 
     Returns:
-        For every rank its microbatches, in equal number, at least one.
+        The microbatches of every rank, in equal numbers of at least one.
 
     Raises:
-        UserError: if a pair alone exceeds the budget.
+        UserError: if a single pair exceeds the budget.
     """
     for index, size in enumerate(sizes):
         if size.policy_tokens > budget_tokens:
@@ -185,7 +185,7 @@ def _pack_first_fit(
 def _split_up(
     microbatches: Sequence[Microbatch], sizes: Sequence[PairSize], most: int
 ) -> list[Microbatch]:
-    """Halves the fullest microbatches of several pairs until there are `most`, where it can."""
+    """Halves the fullest microbatches until there are `most`, or none has several pairs."""
 
     def tokens(microbatch: Microbatch) -> int:
         return sum(sizes[index].policy_tokens for index in microbatch.pairs)
@@ -200,7 +200,7 @@ def _split_up(
         if position is None:
             break
         pairs = split[position].pairs
-        # Pairs stand in the order of their lengths: every other one makes halves of like size.
+        # Pairs are sorted by length: taking every second one makes halves of similar size.
         split[position : position + 1] = [
             Microbatch(pairs=pairs[::2]),
             Microbatch(pairs=pairs[1::2]),

@@ -1,4 +1,4 @@
-"""What the reference said of a data set's rows, computed once and looked up while training.
+"""The reference's log-probabilities of a data set's rows, computed once and looked up in training.
 
 Letters: R rows, U turns of all these rows together.
 """
@@ -18,21 +18,21 @@ from megatron_longpo.errors import UserError
 class ReferenceLogps:
     """Per-turn sums of the reference's log-probabilities over answer tokens.
 
-    Rows go by their index in the data set: ids need not be unique.
+    Rows are identified by their index in the data set, since ids need not be unique.
     """
 
     indices: np.ndarray
     """[R] int64, ascending."""
     ids: np.ndarray
-    """[R] str; a row's id, to notice an index that means another row."""
+    """[R] str; the row's id, to detect an index that means another row."""
     num_turns: np.ndarray
     """[R] int64."""
     sums: Mapping[Row, np.ndarray]
-    """For each row of a pair that was scored [U] float64, nats: turn by turn, row by row."""
+    """[U] float64 in nats for each scored row of a pair: turn by turn, row by row."""
     source: str = ""
-    """Where they lie, for messages."""
+    """Where they are stored, for messages."""
     _starts: np.ndarray = field(init=False, repr=False)
-    """[R] int64; where a row's turns begin among all."""
+    """[R] int64; index of a row's first turn among all turns."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_starts", np.cumsum(self.num_turns) - self.num_turns)
@@ -43,23 +43,23 @@ class ReferenceLogps:
     def of(
         self, index: int, *, row_id: str, num_turns: int, where: str, rows: Sequence[Row]
     ) -> dict[Term, np.ndarray]:
-        """The sums of one row, [num_turns] each.
+        """Returns the sums of one row, [num_turns] each.
 
         Args:
-            index: the row's place in the data set.
+            index: the row's index in the data set.
             row_id: its id.
-            num_turns: its turns.
+            num_turns: its number of turns.
             where: the row, for messages.
-            rows: which of a pair's rows are wanted; all of them must have been scored.
+            rows: the rows of the pair whose sums are needed; all must have been scored.
 
         Raises:
-            UserError: if the row is missing or was another one.
+            UserError: if the row is missing, or another row was scored at its index.
         """
         place = int(np.searchsorted(self.indices, index))
         if place == len(self) or self.indices[place] != index:
             raise UserError(
                 f"{where}: is not among the {len(self)} rows in {self.source}; run longpo "
-                "reference with these settings, which goes on where it stopped"
+                "reference with these settings, which resumes where it stopped"
             )
         saved = (str(self.ids[place]), int(self.num_turns[place]))
         if saved != (row_id, num_turns):
@@ -72,7 +72,7 @@ class ReferenceLogps:
 
 
 def joined(parts: Sequence[ReferenceLogps], *, source: str) -> ReferenceLogps:
-    """Parts as one, in the order of the rows; of a row that stands twice the first is kept."""
+    """Joins parts in the order of the rows; if a row is in two parts, the first is kept."""
     assert parts, "no parts"
     indices = np.concatenate([part.indices for part in parts])
     num_turns = np.concatenate([part.num_turns for part in parts])

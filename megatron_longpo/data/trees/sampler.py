@@ -1,4 +1,4 @@
-"""The order in which pairs are trained on, as a position that can be saved and restored."""
+"""The order in which pairs are trained on; its position can be saved and restored."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from megatron_longpo.errors import UserError
 
 @dataclass(kw_only=True, slots=True)
 class SamplerState:
-    """Where training stands in the data."""
+    """The position of training in the data."""
 
     epoch: int = 0
     offset: int = 0
-    """Pairs of this epoch's order that were consumed."""
+    """Pairs of this epoch that were consumed."""
     consumed_pairs: int = 0
 
 
@@ -35,7 +35,7 @@ class PairSampler:
         seed: int,
         fingerprint: str = "",
     ) -> None:
-        """`fingerprint` tells data sets of as many pairs apart."""
+        """`fingerprint` tells apart data sets with equal numbers of pairs."""
         if num_pairs < global_batch_pairs:
             raise UserError(
                 f"train.global_batch_pairs ({global_batch_pairs}): data.path has only {num_pairs} "
@@ -57,7 +57,7 @@ class PairSampler:
         return self.num_pairs % self.global_batch_pairs
 
     def steps_left(self, epochs: int) -> int:
-        """Global batches from this position to the end of so many epochs."""
+        """Returns the number of global batches from this position to the end of `epochs` epochs."""
         if self.state.epoch >= epochs:
             return 0
         in_this_epoch = (self.num_pairs - self.state.offset) // self.global_batch_pairs
@@ -72,13 +72,13 @@ class PairSampler:
         return batch
 
     def upcoming_batch(self) -> list[int]:
-        """What `next_batch` will return."""
+        """Returns what `next_batch` will return, without moving the position."""
         epoch, offset = self._upcoming()
         batch = self._order(epoch)[offset : offset + self.global_batch_pairs]
         return [int(index) for index in batch]
 
     def _upcoming(self) -> tuple[int, int]:
-        """Epoch and offset at which the next batch begins."""
+        """Returns epoch and offset at which the next batch begins."""
         epoch, offset = self.state.epoch, self.state.offset
         if offset + self.global_batch_pairs > self.num_pairs:
             return epoch + 1, 0
@@ -90,7 +90,7 @@ class PairSampler:
         return np.random.default_rng([self.seed, epoch]).permutation(self.num_pairs)
 
     def state_dict(self) -> dict[str, int | bool | str]:
-        """The position, with what must agree for it to mean the same pairs again."""
+        """Returns the position, with the values that must agree for it to mean the same pairs."""
         return {
             "epoch": self.state.epoch,
             "offset": self.state.offset,

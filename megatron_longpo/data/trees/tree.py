@@ -1,4 +1,4 @@
-"""Prefix trees: the rows of a pair as forests, one for the policy and one for the reference."""
+"""Builds a pair's prefix trees: one forest for the policy and one for the reference."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from megatron_longpo.data.rows.dataset import IGNORED_LABEL, PreferenceRow, TokenRow
+from megatron_longpo.data.rows.schema import IGNORED_LABEL, PreferenceRow, TokenRow
 from megatron_longpo.data.trees.forest import (
     Branch,
     Forest,
@@ -24,22 +24,22 @@ NllTokens = Literal["chosen_row", "chosen_answers", "rejected_answers", "short_c
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TreeSettings:
-    """What of a row goes into its trees: decided by the objective, the reference and the user."""
+class TreeConfig:
+    """Which parts of a pair go into its trees, as objective, reference and user decide."""
 
     policy: tuple[Row, ...] = ("long_chosen", "long_rejected")
     """Rows whose answers the policy's log-probabilities are summed over."""
     reference: tuple[Row, ...] = ("short_chosen", "short_rejected")
-    """The same for the reference; empty = it reads nothing for sums."""
+    """The same for the reference; empty = no sums of the reference."""
     packs_reference: bool = True
-    """Whether the reference's rows are packed; False = its sums were computed before."""
+    """Whether the reference's rows are packed; False if its sums were computed before."""
     nll: NllTokens | None = "chosen_row"
     """Tokens of the policy's negative log-likelihood."""
     divergence: tuple[Row, Row] | None = None
-    """Rows with one answer, along which policy and reference are compared token by token: the
-    policy reads the first, the reference the second."""
+    """Two rows with the same answer, along which policy and reference are compared token by token:
+    the policy reads the first row, the reference the second."""
     share_prefix: bool = True
-    """Whether rows share their common prefix; without, every row is a tree of one segment."""
+    """Whether rows share their common prefix; if not, every row is a tree of one segment."""
 
     @property
     def policy_rows(self) -> tuple[Row, ...]:
@@ -84,7 +84,7 @@ def _in_order(rows: Collection[Row]) -> tuple[Row, ...]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PairTrees:
-    """One pair, ready to be packed: `edge_pairs` are 0 throughout."""
+    """One pair, ready to be packed; all its `edge_pairs` are 0."""
 
     id: str
     policy: Forest
@@ -93,52 +93,52 @@ class PairTrees:
     """The sums that the reference's edges join."""
     num_turns: int
     counts: Mapping[Term, np.ndarray]
-    """For each of the policy's terms [num_turns] int64: the tokens that its sums are over."""
+    """[num_turns] int64 for each of the policy's terms: the number of tokens in its sums."""
     unshared_tokens: int
     """Policy tokens if no row shared its prefix."""
     reference_logps: Mapping[Term, np.ndarray] = field(default_factory=dict)
-    """For each sum of the reference that was computed before [num_turns] float64, nats."""
+    """[num_turns] float64 in nats for each sum of the reference that was computed before."""
 
 
-def pair_trees(row: PreferenceRow, settings: TreeSettings) -> PairTrees:
+def pair_trees(row: PreferenceRow, config: TreeConfig) -> PairTrees:
     """Turns a row into the trees that policy and reference read.
 
     Raises:
-        UserError: if a divergence is asked for along answers that differ between its two rows.
+        UserError: if the answers of the divergence's two rows differ.
     """
-    policy_terms = {name: Term.of_row(name) for name in settings.policy}
-    reference_terms = {name: Term.of_row(name) for name in settings.reference}
-    if settings.divergence is not None:
-        student, teacher = settings.divergence
+    policy_terms = {name: Term.of_row(name) for name in config.policy}
+    reference_terms = {name: Term.of_row(name) for name in config.reference}
+    if config.divergence is not None:
+        student, teacher = config.divergence
         policy_terms[student] = policy_terms.get(student, Term(0)) | Term.DIVERGENCE
         reference_terms[teacher] = reference_terms.get(teacher, Term(0)) | Term.DIVERGENCE
-    groups = _groups(row, settings.policy_rows, policy_terms, nll=settings.nll)
-    policy = _forest(groups, share=settings.share_prefix)
+    groups = _groups(row, config.policy_rows, policy_terms, nll=config.nll)
+    policy = _forest(groups, share=config.share_prefix)
     reference = None
-    if settings.reference_rows and settings.packs_reference:
-        reference_groups = _groups(row, settings.reference_rows, reference_terms, nll=None)
-        reference = _forest(reference_groups, share=settings.share_prefix)
-    if settings.divergence is not None:
+    if config.reference_rows and config.packs_reference:
+        reference_groups = _groups(row, config.reference_rows, reference_terms, nll=None)
+        reference = _forest(reference_groups, share=config.share_prefix)
+    if config.divergence is not None:
         assert reference is not None
         _check_aligned(row, policy, reference)
     answers = [answer_turns(row.chosen), answer_turns(row.rejected)]
     num_turns = max(
         len(row.reference_chosen), *(int(turns.max(initial=-1)) + 1 for turns in answers)
     )
-    summed = () if reference is None else settings.reference
+    summed = () if reference is None else config.reference
     return PairTrees(
         id=row.id,
         policy=policy,
         reference=reference,
         reference_terms=tuple(Term.of_row(name) for name in summed),
         num_turns=num_turns,
-        counts={term: _count(policy, term, num_turns) for term in settings.policy_terms},
+        counts={term: _count(policy, term, num_turns) for term in config.policy_terms},
         unshared_tokens=sum(len(branch.input_ids) for group in groups for branch in group),
     )
 
 
 def reference_alone(trees: PairTrees) -> PairTrees:
-    """The reference's trees where the policy's stand: what scores rows ahead of training."""
+    """Puts the reference's trees in the policy's place, to score rows before training."""
     forest = trees.reference
     assert forest is not None, "the reference reads nothing"
     return replace(
@@ -151,7 +151,7 @@ def reference_alone(trees: PairTrees) -> PairTrees:
 
 
 def _check_aligned(row: PreferenceRow, policy: Forest, reference: Forest) -> None:
-    """Refuses rows whose answers are not the same tokens for policy and reference."""
+    """Raises `UserError` if the answers are not the same tokens for policy and reference."""
     ours, theirs = (
         np.stack([forest.edge_turns[edges], forest.edge_targets[edges]])
         for forest, edges in ((f, divergence_edges(f)) for f in (policy, reference))
@@ -170,7 +170,7 @@ def _count(forest: Forest, term: Term, num_turns: int) -> np.ndarray:
 
 
 def answer_turns(row: TokenRow) -> np.ndarray:
-    """[S] int64: index of the run of answer tokens that each token is in, -1 outside answers."""
+    """Returns [S] int64: the index of each token's run of answer tokens, -1 outside answers."""
     is_answer = row.labels != IGNORED_LABEL
     begins = is_answer & ~np.concatenate([[False], is_answer[:-1]])
     return np.where(is_answer, np.cumsum(begins) - 1, -1)
@@ -187,9 +187,9 @@ def _groups(
     *,
     nll: NllTokens | None,
 ) -> list[list[Branch]]:
-    """The rows called `names` as branches, those that may share a prefix together.
+    """Returns the rows `names` as branches, in groups that may share a prefix.
 
-    That is the long conversations, then the short rows turn by turn.
+    The long conversations are one group, then the short rows of each turn.
     """
     long_rows: dict[Row, TokenRow] = {"long_chosen": row.chosen, "long_rejected": row.rejected}
     short_rows: dict[Row, tuple[TokenRow, ...]] = {
@@ -215,7 +215,7 @@ def _groups(
 def _branch(
     tokens: TokenRow, *, answer_terms: Term, nll: NllTokens | None, turn: int | None
 ) -> Branch:
-    """All answers of a row belong to `turn`, or where it is None, each run to a turn of its own."""
+    """Returns a row as a branch. Its answers belong to `turn`; None = each run to its own turn."""
     turns = answer_turns(tokens)
     is_answer = turns >= 0
     terms = np.where(is_answer, int(answer_terms), 0)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +19,12 @@ from megatron_longpo.config.suites import HarnessSuite
 from megatron_longpo.data.jsonl import JsonlFile, dump_line, write_whole
 from megatron_longpo.errors import UserError
 from megatron_longpo.evaluation.harness.judge_prompts import prompt_name, read_prompts, read_rating
+from megatron_longpo.evaluation.harness.judged_questions import JudgedQuestion, read_questions
 from megatron_longpo.evaluation.harness.tasks import frame_tokens, without_middle
 from megatron_longpo.generation.backends.base import BackendError, Request, Sampling
 from megatron_longpo.generation.backends.factory import make_backend
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Question:
-    """One conversation to be had."""
-
-    id: str
-    category: str
-    turns: tuple[str, ...]
-    """What the user says; a later one follows the model's answer."""
-    shown: tuple[str, ...]
-    """The same as the judge is shown it: without the long document."""
-    references: tuple[str, ...]
-    """Right answers, a turn each, as far as there are."""
 
 
 def run_judged(
@@ -79,71 +65,12 @@ def run_judged(
     return cells
 
 
-# ------------------------------------------------------------------ questions
-
-
-def read_questions(config: EvaluateConfig, suite: HarnessSuite) -> list[Question]:
-    """Of `harness.data`/SUITE/questions.jsonl, or the hub."""
-    folder = None if config.harness.data is None else Path(config.harness.data) / suite.name
-    if folder is not None and (folder / "questions.jsonl").is_file():
-        lines = JsonlFile(folder / "questions.jsonl")
-        rows = [(lines.where(index), lines[index]) for index in range(len(lines))]
-    elif suite.questions is None or folder is not None:
-        place = folder or Path("DATA") / suite.name
-        raise UserError(
-            f"suite ({suite.name}): its questions are read from {place}/questions.jsonl, which is "
-            "not there; put them there and give --harness.data (docs/evaluation.md has the format)"
-        )
-    else:
-        rows = _from_hub(suite)
-    questions = [_question(suite, where, row) for where, row in rows]
-    if len({question.id for question in questions}) != len(questions):
-        raise UserError(f"suite ({suite.name}): two questions have the same id; number them")
-    return questions[: suite.samples]
-
-
-def _from_hub(suite: HarnessSuite) -> list[tuple[str, dict[str, Any]]]:
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(suite.questions, split="train")
-    except Exception as error:  # the hub and datasets raise many kinds
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise UserError(
-            f"suite ({suite.name}): {suite.questions} could not be read ({reason}). Where the hub "
-            "cannot be reached, give local files: harness.data"
-        ) from error
-    return [(f"{suite.questions}, row {index}", dict(row)) for index, row in enumerate(rows)]
-
-
-def _question(suite: HarnessSuite, where: str, row: dict[str, Any]) -> Question:
-    """MT-Bench as FastChat or the hub has it; LongBench-Chat as LongAlign has it."""
-    number = next((row[key] for key in ("question_id", "prompt_id", "idx") if key in row), where)
-    try:
-        if suite.judged == "longbench_chat":
-            turns: Sequence[str] = [row["prompt"]]
-            shown: Sequence[str] = [row["query"]]
-            references: Sequence[str] = [row["answer"]]
-        else:
-            turns = shown = row["turns"] if "turns" in row else row["prompt"]
-            references = row.get("reference") or []
-    except KeyError as error:
-        raise UserError(f"{where}: has no {error}; docs/evaluation.md has the format") from None
-    if not turns or not all(isinstance(text, str) for text in (*turns, *shown, *references)):
-        raise UserError(f"{where}: questions and references must be texts; correct it")
-    return Question(
-        id=str(number),
-        category=str(row.get("category", "")),
-        turns=tuple(turns),
-        shown=tuple(shown),
-        references=tuple(references),
-    )
-
-
 # ------------------------------------------------------------------ answers
 
 
-def _answer(questions: Sequence[Question], suite: HarnessSuite, model: Any) -> list[list[str]]:
+def _answer(
+    questions: Sequence[JudgedQuestion], suite: HarnessSuite, model: Any
+) -> list[list[str]]:
     """Lets the harness's model answer, turn by turn, all questions of a turn together."""
     import torch
     from lm_eval.api.instance import Instance
@@ -209,7 +136,7 @@ class _Judging:
 
     async def ask(
         self,
-        questions: Sequence[Question],
+        questions: Sequence[JudgedQuestion],
         answers: dict[str, dict[str, Any]],
         verdicts: dict[str, dict[str, Any]],
     ) -> list[str]:
@@ -241,7 +168,7 @@ class _Judging:
             }
         return failed
 
-    def _request(self, question: Question, turn: int, answers: Sequence[str]) -> Request:
+    def _request(self, question: JudgedQuestion, turn: int, answers: Sequence[str]) -> Request:
         prompt = self._prompts[prompt_name(turn, question.references)]
         fields = {"question": question.shown[turn], "answer": answers[turn]}
         for number in range(turn + 1):
@@ -254,7 +181,7 @@ class _Judging:
 
 
 def _cells(
-    suite: HarnessSuite, questions: Sequence[Question], verdicts: dict[str, dict[str, Any]]
+    suite: HarnessSuite, questions: Sequence[JudgedQuestion], verdicts: dict[str, dict[str, Any]]
 ) -> list[dict[str, Any]]:
     cells = []
     turns = max(len(question.turns) for question in questions)

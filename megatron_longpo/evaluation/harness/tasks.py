@@ -9,7 +9,7 @@ from typing import Any
 from megatron_longpo.config.harness import HarnessConfig
 from megatron_longpo.config.suites import HarnessSuite
 from megatron_longpo.errors import UserError
-from megatron_longpo.evaluation.harness.ruler import files_folder
+from megatron_longpo.evaluation.harness.ruler_files import files_folder
 
 TASK_FILES = Path(__file__).with_name("task_files")
 """Our task files, for a suite's `folders` that begin with ours/."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from megatron_longpo.data.text.tokenizers import ChatTokenizer, Message
+from megatron_longpo.data.text.chat_tokenizer import ChatTokenizer, Message
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,12 +10,14 @@ from rich.console import Console
 from megatron_longpo.config.tokenize import InspectConfig, TokenizeConfig
 from megatron_longpo.data.inspect.console import show_sample
 from megatron_longpo.data.inspect.page import _script_json
+from megatron_longpo.data.inspect.row_samples import sample_of_row
 from megatron_longpo.data.inspect.run import run_inspect
-from megatron_longpo.data.inspect.samples import Sample, sample_of_row
+from megatron_longpo.data.inspect.samples import Sample
 from megatron_longpo.data.inspect.statistics import Series, row_statistics
 from megatron_longpo.data.rows.dataset import open_rows
+from megatron_longpo.data.text.chat_tokenizer import ChatTokenizer
+from megatron_longpo.data.text.hf_tokenizer import HuggingFaceTokenizer
 from megatron_longpo.data.text.tokenize import run_tokenize
-from megatron_longpo.data.text.tokenizers import ChatTokenizer, HuggingFaceTokenizer
 from megatron_longpo.errors import UserError
 from tests import small_tokenizers as small
 from tests.data.text.test_tokenize import CHUNKS, DOCUMENT, example, write

@@ -1,6 +1,6 @@
 """What Mistral's own package makes of conversations, for test_mistral_common.py.
 
-    PYTHONPATH=.venv/mistral_common python tests/data/in_mistral_common.py < conversations
+    PYTHONPATH=.venv/mistral_common python tests/data/text/in_mistral_common.py < conversations
 
 Reads `{"version": "v1", "conversations": [[question, answer, question, ...], ...]}`, of which each
 ends with a question or an answer, and writes `{"model": path, "ids": [[...], ...]}`.

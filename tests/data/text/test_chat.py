@@ -9,10 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AddedToken
 
-from megatron_longpo.data.rows.dataset import IGNORED_LABEL, TokenRow
+from megatron_longpo.data.rows.schema import IGNORED_LABEL, TokenRow
 from megatron_longpo.data.text.chat import conversation_row, prompt_ids
+from megatron_longpo.data.text.chat_tokenizer import ChatTokenizer
+from megatron_longpo.data.text.hf_tokenizer import HuggingFaceTokenizer
 from megatron_longpo.data.text.renderings import TemplateChangesText
-from megatron_longpo.data.text.tokenizers import ChatTokenizer, HuggingFaceTokenizer, load_tokenizer
+from megatron_longpo.data.text.tokenizers import load_tokenizer
 from megatron_longpo.errors import UserError
 from tests import small_tokenizers as small
 

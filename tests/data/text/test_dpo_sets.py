@@ -11,11 +11,13 @@ import pytest
 
 from megatron_longpo.config.tokenize import InspectConfig, TokenizeConfig
 from megatron_longpo.data.inspect.run import run_inspect
-from megatron_longpo.data.rows.dataset import IGNORED_LABEL, PreferenceRow, TokenRow, open_rows
+from megatron_longpo.data.rows.dataset import open_rows
+from megatron_longpo.data.rows.schema import IGNORED_LABEL, PreferenceRow, TokenRow
+from megatron_longpo.data.text.chat_tokenizer import ChatTokenizer
 from megatron_longpo.data.text.dpo_sets import check_dpo_pair
 from megatron_longpo.data.text.sets import TextSet
 from megatron_longpo.data.text.tokenize import run_tokenize
-from megatron_longpo.data.text.tokenizers import ChatTokenizer, load_tokenizer
+from megatron_longpo.data.text.tokenizers import load_tokenizer
 from megatron_longpo.errors import UserError
 from tests import small_tokenizers as small
 

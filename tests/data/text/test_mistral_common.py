@@ -43,7 +43,7 @@ def test_ids_are_those_of_mistrals_own_package(
     texts = [text for turn in TURNS for text in turn]
     prompts = [texts[: 2 * turn + 1] for turn in range(len(TURNS))]
     answer = subprocess.run(
-        [sys.executable, str(ROOT / "tests/data/in_mistral_common.py")],
+        [sys.executable, str(ROOT / "tests/data/text/in_mistral_common.py")],
         input=json.dumps({"version": version, "conversations": prompts}),
         env=environment,
         capture_output=True,

@@ -17,9 +17,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_longpo.data.rows.dataset import IGNORED_LABEL, TokenRow, check_row
+from megatron_longpo.data.rows.checks import check_row
+from megatron_longpo.data.rows.schema import IGNORED_LABEL, TokenRow
 from megatron_longpo.data.text.chat import conversation_row, prompt_ids
-from megatron_longpo.data.text.tokenizers import ChatTokenizer, HuggingFaceTokenizer, Message
+from megatron_longpo.data.text.chat_tokenizer import ChatTokenizer, Message
+from megatron_longpo.data.text.hf_tokenizer import HuggingFaceTokenizer
 from tests.public_templates import PUBLIC
 
 TOKENIZERS: dict[str, ChatTokenizer] = {name: PUBLIC[name].tokenizer(name) for name in PUBLIC}

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_longpo.data.text import renderings
+from megatron_longpo.data.text.chat_tokenizer import Message
 from megatron_longpo.data.text.renderings import Renderings, TemplateChangesText
-from megatron_longpo.data.text.tokenizers import Message
 from tests.public_templates import PUBLIC
 
 TOKENIZERS = {name: PUBLIC[name].tokenizer(name) for name in PUBLIC}

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 from megatron_longpo.config.tokenize import InspectConfig, TokenizeConfig
+from megatron_longpo.data.common_prefix import common_prefix_length
 from megatron_longpo.data.inspect.run import run_inspect
-from megatron_longpo.data.rows.dataset import IGNORED_LABEL, common_prefix_length, open_rows
+from megatron_longpo.data.rows.dataset import open_rows
+from megatron_longpo.data.rows.schema import IGNORED_LABEL
 from megatron_longpo.data.text.chat import prompt_ids
 from megatron_longpo.data.text.prompt_layout import opening_messages
 from megatron_longpo.data.text.tokenize import run_tokenize

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from megatron_longpo.data.rows.dataset import PreferenceRow
+from megatron_longpo.data.rows.schema import PreferenceRow
 from megatron_longpo.data.trees.forest import NO_PARENT, Branch, Forest, Term
 from tests.random_rows import random_row
 

@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_longpo.data.rows.dataset import PreferenceRow, open_rows, write_rows_jsonl
+from megatron_longpo.data.rows.dataset import open_rows
+from megatron_longpo.data.rows.schema import PreferenceRow
+from megatron_longpo.data.rows.writing import write_rows_jsonl
 from megatron_longpo.data.trees.catalog import PairCatalog, RowLimits
 from megatron_longpo.data.trees.forest import Forest
 from megatron_longpo.data.trees.packing import pair_size
-from megatron_longpo.data.trees.tree import TreeSettings, pair_trees
+from megatron_longpo.data.trees.tree import TreeConfig, pair_trees
 from megatron_longpo.errors import UserError
 from tests.random_rows import random_row, random_rows
 
@@ -23,11 +25,11 @@ LIMITS = RowLimits(vocab_size=VOCAB, max_length=1000, too_long="error", max_refe
 
 
 def make_catalog(
-    folder: Path, rows: Sequence[PreferenceRow], limits: RowLimits = LIMITS, **settings: Any
+    folder: Path, rows: Sequence[PreferenceRow], limits: RowLimits = LIMITS, **changes: Any
 ) -> PairCatalog:
     write_rows_jsonl(folder / "rows.jsonl", rows)
-    settings = {"settings": TreeSettings(), **settings}
-    return PairCatalog(open_rows(str(folder / "rows.jsonl")), limits=limits, **settings)
+    changes = {"tree_config": TreeConfig(), **changes}
+    return PairCatalog(open_rows(str(folder / "rows.jsonl")), limits=limits, **changes)
 
 
 def row(prompt_length: int = 5, id: str = "row", **shape: Any) -> PreferenceRow:
@@ -51,9 +53,9 @@ def refused(message: str) -> Any:
 @pytest.mark.parametrize("share", [True, False])
 def test_pairs_are_measured_and_read_again(tmp_path: Path, share: bool) -> None:
     rows = random_rows(np.random.default_rng(0), VOCAB, 5)
-    settings = TreeSettings(share_prefix=share)
-    catalog = make_catalog(tmp_path, rows, settings=settings)
-    expected = [pair_trees(one, settings) for one in rows]
+    tree_config = TreeConfig(share_prefix=share)
+    catalog = make_catalog(tmp_path, rows, tree_config=tree_config)
+    expected = [pair_trees(one, tree_config) for one in rows]
     assert len(catalog) == 5 and catalog.num_dropped == 0
     assert catalog.sizes == [pair_size(trees) for trees in expected]
     assert catalog.sizes_of([3, 1]) == [catalog.sizes[3], catalog.sizes[1]]
@@ -102,16 +104,16 @@ def test_no_row_left_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("reference", [("long_chosen", "long_rejected"), ()])
 def test_short_rows_are_asked_for_where_they_are_read(tmp_path: Path, reference: Any) -> None:
     bare = replace(row(6), reference_chosen=(), reference_rejected=())
-    policy_too = TreeSettings(policy=("long_chosen", "short_chosen"), reference=reference)
-    for settings in (TreeSettings(), policy_too):
+    policy_too = TreeConfig(policy=("long_chosen", "short_chosen"), reference=reference)
+    for tree_config in (TreeConfig(), policy_too):
         with refused(r"rows\.jsonl:2: has no short rows .*reference\.context read; use others"):
-            make_catalog(tmp_path, [row(5), bare], settings=settings)
-    settings = TreeSettings(reference=reference)
-    catalog = make_catalog(tmp_path, [row(5), bare], settings=settings)
+            make_catalog(tmp_path, [row(5), bare], tree_config=tree_config)
+    tree_config = TreeConfig(reference=reference)
+    catalog = make_catalog(tmp_path, [row(5), bare], tree_config=tree_config)
     assert len(catalog) == 2
     assert catalog.trees(1).num_turns == 1
-    assert_same_forest(catalog.trees(1).policy, pair_trees(row(6), settings).policy)
-    assert_same_forest(catalog.trees(1).reference, pair_trees(row(6), settings).reference)
+    assert_same_forest(catalog.trees(1).policy, pair_trees(row(6), tree_config).policy)
+    assert_same_forest(catalog.trees(1).reference, pair_trees(row(6), tree_config).reference)
 
 
 def test_the_first_bad_row_is_named(tmp_path: Path) -> None:
@@ -165,10 +167,10 @@ def test_every_turn_needs_its_answers_and_short_rows(
 def test_without_short_rows_only_turns_mind_unequal_answers(tmp_path: Path) -> None:
     two_turns: dict[str, Any] = {"chosen_answer_lengths": (1, 2), "rejected_answer_lengths": (3, 3)}
     rows = [with_answers_run_together(row(5, **two_turns))]
-    settings = TreeSettings(reference=("long_chosen", "long_rejected"))
-    assert len(make_catalog(tmp_path, rows, settings=settings)) == 1
+    tree_config = TreeConfig(reference=("long_chosen", "long_rejected"))
+    assert len(make_catalog(tmp_path, rows, tree_config=tree_config)) == 1
     with refused(r"rows\.jsonl:1: answers of the row: chosen 2, rejected 1; per_turn pairs"):
-        make_catalog(tmp_path, rows, settings=settings, per_turn=True)
+        make_catalog(tmp_path, rows, tree_config=tree_config, per_turn=True)
 
 
 def test_progress_sees_every_row(tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_longpo.data.rows.dataset import PreferenceRow
+from megatron_longpo.data.rows.schema import PreferenceRow
 from megatron_longpo.data.trees.packing import Microbatch, PairSize, deal, make_pack, pair_size
-from megatron_longpo.data.trees.tree import TreeSettings, pair_trees
+from megatron_longpo.data.trees.tree import TreeConfig, pair_trees
 from megatron_longpo.errors import UserError
 from tests.data.trees.forests import (
     Prediction,
@@ -46,7 +46,7 @@ sizes = st.lists(
     max_size=14,
 )
 tree_settings = st.builds(
-    TreeSettings,
+    TreeConfig,
     nll=st.sampled_from(["chosen_row", "chosen_answers", None]),
     reference=st.sampled_from([("short_chosen", "short_rejected"), ("long_chosen",), ()]),
     share_prefix=st.booleans(),
@@ -153,7 +153,7 @@ def test_reference_tokens_ride_on_top_of_the_budget() -> None:
 @quick
 @given(st.lists(preference_rows(), min_size=1, max_size=3), tree_settings, st.booleans())
 def test_a_pack_is_its_pairs_side_by_side(
-    rows: list[PreferenceRow], of: TreeSettings, is_filler: bool
+    rows: list[PreferenceRow], of: TreeConfig, is_filler: bool
 ) -> None:
     pairs = [pair_trees(row, of) for row in rows]
     pack = make_pack(pairs, is_filler=is_filler)
@@ -189,7 +189,7 @@ def test_pair_size_measures_both_forests() -> None:
     def causal(lengths: list[int]) -> int:
         return sum(length * (length + 1) // 2 for length in lengths)
 
-    of = TreeSettings(share_prefix=False, nll="chosen_row")
+    of = TreeConfig(share_prefix=False, nll="chosen_row")
     size = pair_size(pair_trees(row, of))
     assert size == PairSize(
         policy_tokens=sum(long),
@@ -202,6 +202,6 @@ def test_pair_size_measures_both_forests() -> None:
         reference_edges=sum(answers),
     )
     assert size.attention_cost == 3 * causal(long) + causal(short)
-    alone = pair_size(pair_trees(row, TreeSettings(reference=())))
+    alone = pair_size(pair_trees(row, TreeConfig(reference=())))
     assert (alone.reference_tokens, alone.reference_attended, alone.reference_edges) == (0, 0, 0)
     assert alone.policy_tokens < alone.unshared_tokens == sum(long)

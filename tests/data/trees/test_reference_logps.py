@@ -8,7 +8,7 @@ import pytest
 from megatron_longpo.data.trees.forest import Row, Term
 from megatron_longpo.data.trees.packing import make_pack, pair_size
 from megatron_longpo.data.trees.reference_logps import ReferenceLogps, joined
-from megatron_longpo.data.trees.tree import TreeSettings, pair_trees, reference_alone
+from megatron_longpo.data.trees.tree import TreeConfig, pair_trees, reference_alone
 from megatron_longpo.errors import UserError
 from tests.random_rows import random_row
 
@@ -78,7 +78,7 @@ def test_the_reference_alone_is_what_it_is_beside_the_policy() -> None:
         chosen_answer_lengths=(3, 5),
         rejected_answer_lengths=(4, 2),
     )
-    beside = pair_trees(row, TreeSettings())
+    beside = pair_trees(row, TreeConfig())
     alone = reference_alone(beside)
     assert alone.policy is beside.reference
     assert alone.reference is None and alone.reference_terms == ()
@@ -92,9 +92,9 @@ def test_the_reference_alone_is_what_it_is_beside_the_policy() -> None:
 
 def test_without_its_trees_the_reference_leaves_nothing_to_pack() -> None:
     row = random_row(np.random.default_rng(0), 50)
-    settings = TreeSettings(packs_reference=False)
-    assert settings.reads_short_rows
-    trees = pair_trees(row, settings)
+    tree_config = TreeConfig(packs_reference=False)
+    assert tree_config.reads_short_rows
+    trees = pair_trees(row, tree_config)
     assert trees.reference is None and trees.reference_terms == ()
     assert pair_size(trees).reference_tokens == 0
     assert make_pack([trees]).reference is None

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_longpo.data.rows.dataset import PreferenceRow, TokenRow
+from megatron_longpo.data.rows.schema import PreferenceRow, TokenRow
 from megatron_longpo.data.trees.forest import (
     NO_PARENT,
     Branch,
@@ -21,7 +21,7 @@ from megatron_longpo.data.trees.forest import (
     concatenate,
     divergence_edges,
 )
-from megatron_longpo.data.trees.tree import NllTokens, TreeSettings, answer_turns, pair_trees
+from megatron_longpo.data.trees.tree import NllTokens, TreeConfig, answer_turns, pair_trees
 from megatron_longpo.errors import UserError
 from tests.data.trees.forests import (
     Prediction,
@@ -46,14 +46,14 @@ NLL: tuple[NllTokens | None, ...] = (
     "short_chosen_answers",
 )
 TREE_SETTINGS = [
-    TreeSettings(nll=nll, reference=reference) for nll in NLL[:3] for reference in (SHORT, LONG)
+    TreeConfig(nll=nll, reference=reference) for nll in NLL[:3] for reference in (SHORT, LONG)
 ] + [
-    TreeSettings(policy=(), nll="chosen_row", reference=()),
-    TreeSettings(policy=(), nll="rejected_answers", reference=()),
-    TreeSettings(policy=(*SHORT, "long_chosen"), nll=None, reference=(*SHORT, "long_chosen")),
-    TreeSettings(policy=(*SHORT, "long_chosen"), nll="short_chosen_answers", reference=()),
-    TreeSettings(policy=(), nll=None, reference=(), divergence=("long_rejected", "short_rejected")),
-    TreeSettings(reference=SHORT, divergence=("long_chosen", "long_chosen")),
+    TreeConfig(policy=(), nll="chosen_row", reference=()),
+    TreeConfig(policy=(), nll="rejected_answers", reference=()),
+    TreeConfig(policy=(*SHORT, "long_chosen"), nll=None, reference=(*SHORT, "long_chosen")),
+    TreeConfig(policy=(*SHORT, "long_chosen"), nll="short_chosen_answers", reference=()),
+    TreeConfig(policy=(), nll=None, reference=(), divergence=("long_rejected", "short_rejected")),
+    TreeConfig(reference=SHORT, divergence=("long_chosen", "long_chosen")),
 ]
 
 
@@ -81,7 +81,7 @@ def expected_branch(row: TokenRow, term: Term, nll: str | None, turn: int | None
     return Branch(input_ids=row.input_ids, terms=np.array(terms), turns=np.array(turns))
 
 
-def expected_groups(row: PreferenceRow, of: TreeSettings, *, policy: bool) -> list[list[Branch]]:
+def expected_groups(row: PreferenceRow, of: TreeConfig, *, policy: bool) -> list[list[Branch]]:
     """Groups of rows that may share tokens, from the sums that are wanted of them."""
     scored = of.policy if policy else of.reference
     compared = None if of.divergence is None else of.divergence[0 if policy else 1]
@@ -111,14 +111,14 @@ def expected_groups(row: PreferenceRow, of: TreeSettings, *, policy: bool) -> li
     return [group for group in groups if group]
 
 
-def expected_rows(row: PreferenceRow, of: TreeSettings, *, policy: bool) -> list[Branch]:
+def expected_rows(row: PreferenceRow, of: TreeConfig, *, policy: bool) -> list[Branch]:
     return [branch for group in expected_groups(row, of, policy=policy) for branch in group]
 
 
 @quick
 @given(preference_rows(), st.sampled_from(TREE_SETTINGS), st.booleans())
 def test_every_prediction_of_the_rows_is_in_the_trees(
-    row: PreferenceRow, of: TreeSettings, share: bool
+    row: PreferenceRow, of: TreeConfig, share: bool
 ) -> None:
     """The same multiset of (turn, term, history, target), read from the rows, shared or not."""
     trees = pair_trees(row, replace(of, share_prefix=share))
@@ -136,7 +136,7 @@ def test_every_prediction_of_the_rows_is_in_the_trees(
 @quick
 @given(preference_rows(), st.sampled_from(TREE_SETTINGS))
 def test_tokens_are_kept_once_where_shared_and_twice_where_not(
-    row: PreferenceRow, of: TreeSettings
+    row: PreferenceRow, of: TreeConfig
 ) -> None:
     wanted = [ids_of(branch) for branch in expected_rows(row, of, policy=True)]
     shared = pair_trees(row, replace(of, share_prefix=True))
@@ -163,7 +163,7 @@ def ids_of_segment(forest: Forest, segment: int) -> tuple[int, ...]:
 
 @quick
 @given(preference_rows(), st.sampled_from(TREE_SETTINGS), st.booleans())
-def test_counts_of_a_pair(row: PreferenceRow, of: TreeSettings, share: bool) -> None:
+def test_counts_of_a_pair(row: PreferenceRow, of: TreeConfig, share: bool) -> None:
     trees = pair_trees(row, replace(of, share_prefix=share))
     predictions = branch_predictions(expected_rows(row, of, policy=True))
     wanted = {term: [0] * trees.num_turns for term in of.policy_terms}
@@ -227,7 +227,7 @@ def test_the_last_shared_token_predicts_two_answers() -> None:
         reference_chosen=(TokenRow(input_ids=np.array([9, 1, 2]), labels=np.array([-100, 1, 2])),),
         reference_rejected=(TokenRow(input_ids=np.array([9, 3]), labels=np.array([-100, 3])),),
     )
-    trees = pair_trees(row, TreeSettings())
+    trees = pair_trees(row, TreeConfig())
     policy, reference = trees.policy, trees.reference
     assert policy.input_ids.tolist() == [7, 8, 9, 1, 2, 3]
     assert policy.position_ids.tolist() == [0, 1, 2, 3, 4, 3]
@@ -254,7 +254,7 @@ def test_the_last_shared_token_predicts_two_answers() -> None:
 
 def test_an_answer_beginning_alike_is_predicted_once_for_both_sums() -> None:
     row = random_row(np.random.default_rng(0), 9, prompt_length=4, common_prefix_length=6)
-    edges = pair_trees(row, TreeSettings(nll=None)).policy
+    edges = pair_trees(row, TreeConfig(nll=None)).policy
     both = edges.edge_terms == int(Term.LONG_CHOSEN | Term.LONG_REJECTED)
     assert edges.edge_sources[both].tolist() == [3, 4]
     # Answers of 3 and 4 tokens, two of them shared.
@@ -268,7 +268,7 @@ def test_a_divergence_meets_the_same_answer_in_both_trees(
 ) -> None:
     """Place by place the same turn and target, though the rows before them differ."""
     rows: Any = (f"long_{branch}", f"short_{branch}")
-    of = TreeSettings(divergence=rows, nll=None, share_prefix=share)
+    of = TreeConfig(divergence=rows, nll=None, share_prefix=share)
     pair = concatenate_pairs([row, row], of)
     places = [
         np.stack([getattr(forest, f"edge_{name}") for name in ("pairs", "turns", "targets")])[
@@ -283,7 +283,7 @@ def test_a_divergence_meets_the_same_answer_in_both_trees(
     assert places[0][0].tolist() == [0] * len(answer) + [1] * len(answer)
 
 
-def concatenate_pairs(rows: list[PreferenceRow], of: TreeSettings) -> tuple[Forest, Forest]:
+def concatenate_pairs(rows: list[PreferenceRow], of: TreeConfig) -> tuple[Forest, Forest]:
     trees = [pair_trees(row, of) for row in rows]
     policy = concatenate([one.policy for one in trees], pairs=range(len(rows)))
     references = [one.reference for one in trees if one.reference is not None]
@@ -294,7 +294,7 @@ def test_a_divergence_along_other_answers_is_refused() -> None:
     row = random_row(np.random.default_rng(0), 9)
     other = random_row(np.random.default_rng(1), 9, chosen_answer_lengths=(2,))
     mixed = replace(row, reference_chosen=other.reference_chosen)
-    settings = TreeSettings(divergence=("long_chosen", "short_chosen"))
+    settings = TreeConfig(divergence=("long_chosen", "short_chosen"))
     with pytest.raises(UserError, match=r"random:row: .*\(3 and 2 of them\)"):
         pair_trees(mixed, settings)
     pair_trees(mixed, replace(settings, divergence=("long_rejected", "short_rejected")))

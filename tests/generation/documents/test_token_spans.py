@@ -10,12 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_longpo.data.text.tokenizers import (
-    ChatTokenizer,
-    HuggingFaceTokenizer,
-    SentencePieceTokenizer,
-    spans_by_words,
-)
+from megatron_longpo.data.text.chat_tokenizer import ChatTokenizer, spans_by_words
+from megatron_longpo.data.text.hf_tokenizer import HuggingFaceTokenizer
+from megatron_longpo.data.text.sentencepiece_tokenizer import SentencePieceTokenizer
 from tests import small_tokenizers as small
 
 TEXTS = st.lists(

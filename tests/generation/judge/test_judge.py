@@ -13,7 +13,7 @@ import pytest
 from megatron_longpo.cli import main
 from megatron_longpo.config.judge import JudgeConfig
 from megatron_longpo.data.text.examples import Example, ExampleFile, Turn, write_examples
-from megatron_longpo.data.text.tokenizers import HuggingFaceTokenizer
+from megatron_longpo.data.text.hf_tokenizer import HuggingFaceTokenizer
 from megatron_longpo.errors import UserError
 from megatron_longpo.generation.backends.base import BackendError, Completion, Request
 from megatron_longpo.generation.judge import run as judge

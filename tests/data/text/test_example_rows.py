@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from megatron_longpo.config.tokenize import TokenizeConfig
 from megatron_longpo.data.progress import Dropped
-from megatron_longpo.data.rows.dataset import IGNORED_LABEL, TokenRow
+from megatron_longpo.data.rows.schema import IGNORED_LABEL, TokenRow
+from megatron_longpo.data.text.example_rows import example_row
 from megatron_longpo.data.text.examples import Example, Turn
-from megatron_longpo.data.text.tokenize import example_row
 from tests.public_templates import PUBLIC
 
 NAMES = ("mistral-v0.2", "mistral-v0.3", "qwen2.5", "llama-3")

@@ -1,4 +1,4 @@
-"""Rows into a `datasets` folder, a few at a time."""
+"""Writes rows to JSONL or to a `datasets` folder, a few in memory at a time."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 
-from megatron_longpo.data.jsonl import disk_errors, partial_path
-from megatron_longpo.data.rows.dataset import (
+from megatron_longpo.data.jsonl import disk_errors, partial_path, write_lines
+from megatron_longpo.data.rows.schema import (
     LONG_COLUMNS,
     REFERENCE_COLUMNS,
     PreferenceRow,
@@ -21,8 +22,20 @@ from megatron_longpo.data.rows.dataset import (
 )
 
 
+def row_line(row: PreferenceRow) -> bytes:
+    """Returns the row as one line of JSONL, with its line end."""
+    return orjson.dumps(
+        row_arrays(row), option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE
+    )
+
+
+def write_rows_jsonl(path: str | Path, rows: Iterable[PreferenceRow]) -> int:
+    """Writes rows to a JSONL file (first beside it, then renamed). Returns their number."""
+    return write_lines(path, (row_line(row) for row in rows))
+
+
 def row_table(row: PreferenceRow) -> Any:
-    """The row as a `pyarrow.Table` of one row; nulls stand where it has no short rows."""
+    """Returns a `pyarrow.Table` of one row; nulls stand for short rows that it lacks."""
     import pyarrow as pa
 
     columns = row_arrays(row)
@@ -45,7 +58,7 @@ def _value_type(column: str) -> Any:
 
 
 def _list_array(values: list[np.ndarray], value_type: Any) -> Any:
-    """A list for each array, without a Python object for each number."""
+    """Returns a list for each array, without making a Python object for each number."""
     import pyarrow as pa
 
     ends = np.cumsum([0, *map(len, values)], dtype=np.int32)
@@ -66,7 +79,7 @@ def _update(digest: Any, table: Any) -> None:
 def write_rows_dataset(folder: Path, tables: Iterable[Any]) -> None:
     """Writes a `save_to_disk` folder of `row_table`s: first beside it, then renamed.
 
-    The columns of short rows are left out where no row has any.
+    If no row has short rows, the folder has no columns for them.
     """
     import datasets
 
@@ -81,7 +94,7 @@ def write_rows_dataset(folder: Path, tables: Iterable[Any]) -> None:
             written = datasets.Dataset.from_file(str(rows))
             if not has_reference:
                 written = written.remove_columns(list(REFERENCE_COLUMNS))
-            # By default the fingerprint follows the file's time; ours follows the rows.
+            # The default fingerprint depends on the file's time; ours depends on the rows.
             dataset = datasets.Dataset(written.data, info=written.info, fingerprint=fingerprint)
             dataset.save_to_disk(str(partial / "dataset"))
             if folder.exists():
@@ -92,8 +105,7 @@ def write_rows_dataset(folder: Path, tables: Iterable[Any]) -> None:
 
 
 def _write_rows(path: Path, tables: Iterable[Any], folder: Path) -> tuple[str, bool]:
-    """Writes an Arrow file for `folder`; returns a hash of its rows, and whether any has short
-    rows."""
+    """Writes an Arrow file. Returns a hash of its rows and whether any has short ones."""
     from datasets.arrow_writer import ArrowWriter
 
     digest = hashlib.blake2b(digest_size=8)
@@ -110,7 +122,7 @@ def _write_rows(path: Path, tables: Iterable[Any], folder: Path) -> tuple[str, b
         with disk_errors(folder):
             writer.finalize()
     finally:
-        # What a full disk refused has been said, and would be refused once more.
+        # The disk's error was raised before; closing would raise it again.
         with suppress(OSError):
             writer.close()
     return digest.hexdigest(), has_reference
