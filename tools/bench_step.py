@@ -274,7 +274,7 @@ def as_mode(built: Run, config: TrainConfig) -> Run:
     """The same model and optimizer on the pairs as another mode reads them."""
     sources = built.sources
     if config.reference.mode == "none":
-        sources = replace(sources, reference=None, reference_folder=None)
+        sources = replace(sources, scorers=())
     objective = make_objective(config)
     pairs = read_pairs(config, config.data.path, sources, objective, progress=lambda rows: rows)
     sampler = PairSampler(
@@ -309,7 +309,7 @@ def bare_step(run: Run, limit: Limit, timer: Timer) -> dict[str, float]:
     )
     total: dict[str, float] = {}
     for pack in packs:
-        parts = limit.seconds(pack, run.sources.policy, run.sources.reference, timer=timer)
+        parts = limit.seconds(pack, run.sources.policy, run.sources.online_arch, timer=timer)
         for part, seconds in parts.items():
             total[part] = total.get(part, 0.0) + seconds
     return total

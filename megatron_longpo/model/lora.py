@@ -19,7 +19,6 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -37,10 +36,12 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from megatron_longpo.config.names import LoraTarget
+from megatron_longpo.config.train import LoraConfig
 from megatron_longpo.errors import UserError
 
 ADAPTER_NAME = "adapter"
-TARGETS = {
+TARGETS: dict[LoraTarget, str] = {
     "linear_qkv": "self_attention",
     "linear_proj": "self_attention",
     "linear_fc1": "mlp",
@@ -51,21 +52,8 @@ TARGETS = {
 Split = Literal["column", "row"]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LoraSettings:
-    """Which layers carry an adapter, and of what size."""
-
-    rank: int
-    alpha: float
-    targets: tuple[str, ...]
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / self.rank
-
-
 def attach_adapters(
-    gpt: GPTModel, settings: LoraSettings, *, seed: int, tensor_group: ProcessGroup
+    gpt: GPTModel, config: LoraConfig, *, seed: int, tensor_group: ProcessGroup
 ) -> None:
     """Freezes `gpt`, whose weights are loaded, and adds adapters that change nothing yet (B = 0).
 
@@ -73,11 +61,11 @@ def attach_adapters(
     """
     gpt.requires_grad_(False)
     for layer in gpt.decoder.layers:
-        for target in settings.targets:
+        for target in (target for target in TARGETS if target in config.targets):
             linear = getattr(getattr(layer, TARGETS[target]), target)
             adapter = Adapter(
                 linear,
-                settings,
+                config,
                 target=target,
                 layer=layer.layer_number - 1,
                 seed=seed,
@@ -122,9 +110,9 @@ class Adapter(nn.Module):
     def __init__(
         self,
         linear: nn.Module,
-        settings: LoraSettings,
+        config: LoraConfig,
         *,
-        target: str,
+        target: LoraTarget,
         layer: int,
         seed: int,
         is_sequence_parallel: bool,
@@ -134,7 +122,7 @@ class Adapter(nn.Module):
         self.target = target
         self.layer = layer
         """The layer's number in the whole model, from 0."""
-        self.scale = settings.scale
+        self.scale = config.scale
         self.split: Split = _split_of(linear, target)
         self.is_on = True
         self._is_sequence_parallel = is_sequence_parallel
@@ -143,12 +131,10 @@ class Adapter(nn.Module):
         weight: Any = linear.weight
         out_features, in_features = weight.shape
         ranks = tensor_group.size() if self.split == "row" else 1
-        whole = initial_a(
-            (settings.rank, in_features * ranks), seed=seed, layer=layer, target=target
-        )
+        whole = initial_a((config.rank, in_features * ranks), seed=seed, layer=layer, target=target)
         own = whole.chunk(ranks, dim=1)[tensor_group.rank() if ranks > 1 else 0]
         self.lora_a = nn.Parameter(own.to(weight).contiguous())
-        self.lora_b = nn.Parameter(weight.new_zeros(out_features, settings.rank))
+        self.lora_b = nn.Parameter(weight.new_zeros(out_features, config.rank))
         self._mark_for_megatron()
 
     def forward(self, x: Tensor, base_output: Tensor) -> Tensor:
@@ -221,7 +207,7 @@ def load_adapter_state(gpt: GPTModel, state: Mapping[str, Tensor]) -> None:
             parameter.copy_(state[name])
 
 
-def initial_a(shape: tuple[int, int], *, seed: int, layer: int, target: str) -> Tensor:
+def initial_a(shape: tuple[int, int], *, seed: int, layer: int, target: LoraTarget) -> Tensor:
     """[r, all of i] fp32, the same under any layout: PEFT's kaiming-uniform with a = sqrt(5).
 
     That is uniform within 1 / sqrt(i).
@@ -232,7 +218,7 @@ def initial_a(shape: tuple[int, int], *, seed: int, layer: int, target: str) -> 
     return torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
 
 
-def _split_of(linear: nn.Module, target: str) -> Split:
+def _split_of(linear: nn.Module, target: LoraTarget) -> Split:
     """How tensor-parallel ranks share the layer's matrix."""
     if isinstance(linear, tensor_parallel.ColumnParallelLinear):
         return "column"
@@ -248,7 +234,7 @@ def _split_of(linear: nn.Module, target: str) -> Split:
     return mode
 
 
-def _refuse_fused_norm(linear: nn.Module, target: str) -> None:
+def _refuse_fused_norm(linear: nn.Module, target: LoraTarget) -> None:
     """A needs what W is given, and such a layer's input is not that yet.
 
     To carry adapters there, `_add_update` would normalise its input first.

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
+from megatron_longpo.config.train import LoraConfig
 from megatron_longpo.errors import UserError
 from megatron_longpo.model.architectures import read_architecture
 from megatron_longpo.model.lora import (
     TARGETS,
     Adapter,
-    LoraSettings,
     adapters,
     adapters_off,
     attach_adapters,
@@ -25,7 +25,7 @@ from megatron_longpo.parallel.groups import Groups
 from tests.parity.cases import TinyModel
 from tests.parity.harness import Shelf
 
-SETTINGS = LoraSettings(rank=4, alpha=8.0, targets=tuple(TARGETS))
+SETTINGS = LoraConfig(rank=4, alpha=8.0, targets=tuple(TARGETS))
 
 
 class Identity(nn.Module):
