@@ -134,8 +134,8 @@ def draw_nll(evaluated: Sequence[Evaluated]) -> Figure | None:
 
 
 def draw_retention(evaluated: Sequence[Evaluated]) -> Figure | None:
-    """Draws what was gained against what was lost, mean retrieval over the KL to the base model, and
-    bars of the share of equal first choices."""
+    """Draws what was gained against what was lost: mean retrieval over the KL to the base model.
+    Beside it, bars of the share of equal first choices."""
     having = [
         (number, one) for number, one in enumerate(evaluated) if "retention/kl" in one.numbers
     ]
