@@ -1,4 +1,4 @@
-"""Short chats with plain answers, to see whether a model still talks as its base does."""
+"""Short chats with plain answers, which show whether a model still answers as its base does."""
 
 from __future__ import annotations
 
@@ -83,4 +83,4 @@ CHATS: tuple[tuple[str, str], ...] = (
         "Friday. Could we find another time next week?\n\nBest regards,\nTom",
     ),
 )
-"""Question and answer. They were written for this file and are in no data set."""
+"""Question and answer, written for this file and in no data set."""

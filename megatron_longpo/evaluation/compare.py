@@ -1,4 +1,4 @@
-"""`longpo evaluate --compare`: what was measured of several models, as a table, files and plots."""
+"""`longpo evaluate --compare`: compares evaluations in a table, files and plots."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HIGHER_IS_BETTER = (
 
 
 def run_compare(paths: Sequence[str], output: Path) -> None:
-    """Reads, prints and writes; nothing is written unless everything could be read."""
+    """Reads evaluations, writes files and prints a table; if one cannot be read, writes nothing."""
     evaluated = [read_evaluated(path, name) for path, name in zip(paths, names(paths), strict=True)]
     if not evaluated:
         raise UserError(
@@ -36,12 +36,12 @@ def run_compare(paths: Sequence[str], output: Path) -> None:
 
 
 def keys_of(evaluated: Sequence[Evaluated]) -> list[str]:
-    """All numbers that somebody has, in the order in which they are first met."""
+    """Returns the keys of all numbers, in order of first appearance."""
     return list(dict.fromkeys(key for one in evaluated for key in one.numbers))
 
 
 def best_of(key: str, evaluated: Sequence[Evaluated]) -> float | None:
-    """The best value of a number, None where there is nothing to choose."""
+    """Returns the best value of a number; None with fewer than two values, or all equal."""
     values = [one.numbers[key] for one in evaluated if key in one.numbers]
     if len(values) < 2 or len(set(values)) == 1:
         return None
@@ -49,6 +49,7 @@ def best_of(key: str, evaluated: Sequence[Evaluated]) -> float | None:
 
 
 def json_text(evaluated: Sequence[Evaluated]) -> str:
+    """Returns numbers, records and histories of all models as JSON."""
     contents = [
         {
             "name": one.name,
@@ -63,7 +64,7 @@ def json_text(evaluated: Sequence[Evaluated]) -> str:
 
 
 def csv_text(evaluated: Sequence[Evaluated]) -> str:
-    """A line a model, a column a number; what a model has not is empty."""
+    """Returns one line for each model and one column for each number; missing numbers are empty."""
     keys = keys_of(evaluated)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -75,7 +76,7 @@ def csv_text(evaluated: Sequence[Evaluated]) -> str:
 
 
 def markdown_text(evaluated: Sequence[Evaluated]) -> str:
-    """A line a number, a column a model, the best of each line in bold."""
+    """Returns one line for each number and one column for each model, the best in bold."""
     lines = [
         "| | " + " | ".join(_title(one) for one in evaluated) + " |",
         "|---|" + "---:|" * len(evaluated),
@@ -87,6 +88,7 @@ def markdown_text(evaluated: Sequence[Evaluated]) -> str:
 
 
 def print_table(evaluated: Sequence[Evaluated]) -> None:
+    """Prints the table of `markdown_text` to the terminal."""
     from rich.console import Console
     from rich.table import Column, Table
 
@@ -99,7 +101,7 @@ def print_table(evaluated: Sequence[Evaluated]) -> None:
 
 
 def _cells(key: str, evaluated: Sequence[Evaluated], *, best: str) -> list[str]:
-    """A number of each, empty where it has none; the best of them in the format `best`."""
+    """Returns one number of every model, empty if missing; the best has the format `best`."""
     highlighted = best_of(key, evaluated)
     cells = []
     for one in evaluated:

@@ -1,4 +1,4 @@
-"""Reads what is compared: folders of `longpo evaluate`, and training runs that evaluated."""
+"""Reads the evaluations to compare: of `longpo evaluate`, and of training runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_longpo.evaluation.output import FILE_NAME, read_evaluation
 from megatron_longpo.evaluation.results import Record, flat_numbers
 
 PAIR_KEYS = ("rewards/accuracies", "rewards/margins", "nll_loss")
-"""What of a run's last evaluation of data.eval_path is compared too."""
+"""Numbers of a run's last evaluation of data.eval_path that are compared too."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,16 +24,16 @@ class Evaluated:
 
     name: str
     record: Record
-    """As `results` describes it; of a training run the last evaluation's."""
+    """See results.py; of a training run, the last evaluation's record."""
     numbers: dict[str, float]
     step: int | None = None
-    """Of a training run, the step of these numbers."""
+    """Step of these numbers in a training run."""
     history: list[tuple[int, dict[str, float]]] = field(default_factory=list)
-    """Of a training run, steps and numbers of all evaluations."""
+    """Steps and numbers of all evaluations of a training run."""
 
 
 def names(paths: Sequence[str]) -> list[str]:
-    """As few last parts of each path as it takes to tell them apart."""
+    """Returns the last parts of each path, as few as tell all paths apart."""
     parts = [Path(path).parts for path in paths]
     for depth in range(1, max(map(len, parts), default=1) + 1):
         short = ["/".join(of[-depth:]) for of in parts]
@@ -43,7 +43,7 @@ def names(paths: Sequence[str]) -> list[str]:
 
 
 def read_evaluated(path: str, name: str) -> Evaluated:
-    """Reads a folder with evaluation.json, or a run's with metrics.jsonl."""
+    """Reads a folder with evaluation.json, or a run's folder with metrics.jsonl."""
     folder = Path(path)
     if folder.is_file():
         folder = folder.parent
@@ -59,7 +59,7 @@ def read_evaluated(path: str, name: str) -> Evaluated:
 
 
 def _read_training_run(run: Run, name: str) -> Evaluated:
-    """The last evaluation of a run, and all of them as curves."""
+    """Returns the last evaluation of a run, with all evaluations as its history."""
     history = [(int(row["step"]), _numbers_of_row(row)) for row in run.evaluation]
     if not history:
         raise UserError(

@@ -1,6 +1,6 @@
-"""What plots have in common: panels, looks of lines, axes of lengths, and files that appear whole.
+"""Parts of every plot: panels, line styles, axes of lengths, and writing files whole.
 
-Plain matplotlib without pyplot: it draws without a display and leaves no global state.
+Uses matplotlib without pyplot: it needs no display and leaves no global state.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MARKERS = "os^Dv<>Ph*"
 def grid(
     panels: int, *, width: float, height: float, columns: int = 3
 ) -> tuple[Figure, list[Axes]]:
-    """A figure of panels, each of `width` by `height` inches."""
+    """Makes a figure of panels, each `width` by `height` inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -38,12 +38,12 @@ def grid(
 
 
 def color(number: int) -> str:
-    """Colour of the line of that number."""
+    """Returns the colour of line `number`."""
     return COLORS[number % len(COLORS)]
 
 
 def look(number: int) -> dict[str, Any]:
-    """Colour and marker of the line of that number, as arguments of `plot`."""
+    """Returns colour and marker of line `number`, as arguments of `plot`."""
     return {
         "color": color(number),
         "marker": MARKERS[number % len(MARKERS)],
@@ -53,19 +53,19 @@ def look(number: int) -> dict[str, Any]:
 
 
 def tokens(length: int) -> str:
-    """`32K` for 32,768."""
+    """Returns `32K` for 32,768."""
     return f"{length // 1024}K" if length % 1024 == 0 else str(length)
 
 
 def length_axis(axes: Axes, lengths: Sequence[int]) -> None:
-    """A logarithmic axis of lengths in tokens, with a tick at each of them."""
+    """Makes the x axis logarithmic, with a tick at each length in tokens."""
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [tokens(length) for length in lengths])
     axes.minorticks_off()
 
 
 def legend_above(figure: Figure, axes: Sequence[Axes], *, columns: int) -> None:
-    """One legend for all panels, each label once."""
+    """Adds one legend for all panels, with each label once."""
     by_label = {
         label: line
         for axis in axes
@@ -77,7 +77,7 @@ def legend_above(figure: Figure, axes: Sequence[Axes], *, columns: int) -> None:
 
 
 def save_figures(figures: Mapping[str, Figure | None], folder: Path, *, dpi: int) -> list[str]:
-    """Writes those that there are as PNG, by name; returns the names."""
+    """Writes figures as PNG files, without those that are None; returns the file names."""
     names = []
     for name, figure in figures.items():
         if figure is None:

@@ -1,7 +1,8 @@
-"""Chat rows around a text that is put in later, as tokens.
+"""Frames: the tokens of a chat row before and after a text that is inserted later.
 
-A long text is tokenised once and cut to length by tokens. What stands around it, in the model's
-chat format, is tokenised with a word in its place, and found where two such rows part.
+A long text is tokenised once and cut to length by tokens. The tokens around it, in the model's chat
+format, come from two rows with different words in place of the text: where the rows differ, the
+frame ends.
 """
 
 from __future__ import annotations
@@ -19,32 +20,33 @@ from megatron_longpo.data.text.chat_tokenizer import ChatTokenizer
 from megatron_longpo.data.text.prompt_layout import opening_messages
 
 _CONTEXTS = ("one", "two")
-"""Two words that differ in their first and in their last letter."""
+"""Two words whose first letters differ, and whose last letters differ."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Frame:
-    """A row before and after its text. Letters: S tokens of the tail."""
+    """The tokens of a row before and after its text. Letters: S tokens of the tail."""
 
     head: np.ndarray
     """Ids before the text, int32."""
     tail: np.ndarray
-    """[S] int32: ids after it, with question and answer."""
+    """[S] int32: ids after the text, with question and answer."""
     answer_start: int
-    """Where in the tail the answer begins: what is before it is the prompt."""
+    """Index in the tail of the answer's first token; the prompt ends before it."""
     value: slice
-    """Where in the tail the answer's value is: the tokens that another value would change."""
+    """Tokens of the tail that hold the answer's value: those that another value would change."""
     end: int
-    """Where in the tail the token is that ends the answer's turn."""
+    """Index in the tail of the token that ends the answer's turn."""
 
     def __len__(self) -> int:
         return len(self.head) + len(self.tail)
 
 
 def make_frame(tokenizer: ChatTokenizer, question: str, answer: str, other_answer: str) -> Frame:
-    """The frame of a question about a text; `other_answer` has another value in the same words.
+    """Returns the frame of a question about a text.
 
-    The two values must differ in their first and in their last letter.
+    `other_answer` has the words of `answer` with another value, which must differ in its first and
+    in its last letter.
     """
     row, other_context, other_value = (
         conversation_row(
@@ -75,11 +77,11 @@ def make_frame(tokenizer: ChatTokenizer, question: str, answer: str, other_answe
 
 
 def plain_ids(tokenizer: ChatTokenizer, text: str) -> list[int]:
-    """Ids of a document's text, in which a special token's text is text and no special token."""
+    """Returns the ids of a document's text, in which no text becomes a special token."""
     special = [re.escape(word) for word in tokenizer.special_texts if len(word) > 1]
     cuts = []
     if special:
-        # A lookahead, so that texts which overlap are all found.
+        # A lookahead, so that overlapping texts are all found.
         cuts = [found.start() + 1 for found in re.finditer(f"(?=({'|'.join(special)}))", text)]
     ids: list[int] = []
     for left, right in itertools.pairwise([0, *cuts, len(text)]):
@@ -88,7 +90,7 @@ def plain_ids(tokenizer: ChatTokenizer, text: str) -> list[int]:
 
 
 def _end_of_answer(tokenizer: ChatTokenizer, ids: np.ndarray) -> int:
-    """Index of the first of the special tokens that a row ends with: templates have one or more."""
+    """Returns the index of the first of the one or more special tokens that end a row."""
     special = {tokenizer.encode(text)[0] for text in tokenizer.special_texts}
     end = len(ids) - 1
     while int(ids[end - 1]) in special:

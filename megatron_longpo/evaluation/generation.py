@@ -1,4 +1,4 @@
-"""Retrieval questions answered by the model itself, greedily, through transformers."""
+"""Lets a model answer retrieval questions greedily, through transformers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def answer_questions(
     questions: Iterable[Question],
     new_tokens: int,
 ) -> list[bool]:
-    """Whether each answer of a transformers model holds the number that was asked for."""
+    """Returns whether each answer of a transformers model contains the requested number."""
     found = []
     for question in questions:
         prompt = torch.from_numpy(retrieval.prompt(question)).long()[None].to(model.device)

@@ -1,4 +1,4 @@
-"""Long texts as tokens: the user's documents, or plain sentences that come with this package."""
+"""Haystacks: the user's documents, or plain built-in sentences, as one stream of tokens."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from megatron_longpo.generation.documents.reading import DocumentSet
 from megatron_longpo.generation.documents.sources import ReadOptions
 
 NUM_SENTENCES = 2000
-"""Of the built-in text, some 25,000 tokens; longer haystacks begin anew."""
+"""Sentences of the built-in text, some 25,000 tokens; longer haystacks repeat it."""
 
 ENOUGH_TOKENS = 1_000_000
-"""Documents after these are not read. It is no setting's business, so that rows of one length are
-the same whatever other lengths are measured beside it."""
+"""Documents after these are not read. It is constant, so that rows of one length do not depend on
+the other lengths that are measured."""
 
 _WHO = (
     *("The ferryman", "A gardener", "The old teacher", "A young carpenter", "The night watch"),
@@ -41,7 +41,7 @@ _WHEN = (
 
 
 def filler_text(*, seed: int = 0) -> str:
-    """Sentences in which nothing can be asked for and no number stands; the same for a seed."""
+    """Returns sentences without numbers or facts to ask for; the same for the same seed."""
     rng = random.Random(seed)
     sentences = [
         f"{rng.choice(_WHO)} {rng.choice(_WHAT)} {rng.choice(_WHEN)}." for _ in range(NUM_SENTENCES)
@@ -51,10 +51,10 @@ def filler_text(*, seed: int = 0) -> str:
 
 
 class Haystack:
-    """An endless stream of tokens, which may be cut where a sentence or a line ends."""
+    """An endless stream of tokens that knows where sentences and lines end."""
 
     def __init__(self, texts: Iterable[str], tokenizer: ChatTokenizer) -> None:
-        """Reads texts until there are `ENOUGH_TOKENS`, or they end."""
+        """Reads texts until there are `ENOUGH_TOKENS` or no more texts."""
         parts: list[np.ndarray] = []
         num_tokens = 0
         for text in texts:
@@ -68,13 +68,13 @@ class Haystack:
         self._is_end = ends[inverse]
 
     def take(self, start: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """`length` tokens from `start` on, and after which of them a sentence ends, [length]."""
+        """Returns `length` tokens from `start`, and [length] bool: after which a sentence ends."""
         places = np.arange(start, start + length) % len(self.ids)
         return self.ids[places], self._is_end[places]
 
 
 def read_haystack(path: str | None, tokenizer: ChatTokenizer, *, key: str) -> Haystack:
-    """The documents of the setting `key`, or the built-in text."""
+    """Reads the documents of the setting `key`, or the built-in text if `path` is None."""
     if path is None:
         return Haystack([filler_text()], tokenizer)
     texts = (document.text for document in read_documents(path, key=key))
@@ -82,7 +82,7 @@ def read_haystack(path: str | None, tokenizer: ChatTokenizer, *, key: str) -> Ha
 
 
 def read_documents(path: str, *, key: str) -> DocumentSet:
-    """The documents under a path, of which there is one at least."""
+    """Reads the documents under a path; raises `UserError` if there is none."""
     documents = DocumentSet(path, options=ReadOptions(key=key))
     if next(iter(documents), None) is None:
         reasons = ", ".join(documents.dropped)

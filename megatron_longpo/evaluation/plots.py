@@ -1,6 +1,6 @@
-"""Plots of a comparison: heat maps, accuracy against length, retention, curves over steps.
+"""Draws the plots of a comparison: heat maps, accuracy by length, retention, curves by step.
 
-Plain matplotlib without pyplot: it draws without a display and leaves no global state.
+Uses matplotlib without pyplot: it needs no display and leaves no global state.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CURVES = "curves.png"
 
 
 def draw_all(evaluated: Sequence[Evaluated], folder: Path) -> list[str]:
-    """Draws every plot that somebody has numbers for; returns the names of the files."""
+    """Draws every plot for which a model has numbers; returns the file names."""
     figures = {
         HEATMAP: draw_heatmaps(evaluated),
         BY_LENGTH: draw_by_length(evaluated),
@@ -49,7 +49,7 @@ def draw_all(evaluated: Sequence[Evaluated], folder: Path) -> list[str]:
 
 
 def draw_heatmaps(evaluated: Sequence[Evaluated]) -> Figure | None:
-    """A panel a model and kind: lengths to the right, depths downwards, exact matches as colour."""
+    """Draws a panel for each model and kind: length to the right, depth down, exact matches."""
     panels = []
     for one in evaluated:
         cells = one.record.get("retrieval", [])
@@ -89,8 +89,8 @@ def _draw_heatmap(axes: Axes, cells: Sequence[dict[str, Any]]) -> None:
 
 
 def draw_by_length(evaluated: Sequence[Evaluated]) -> Figure | None:
-    """Exact matches against length, a line a model, what was written dashed; beside them how many
-    of the answers are ended."""
+    """Draws exact matches by length, a line for each model, dashed for written answers; in a second
+    panel, the share of answers that are ended."""
     series = [
         (panel, one.name if style == "-" else f"{one.name}, written", number, style, points)
         for number, one in enumerate(evaluated)
@@ -117,7 +117,7 @@ def draw_by_length(evaluated: Sequence[Evaluated]) -> Figure | None:
 
 
 def draw_nll(evaluated: Sequence[Evaluated]) -> Figure | None:
-    """Nats a token by position, a line a model, drawn at each bucket's end."""
+    """Draws nats per token by position, a line for each model, a point at each bucket's end."""
     having = [(number, one) for number, one in enumerate(evaluated) if one.record.get("nll")]
     if not having:
         return None
@@ -134,8 +134,8 @@ def draw_nll(evaluated: Sequence[Evaluated]) -> Figure | None:
 
 
 def draw_retention(evaluated: Sequence[Evaluated]) -> Figure | None:
-    """What was gained against what was lost: mean retrieval over the KL to the base model, or,
-    where nobody has retrieval, bars of that KL."""
+    """Draws what was gained against what was lost: mean retrieval over the KL to the base model.
+    Beside it, bars of the share of equal first choices."""
     having = [
         (number, one) for number, one in enumerate(evaluated) if "retention/kl" in one.numbers
     ]
@@ -168,7 +168,7 @@ def draw_retention(evaluated: Sequence[Evaluated]) -> Figure | None:
 
 
 def draw_suites(evaluated: Sequence[Evaluated]) -> Figure | None:
-    """A panel a suite with lengths, and one for each of its tasks; a line a model."""
+    """Draws a panel for each suite with lengths and each of its tasks; a line for each model."""
     prefixes = {
         key.removesuffix(length)
         for one in evaluated
@@ -192,7 +192,7 @@ def draw_suites(evaluated: Sequence[Evaluated]) -> Figure | None:
 
 
 def draw_curves(evaluated: Sequence[Evaluated]) -> Figure | None:
-    """A panel a number over training steps; models without steps are lines across."""
+    """Draws a panel for each number over training steps; models without steps are dotted lines."""
     runs = [(number, one) for number, one in enumerate(evaluated) if len(one.history) > 1]
     if not runs:
         return None
@@ -201,7 +201,7 @@ def draw_curves(evaluated: Sequence[Evaluated]) -> Figure | None:
     keys = [
         key
         for key in dict.fromkeys(key for _, one in runs for key in one.numbers)
-        # Kinds by themselves are in the table and the heat maps.
+        # Numbers of one kind are in the table and the heat maps.
         if not set(key.split("/")) & set(get_args(RetrievalKind))
     ]
     figure, axes = grid(len(keys), width=4.2, height=2.8)
@@ -222,6 +222,6 @@ def draw_curves(evaluated: Sequence[Evaluated]) -> Figure | None:
 
 
 def _by_length(numbers: dict[str, float], prefix: str) -> list[tuple[int, float]]:
-    """`retrieval/4096` and its like, without those of one kind."""
+    """Returns (length, value) of keys such as `retrieval/4096`, without those of one kind."""
     rest = {key.removeprefix(prefix): v for key, v in numbers.items() if key.startswith(prefix)}
     return sorted((int(length), value) for length, value in rest.items() if length.isdecimal())

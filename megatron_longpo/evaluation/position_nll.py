@@ -1,4 +1,4 @@
-"""Negative log-likelihood of long documents, by the position of the predicted token."""
+"""Rows for the negative log-likelihood of long documents by position."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ KEY = "evaluation.nll"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NllSet:
-    """Documents of one length, and the buckets that their positions fall into."""
+    """Documents of one length, and the buckets of their positions."""
 
     probes: ProbeSet
     """Group n of a row is bucket n."""
     borders: tuple[int, ...]
-    """Bucket n is the positions [borders[n], borders[n + 1])."""
+    """Bucket n has the positions [borders[n], borders[n + 1])."""
     num_short: int
-    """Documents that were left out before enough were found."""
+    """Documents that were too short, before enough were found."""
 
 
 def make_nll(config: NllConfig, tokenizer: ChatTokenizer) -> NllSet:
-    """A row a document: what the chat format puts before a user's text, and the document.
+    """Makes a row for each document: what the chat format puts before a user's text, then the text.
 
     Raises:
-        UserError: for documents that cannot be read, or if none is long enough.
+        UserError: if documents cannot be read, or none is long enough.
     """
     head = make_frame(tokenizer, "?", "1", "2").head
     borders = bucket_borders(config.bucket, config.length)
@@ -61,7 +61,7 @@ def make_nll(config: NllConfig, tokenizer: ChatTokenizer) -> NllSet:
 
 
 def bucket_borders(first: int, length: int) -> tuple[int, ...]:
-    """0, the first bucket's end, twice that, and so on up to the length."""
+    """Returns 0, the first bucket's end, twice that, and so on up to the length."""
     borders = [0]
     end = first
     while end < length:

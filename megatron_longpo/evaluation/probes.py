@@ -1,6 +1,6 @@
-"""Token rows that are scored and not trained on, packed and dealt as training's pairs are.
+"""Probes: token rows that are scored, not trained on, packed and dealt like training's pairs.
 
-Letters: R rows of a set, G most groups among them, S tokens of a branch.
+Letters: R rows of a set, G the most groups of a row, S tokens of a branch.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ from megatron_longpo.errors import UserError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProbeBranch:
-    """One sequence and those of its tokens that are looked at."""
+    """One sequence, and which of its tokens are scored."""
 
     input_ids: np.ndarray
     """[S] int32."""
     targets: np.ndarray
-    """Positions of the tokens whose prediction is scored; never the first."""
+    """Positions of the scored tokens; never the first token."""
     groups: np.ndarray
-    """For each of them the group whose sums it joins."""
+    """For each target, the group whose sums it joins."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProbeRow:
-    """Sequences that share what they have in common: computed once, as chosen and rejected are."""
+    """Sequences whose common beginning is computed once, as that of chosen and rejected is."""
 
     id: str
     branches: tuple[ProbeBranch, ...]
 
 
 class ProbeSet:
-    """Rows of one kind, as dealing and packing ask for them."""
+    """Rows of one kind, with the interface that dealing and packing need."""
 
     def __init__(self, rows: Sequence[ProbeRow], *, compares: bool = False) -> None:
-        """`compares`: scored are distances to the base model, not the rows' own tokens."""
+        """With `compares`, distances to the base model are scored, not log-probabilities."""
         self.rows = list(rows)
         self.compares = compares
         self.num_groups = 1 + max(
@@ -58,7 +58,7 @@ class ProbeSet:
 
     @cached_property
     def counts_RG(self) -> np.ndarray:
-        """[R, G] int64: how many tokens are scored."""
+        """[R, G] int64: the number of scored tokens."""
         counts = np.zeros((len(self.rows), self.num_groups), dtype=np.int64)
         for index, row in enumerate(self.rows):
             for branch in row.branches:
@@ -86,7 +86,7 @@ class ProbeSet:
         )
 
     def check_vocabulary(self, vocab_size: int, *, what: str) -> None:
-        """Refuses ids that the model does not have."""
+        """Raises `UserError` if a row has ids that the model does not have."""
         largest = max(int(branch.input_ids.max()) for row in self.rows for branch in row.branches)
         if largest >= vocab_size:
             raise UserError(

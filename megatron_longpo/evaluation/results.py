@@ -1,14 +1,14 @@
-"""What an evaluation found, as plain data: a record for files, and flat numbers for curves.
+"""Results of an evaluation as plain data: a record for files, and flat numbers for curves.
 
 A record has up to four keys:
 
-    retrieval   a list of cells: kind, length, depth, samples, exact (share of the numbers of which
-                every token is what greedy decoding would write), token_accuracy, ends (share of
-                the answers after whose full stop it would end the turn), and generated (the share
-                found in what the model wrote), where it was asked to write
+    retrieval   a list of cells: kind, length, depth, samples, exact (share of the numbers whose
+                tokens are all those of greedy decoding), token_accuracy, ends (share of the answers
+                after whose full stop greedy decoding would end the turn), and, with --generate,
+                generated (share of the numbers found in what the model wrote)
     nll         a list of buckets: start, stop, tokens, nll (nats a token)
     retention   prompts, positions, kl (nats a position), agreement (share of positions)
-    suites      what lm-evaluation-harness found, by suite (suite_numbers.py)
+    suites      results of lm-evaluation-harness, by suite (suite_numbers.py)
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Record = dict[str, Any]
 
 
 def retrieval_cells(retrieval: RetrievalSet, hits: np.ndarray) -> list[Record]:
-    """Cells in the order of the settings; `hits` is [rows, groups] as in `scorer.Scores`."""
+    """Returns cells in the order of the config; `hits` is [rows, groups] as in `scorer.Scores`."""
     counts = retrieval.probes.counts_RG
     cells: dict[tuple[str, int, float], list[Question]] = {}
     for question in retrieval.questions:
@@ -53,7 +53,7 @@ def retrieval_cells(retrieval: RetrievalSet, hits: np.ndarray) -> list[Record]:
 
 
 def nll_buckets(nll: NllSet, logps: np.ndarray) -> list[Record]:
-    """Buckets that hold tokens; `logps` is [rows, groups]."""
+    """Returns the buckets that have tokens; `logps` is [rows, groups]."""
     counts = nll.probes.counts_RG.sum(axis=0)
     sums = -logps.sum(axis=0)
     return [
@@ -69,7 +69,7 @@ def nll_buckets(nll: NllSet, logps: np.ndarray) -> list[Record]:
 
 
 def retention_numbers(probes: ProbeSet, divergences: np.ndarray, agreements: np.ndarray) -> Record:
-    """Means over all positions of all prompts; the arrays are [rows]."""
+    """Returns means over all positions of all prompts; the arrays are [rows]."""
     positions = int(probes.counts_RG.sum())
     return {
         "prompts": len(probes),
@@ -80,12 +80,12 @@ def retention_numbers(probes: ProbeSet, divergences: np.ndarray, agreements: np.
 
 
 def flat_numbers(record: Record) -> dict[str, float]:
-    """The numbers that are followed over steps and compared among models.
+    """Returns the numbers that are drawn over steps and compared between models.
 
-    `retrieval/LENGTH` is the mean over depths and kinds, `retrieval/KIND/LENGTH` that of one kind
-    where there are several, `ends/LENGTH` and `generated/LENGTH` the same of what was ended and of
-    what was written; `nll/START-STOP`; `retention/kl` and `retention/agreement`; `suite/...` as
-    `suite_numbers` says.
+    `retrieval/LENGTH` is the mean over depths and kinds; with several kinds,
+    `retrieval/KIND/LENGTH` is the mean of one kind. `ends/LENGTH` and `generated/LENGTH` are the
+    same for ended and written answers. Others are `nll/START-STOP`, `retention/kl`,
+    `retention/agreement`, and `suite/...` (see `suite_numbers`).
     """
     numbers: dict[str, float] = {}
     cells = record.get("retrieval", [])

@@ -1,4 +1,4 @@
-"""Short prompts on which policy and base model are compared, token by token."""
+"""Rows of short prompts on which policy and base model are compared token by token."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ ROLES = ("system", "user", "assistant")
 
 
 def make_retention(config: RetentionConfig, tokenizer: ChatTokenizer) -> ProbeSet:
-    """A row a prompt. Compared are the predictions of a conversation's answers, end of turn
-    included; of a prompt without an answer those of every token but the first.
+    """Makes a row for each prompt.
+
+    Of a conversation, the predictions of its answers are compared, end of turn included. Of a
+    prompt without an answer, the predictions of all tokens but the first are compared.
 
     Raises:
-        UserError: for a line that is no prompt, or one that is too long.
+        UserError: if a line is not a prompt, or is too long.
     """
     rows: list[ProbeRow] = []
     for where, messages in _conversations(config.prompts):
@@ -49,7 +51,7 @@ def make_retention(config: RetentionConfig, tokenizer: ChatTokenizer) -> ProbeSe
 
 
 def _conversations(path: str | None) -> list[tuple[str, list[Message]]]:
-    """Where each conversation stands, and its messages."""
+    """Returns the source of each conversation, for messages, and its messages."""
     if path is None:
         return [
             (

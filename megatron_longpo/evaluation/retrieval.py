@@ -1,8 +1,9 @@
-"""Numbers hidden in long texts, and questions that ask for them.
+"""Rows of numbers hidden in long texts, with questions that ask for them.
 
-A question is teacher-forced: the answer's words are given, and it counts as found where every token
-of the number is what the model would write next, and as ended where after its full stop the end of
-the turn is. One row is one text; the questions of `multi_needle` about the same text share it.
+A question is teacher-forced: the answer's words are given. The number counts as found if each of
+its tokens is the most likely next one, and the answer as ended if the end of the turn is the most
+likely token after its full stop. One row is one text; the questions of `multi_needle` about one
+text share it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ PLACES = (
     *("quarry", "vineyard", "archive", "foundry", "aviary", "brewery", "theatre", "tannery"),
     *("orchard", "museum", "stable", "cellar", "printshop"),
 )
-"""What the numbers of `multi_needle` belong to."""
+"""Names for the numbers of `multi_needle`."""
 
 NUM_DIGITS = 5
 
@@ -38,28 +39,28 @@ class Question:
 
     kind: RetrievalKind
     length: int
-    """As in the settings: most tokens of the row."""
+    """As in the config: the most tokens of the row."""
     depth: float
     sample: int
     row: int
     group: int
-    """Of the row's groups the one of this number's tokens."""
+    """Group of this number's tokens in the row."""
     end_group: int
-    """And that of the token that ends the answer."""
+    """Group of the token that ends the answer."""
     value: str
     prompt_tokens: int
-    """Of the question's branch, before the answer."""
+    """Tokens of the question's branch before the answer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RetrievalSet:
-    """All rows of the settings, and what they ask."""
+    """All rows of a config, and their questions."""
 
     probes: ProbeSet
     questions: tuple[Question, ...]
 
     def split(self) -> Iterator[RetrievalSet]:
-        """A set for every kind and length, with the same rows."""
+        """Yields a set for every kind and length, with the same rows."""
         groups: dict[tuple[RetrievalKind, int], list[Question]] = {}
         for question in self.questions:
             groups.setdefault((question.kind, question.length), []).append(question)
@@ -73,16 +74,16 @@ class RetrievalSet:
             )
 
     def prompt(self, question: Question) -> np.ndarray:
-        """Token ids up to where the model begins to answer."""
+        """Returns the token ids before the answer."""
         branch = self.probes.rows[question.row].branches[question.group]
         return branch.input_ids[: question.prompt_tokens]
 
 
 def make_retrieval(config: RetrievalConfig, tokenizer: ChatTokenizer) -> RetrievalSet:
-    """Rows of every kind, length, depth and sample, in this order.
+    """Makes rows of every kind, length, depth and sample.
 
     Raises:
-        UserError: for a haystack that cannot be read, or a length that leaves no room for a text.
+        UserError: if a haystack cannot be read, or a length leaves no room for a text.
     """
     haystack = read_haystack(config.haystack, tokenizer, key=f"{KEY}.haystack")
     if "multi_needle" in config.kinds and len(config.depths) > len(PLACES):
@@ -103,7 +104,7 @@ def make_retrieval(config: RetrievalConfig, tokenizer: ChatTokenizer) -> Retriev
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Needle:
-    """A number, the sentence that holds it, and the question that asks for it."""
+    """A number, its sentence, and the question that asks for it."""
 
     value: str
     ids: np.ndarray
@@ -121,7 +122,7 @@ class _RowMaker:
         self._haystack = haystack
 
     def add_passkeys(self, length: int, sample: int) -> None:
-        """One row a depth: the same text, each with a number of its own."""
+        """Adds a row for each depth: the same text with different numbers."""
         rng = self._rng("passkey", length, sample)
         start = rng.randrange(len(self._haystack.ids))
         for depth in self._config.depths:
@@ -129,7 +130,7 @@ class _RowMaker:
             self._add_row("passkey", length, sample, start, [needle], [depth])
 
     def add_multi_needle(self, length: int, sample: int) -> None:
-        """One row of all depths, whose numbers belong to different places."""
+        """Adds one row with a number at each depth, each of another place."""
         rng = self._rng("multi_needle", length, sample)
         start = rng.randrange(len(self._haystack.ids))
         depths = self._config.depths
@@ -145,10 +146,10 @@ class _RowMaker:
     def _needle(self, rng: random.Random, subject: str, reminder: str = "") -> _Needle:
         digits = [rng.randrange(1, 10) for _ in range(NUM_DIGITS)]
         value = "".join(map(str, digits))
-        # Other digits at both ends, as `make_frame` asks.
+        # Other digits at both ends, as `make_frame` requires.
         other = "".join(str(digit % 9 + 1) for digit in digits)
         sentence = f"{subject} is {value}. {reminder.format(value)}".rstrip()
-        # Small models answer this in the very words of the answer below.
+        # Small models answer this with exactly the words of the answer below.
         question = f"Which number is {subject[0].lower()}{subject[1:]} in the text above?"
         return _Needle(
             value=value,
@@ -167,7 +168,7 @@ class _RowMaker:
         needles: Sequence[_Needle],
         depths: Sequence[float],
     ) -> None:
-        """One text with its needles, and a branch a question."""
+        """Adds a row: one text with its needles, and a branch for each question."""
         around = max(len(needle.frame) for needle in needles)
         room = length - around - sum(len(needle.ids) for needle in needles)
         if room < 1:
@@ -209,7 +210,7 @@ class _RowMaker:
 def _hide(
     ids: np.ndarray, is_end: np.ndarray, needles: Sequence[_Needle], depths: Sequence[float]
 ) -> np.ndarray:
-    """The text with each needle where a sentence ends, as near to its depth as there is one."""
+    """Inserts each needle at the end of a sentence, the one nearest to its depth."""
     cuts = np.concatenate([[0], np.flatnonzero(is_end) + 1, [len(ids)]])
     places = [int(cuts[np.abs(cuts - depth * len(ids)).argmin()]) for depth in depths]
     parts: list[np.ndarray] = []

@@ -1,8 +1,8 @@
-"""What suites found, as plain data.
+"""Means over the results of lm-evaluation-harness, by suite, task, group and length.
 
-`record["suites"][NAME]` has `settings` (what its numbers depend on), `mean` (see
-`suites.HarnessSuite`) and `cells`: task, group, length (null where a task has one), metric, value,
-stderr, samples.
+`record["suites"][NAME]` has `settings` (on which its numbers depend), `mean` (see
+`config.suites.HarnessSuite`) and `cells`: task, group, length (null for tasks without lengths),
+metric, value, stderr, samples.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any
 Cell = dict[str, Any]
 
 MANY_TASKS = 30
-"""A suite of more is shown by its groups; its tasks are in the record."""
+"""Of a suite with more tasks, only groups are shown; its tasks are in the record."""
 
 
 def suite_numbers(suites: dict[str, Any]) -> dict[str, float]:
-    """`suite/NAME`, its mean; `suite/NAME/LENGTH`; `suite/NAME/GROUP`; `suite/NAME/TASK`, and
-    `suite/NAME/TASK/LENGTH` where it has lengths."""
+    """Returns means by key: `suite/NAME`, `suite/NAME/LENGTH`, `suite/NAME/GROUP`,
+    `suite/NAME/TASK`, and `suite/NAME/TASK/LENGTH` if the task has lengths."""
     numbers: dict[str, float] = {}
     for name, suite in suites.items():
         cells: list[Cell] = suite["cells"]

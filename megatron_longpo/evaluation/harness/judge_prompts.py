@@ -1,8 +1,8 @@
-"""What a judge is asked about an answer.
+"""Prompts that ask a judge to grade an answer, and the reading of its grade.
 
-The words are ours. For scores that can be laid beside published ones, put the benchmark's own
-prompts into `harness.data`: SUITE/judge_prompts.jsonl, an object a line with `name` (one of
-`NAMES`), `system_prompt` and `prompt_template`, as FastChat has them for MT-Bench.
+The words are ours. For scores comparable with published ones, put the benchmark's own prompts into
+`harness.data`: SUITE/judge_prompts.jsonl, an object a line with `name` (one of `NAMES`),
+`system_prompt` and `prompt_template`, as in FastChat's file for MT-Bench.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megatron_longpo.data.jsonl import JsonlFile
 from megatron_longpo.errors import UserError
 
 NAMES = ("single-v1", "single-math-v1", "single-v1-multi-turn", "single-math-v1-multi-turn")
-"""A first turn, one with a reference answer, a second turn, one with reference answers."""
+"""For a first turn, a first turn with reference answer, a second turn, one with references."""
 
 SYSTEM = "You grade the answers of an AI assistant, carefully and without favour."
 _ASK = (
@@ -44,14 +44,15 @@ _RATING = re.compile(r"\[\[\s*(\d+(?:\.\d+)?)\s*(?:/\s*10)?\s*\]\]")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JudgePrompt:
-    """A system message, and a user's with fields in braces."""
+    """A system message, and a user message with fields in braces."""
 
     system: str
     template: str
 
     def messages(self, fields: Mapping[str, str]) -> tuple[dict[str, str], ...]:
+        """Returns both messages with the fields filled in; unknown fields stay."""
         text = self.template
-        # Not str.format: templates of other people hold other braces, and answers hold any text.
+        # Not str.format: templates may have other braces, and answers may hold any text.
         text = re.sub(r"\{(\w+)\}", lambda match: fields.get(match.group(1), match.group(0)), text)
         return ({"role": "system", "content": self.system}, {"role": "user", "content": text})
 
@@ -72,7 +73,7 @@ OURS = {
 
 
 def read_prompts(folder: Path | None) -> dict[str, JudgePrompt]:
-    """Those of the folder, where it has some, and ours for the rest."""
+    """Reads the folder's prompts, and takes ours for those that it lacks."""
     prompts = dict(OURS)
     path = None if folder is None else folder / "judge_prompts.jsonl"
     if path is None or not path.is_file():
@@ -91,12 +92,12 @@ def read_prompts(folder: Path | None) -> dict[str, JudgePrompt]:
 
 
 def prompt_name(turn: int, references: Sequence[str]) -> str:
-    """The prompt for turn 0 or 1, with its references where there is one for each turn so far."""
+    """Returns the prompt's name for turn 0 or 1, with references if all turns so far have one."""
     math = "-math" if len(references) > turn and all(references[: turn + 1]) else ""
     return f"single{math}-v1" + ("-multi-turn" if turn else "")
 
 
 def read_rating(text: str) -> float | None:
-    """The last grade in a verdict, None where there is none from 1 to 10."""
+    """Returns the last grade in a verdict; None if there is none from 1 to 10."""
     found = [float(value) for value in _RATING.findall(text)]
     return found[-1] if found and 1 <= found[-1] <= 10 else None

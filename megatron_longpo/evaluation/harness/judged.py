@@ -1,8 +1,8 @@
 """MT-Bench and LongBench-Chat: questions answered in chat, answers scored by a judge.
 
-lm-evaluation-harness has neither, and no turns that build on an answer. Its model writes the
-answers; the server client of `longpo generate` asks the judge. Answers and verdicts are kept in
-`harness/SUITE/` as they come, so that what is there is not asked for again.
+lm-evaluation-harness has neither suite, and no turns that build on an answer. Its model writes the
+answers; the server client of `longpo generate` asks the judge. Answers and verdicts are stored in
+`harness/SUITE/`, so that a repeated command asks only for missing ones.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ def run_judged(
     folder: Path,
     say: Say,
 ) -> list[dict[str, Any]]:
-    """Cells of a suite, one a turn.
+    """Runs a judged suite and returns its cells, one for each turn.
 
     Raises:
-        UserError: for questions that cannot be read, or a judge that cannot be asked.
+        UserError: if questions cannot be read, or the judge cannot be reached.
     """
     questions = read_questions(config, suite)
     folder.mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ def run_judged(
     _write(folder / "verdicts.jsonl", verdicts)
     if failed:
         raise UserError(
-            f"harness.judge: {len(failed)} of {suite.name}'s verdicts could not be had ({failed[0]}"
+            f"harness.judge: {len(failed)} of {suite.name}'s verdicts are missing ({failed[0]}"
             f"); the others are kept in {folder}, and the same command asks again for the rest"
         )
     cells = _cells(suite, questions, verdicts)
@@ -71,7 +71,7 @@ def run_judged(
 def _answer(
     questions: Sequence[JudgedQuestion], suite: HarnessSuite, model: Any
 ) -> list[list[str]]:
-    """Lets the harness's model answer, turn by turn, all questions of a turn together."""
+    """Lets the harness's model answer turn by turn, all questions of a turn in one call."""
     import torch
     from lm_eval.api.instance import Instance
 
@@ -122,7 +122,7 @@ class _Judging:
         self._prompts = read_prompts(folder)
         self._sampling = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=harness.judge_tokens)
         try:
-            # The tokenizer counts nothing in chat; the judge's own limits hold.
+            # In chat, tokens are not counted; the judge's own limits apply.
             self._backend = make_backend(
                 BackendConfig(
                     model=model_path,
@@ -140,7 +140,7 @@ class _Judging:
         answers: dict[str, dict[str, Any]],
         verdicts: dict[str, dict[str, Any]],
     ) -> list[str]:
-        """Fills `verdicts` by question and turn; returns why requests failed for good."""
+        """Fills `verdicts` by question and turn; returns the errors of failed requests."""
         pending = [
             (question, turn)
             for question in questions

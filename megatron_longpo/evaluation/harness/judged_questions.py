@@ -1,4 +1,4 @@
-"""Questions of suites that a judge scores, from files or the hub."""
+"""Reads the questions of suites that a judge scores, from files or the hub."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from megatron_longpo.errors import UserError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JudgedQuestion:
-    """One conversation to be had."""
+    """One conversation of a judged suite."""
 
     id: str
     category: str
     turns: tuple[str, ...]
-    """What the user says; a later one follows the model's answer."""
+    """The user's messages; each later one follows the model's answer."""
     shown: tuple[str, ...]
-    """The same as the judge is shown it: without the long document."""
+    """The messages as shown to the judge: without the long document."""
     references: tuple[str, ...]
-    """Right answers, a turn each, as far as there are."""
+    """Right answers, one for each turn, as far as they exist."""
 
 
 def read_questions(config: EvaluateConfig, suite: HarnessSuite) -> list[JudgedQuestion]:
-    """Of `harness.data`/SUITE/questions.jsonl, or the hub."""
+    """Reads `harness.data`/SUITE/questions.jsonl, or the hub."""
     folder = None if config.harness.data is None else Path(config.harness.data) / suite.name
     if folder is not None and (folder / "questions.jsonl").is_file():
         lines = JsonlFile(folder / "questions.jsonl")
@@ -62,7 +62,7 @@ def _from_hub(suite: HarnessSuite) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _question(suite: HarnessSuite, where: str, row: dict[str, Any]) -> JudgedQuestion:
-    """MT-Bench as FastChat or the hub has it; LongBench-Chat as LongAlign has it."""
+    """Reads MT-Bench in FastChat's or the hub's format, LongBench-Chat in LongAlign's."""
     number = next((row[key] for key in ("question_id", "prompt_id", "idx") if key in row), where)
     try:
         if suite.judged == "longbench_chat":

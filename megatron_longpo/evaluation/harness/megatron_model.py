@@ -1,4 +1,4 @@
-"""A model in Megatron as lm-evaluation-harness asks for it: log-likelihoods of given answers."""
+"""A model in Megatron with the interface of lm-evaluation-harness, for log-likelihoods."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Request = tuple[tuple[str, str], list[int], list[int]]
 
 
 class MegatronModel(TemplateLM):
-    """Scores answers through `Scorer`, those to the same question beside each other: what they
-    have in common is computed once. Every process of a layout asks the same and is told the same.
+    """Scores answers through `Scorer`; the common beginning of answers to one question is computed
+    once. All processes of a layout make the same requests and get the same results.
     """
 
     def __init__(
         self, scorer: Scorer, tokenizer: Any, *, max_length: int, vocab_size: int, name: str
     ) -> None:
-        """`tokenizer` is transformers'; `name` is the model's."""
+        """`tokenizer` is transformers' tokenizer; `name` is the name of the model."""
         super().__init__()
         self.tokenizer = tokenizer
         self.max_length = max_length
@@ -65,7 +65,7 @@ class MegatronModel(TemplateLM):
         self, string: str, add_special_tokens: bool | None = None, **others: Any
     ) -> list[int]:
         if add_special_tokens is None:
-            # As the harness's transformers model: the tokenizer's own way, but no second BOS.
+            # As in the harness's transformers model: the tokenizer decides, but no second BOS.
             bos = self.tokenizer.bos_token
             add_special_tokens = not (bos and string.startswith(bos))
         return list(self.tokenizer.encode(string, add_special_tokens=add_special_tokens))
@@ -73,7 +73,7 @@ class MegatronModel(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], **others: Any
     ) -> list[tuple[float, bool]]:
-        """Sums over an answer's tokens in nats, and whether greedy decoding would write them."""
+        """Returns answers' log-likelihoods in nats, and whether greedy decoding gives them."""
         rows = []
         for number, (_, same) in enumerate(groupby(requests, key=lambda request: request[1])):
             branches = [

@@ -1,10 +1,9 @@
-"""Rows of RULER's tasks, by lm-evaluation-harness's generators, from files on this machine.
+"""RULER's tasks, with samples by lm-evaluation-harness's generators from files on this machine.
 
-The harness's own `ruler` tasks read the web, always make 500 rows of each length, and count neither
-chat template nor the beginning of the answer. Here a task has one length and as many rows as asked
-for, and every prompt with its answer fits the length. Two more differences to those tasks, both as
-in RULER's own code: `cwe` has its example, and a question with several right answers is answered by
-any of them.
+The harness's own `ruler` tasks read the web, always make 500 samples of each length, and count
+neither the chat template nor the beginning of the answer. Here a task has one length and the
+requested number of samples, and every prompt with its answer fits the length. Two more differences,
+both as in RULER's own code: `cwe` has its example, and any right answer to a question counts.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from megatron_longpo.errors import UserError
 from megatron_longpo.evaluation.harness.ruler_makers import MAKERS, RulerSample
 
 NEW_TOKENS = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50, "qa": 32}
-"""Tokens kept for an answer, as the task files generate."""
+"""Tokens reserved for an answer, as in the task files."""
 
 
 def make_rows(
@@ -37,16 +36,16 @@ def make_rows(
     chat_template: bool,
     **shape: Any,
 ) -> dict[str, Any]:
-    """The split `test` of one task at one length; called by lm-eval with a task's metadata.
+    """Makes the split `test` of one task at one length; lm-eval calls it with a task's metadata.
 
     Args:
         tokenizer: Folder or hub id.
-        length: Most tokens of a prompt, chat template included, with its answer.
+        length: The most tokens of a prompt and its answer, chat template included.
         files: Folder of `FILES`.
-        shape: What else the task file says.
+        shape: The rest of the task file's metadata.
 
     Raises:
-        UserError: where the task does not fit the length.
+        UserError: if the task does not fit the length.
     """
     import datasets
     from lm_eval.tasks.ruler.common_utils import get_tokenizer
@@ -77,7 +76,7 @@ def make_rows(
 
 
 def _frame(tokens: Any, text: str, beginning: str, chat_template: bool) -> str:
-    """A prompt as lm-eval writes it."""
+    """Returns a prompt as lm-eval writes it."""
     if not chat_template:
         return f"{text} {beginning}"
     messages = [{"role": "user", "content": text}, {"role": "assistant", "content": beginning}]
@@ -88,17 +87,17 @@ def _frame(tokens: Any, text: str, beginning: str, chat_template: bool) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the generators' lines and bars."""
+    """Suppresses the generators' lines and progress bars."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         yield
 
 
 def score_all(doc: RulerSample, results: list[str]) -> dict[str, float]:
-    """The share of the expected strings that the answer holds."""
+    """Returns the share of the expected strings that the answer contains."""
     found = [text.lower() in results[0].lower() for text in doc["outputs"]]
     return {"score": sum(found) / len(found)}
 
 
 def score_any(doc: RulerSample, results: list[str]) -> dict[str, float]:
-    """1 where the answer holds one of the right answers."""
+    """Returns 1 if the answer contains one of the right answers, else 0."""
     return {"score": float(any(text.lower() in results[0].lower() for text in doc["outputs"]))}

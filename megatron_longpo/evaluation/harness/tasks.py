@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness, as a suite wants them: their rows from the hub or from files."""
+"""Loads tasks of lm-evaluation-harness for a suite, with rows from the hub or from files."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from megatron_longpo.errors import UserError
 from megatron_longpo.evaluation.harness.ruler_files import files_folder
 
 TASK_FILES = Path(__file__).with_name("task_files")
-"""Our task files, for a suite's `folders` that begin with ours/."""
+"""Our task files: a suite's `folders` that begin with ours/ are searched here."""
 
 JOINT = 8
-"""Tokens kept free where texts meet: together they may be split into more."""
+"""Tokens kept free where texts are joined: together they may become more tokens."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
-    """What is run, recorded and gone on with as one: a task, at a length where it has several."""
+    """The unit that is run, recorded and resumed: a task, or a task at one of its lengths."""
 
     task: str
     group: str | None
@@ -32,7 +32,7 @@ class Part:
 
 
 def folders_of(suite: HarnessSuite) -> list[Path]:
-    """Folders of task files; only these are searched, since the harness has 14,000 tasks."""
+    """Returns folders of task files. Only these are searched: the harness has 14,000 tasks."""
     import lm_eval
 
     theirs = Path(lm_eval.__file__).parent / "tasks"
@@ -43,7 +43,7 @@ def folders_of(suite: HarnessSuite) -> list[Path]:
 
 
 def parts_of(suite: HarnessSuite) -> list[Part]:
-    """All parts of a suite, in order, lengths outermost."""
+    """Returns all parts of a suite in order, with lengths as the outer loop."""
     from lm_eval.tasks import TaskManager
 
     index = TaskManager(include_defaults=False, include_path=folders_of(suite)).task_index
@@ -65,10 +65,10 @@ def parts_of(suite: HarnessSuite) -> list[Part]:
 
 
 def load_task(suite: HarnessSuite, part: Part, config: HarnessConfig, *, tokenizer: str) -> Any:
-    """The harness's task object, with its rows.
+    """Loads the harness's task object with its rows.
 
     Raises:
-        UserError: where rows cannot be read or made.
+        UserError: if rows cannot be read or made.
     """
     from lm_eval.tasks import TaskManager
 
@@ -100,7 +100,7 @@ def load_task(suite: HarnessSuite, part: Part, config: HarnessConfig, *, tokeniz
 
 
 def _local(entry: Any, data: str) -> dict[str, Any]:
-    """What makes a task read local files of its own format."""
+    """Returns config keys that make a task read local files in its own format."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
     config = load_yaml(entry.yaml_path, resolve_func=False)
@@ -121,13 +121,13 @@ def _local(entry: Any, data: str) -> dict[str, Any]:
 
 
 def shorten(task: Any, column: str, *, tokenizer: Any, most: int, chat_template: bool) -> int:
-    """Takes the middle out of `column` where a row's prompt with its answer exceeds `most` tokens.
+    """Removes the middle of `column` in rows whose prompt and answer exceed `most` tokens.
 
     Returns:
-        How many rows became shorter.
+        The number of shortened rows.
 
     Raises:
-        UserError: where a prompt is too long even without its document.
+        UserError: if a prompt is too long even without its document.
     """
     split = task.config.test_split
     room = most - int(task.config.generation_kwargs["max_gen_toks"])
@@ -153,7 +153,7 @@ def shorten(task: Any, column: str, *, tokenizer: Any, most: int, chat_template:
 
 
 def without_middle(text: str, tokenizer: Any, *, most: int) -> str:
-    """Both ends of a text, of at most `most` tokens together."""
+    """Returns both ends of a text, with at most `most` tokens in total."""
     ids = tokenizer(text, add_special_tokens=False).input_ids
     if len(ids) <= most:
         return text
@@ -162,7 +162,7 @@ def without_middle(text: str, tokenizer: Any, *, most: int) -> str:
 
 
 def frame_tokens(tokenizer: Any) -> int:
-    """Tokens of the chat template around a user's message, and a few where texts meet it."""
+    """Returns the tokens of the chat template around a user's message, plus `JOINT`."""
     empty = tokenizer.apply_chat_template(
         [{"role": "user", "content": ""}], tokenize=False, add_generation_prompt=True
     )
