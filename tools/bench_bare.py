@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+from megatron_longpo.config.names import AttentionKernel as KernelName
 from megatron_longpo.errors import UserError
 from megatron_longpo.model.architectures import Architecture
 from megatron_longpo.model.attention.blocks import Attended, one_block
@@ -27,7 +28,7 @@ from megatron_longpo.model.attention.kernel_choice import choose_kernel
 from megatron_longpo.model.attention.kernels import AttentionKernel
 from megatron_longpo.parallel.layout import AttentionPlan, RankPack
 
-KERNELS = ("te", "cudnn", "flash_attn", "sdpa")
+KERNELS: tuple[KernelName, ...] = ("te", "cudnn", "flash_attn", "sdpa")
 REPEATS = 3
 LARGEST_PRODUCT = 32 * 1024
 """Rows of a product that are timed; more take as much longer, and would only need memory."""
@@ -265,7 +266,7 @@ def available_kernels(
     *,
     device: torch.device,
     dtype: torch.dtype,
-    settings: Iterable[str] = KERNELS,
+    settings: Iterable[KernelName] = KERNELS,
 ) -> dict[str, AttentionKernel]:
     """Every one of these kernels that runs here, by its setting."""
     kernels = {}
