@@ -26,7 +26,8 @@ from megatron_longpo.model.architectures import Architecture
 from megatron_longpo.model.attention.blocks import Attended, one_block
 from megatron_longpo.model.attention.kernel_choice import choose_kernel
 from megatron_longpo.model.attention.kernels import AttentionKernel
-from megatron_longpo.parallel.layout import AttentionPlan, RankPack
+from megatron_longpo.parallel.attention_plan import AttentionPlan
+from megatron_longpo.parallel.layout import RankPack
 
 KERNELS: tuple[KernelName, ...] = ("te", "cudnn", "flash_attn", "sdpa")
 REPEATS = 3
