@@ -20,14 +20,16 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+from megatron_longpo.config.names import AttentionKernel as KernelName
 from megatron_longpo.errors import UserError
 from megatron_longpo.model.architectures import Architecture
 from megatron_longpo.model.attention.blocks import Attended, one_block
 from megatron_longpo.model.attention.kernel_choice import choose_kernel
 from megatron_longpo.model.attention.kernels import AttentionKernel
-from megatron_longpo.parallel.layout import AttentionPlan, RankPack
+from megatron_longpo.parallel.attention_plan import AttentionPlan
+from megatron_longpo.parallel.layout import RankPack
 
-KERNELS = ("fa4", "te", "cudnn", "flash_attn", "sdpa")
+KERNELS: tuple[KernelName, ...] = ("fa4", "te", "cudnn", "flash_attn", "sdpa")
 REPEATS = 3
 LARGEST_PRODUCT = 32 * 1024
 """Rows of a product that are timed; more take as much longer, and would only need memory."""
@@ -265,10 +267,10 @@ def available_kernels(
     *,
     device: torch.device,
     dtype: torch.dtype,
-    settings: Iterable[str] = KERNELS,
+    settings: Iterable[KernelName] = KERNELS,
 ) -> dict[str, AttentionKernel]:
     """Every one of these kernels that runs here, by its setting."""
-    kernels = {}
+    kernels: dict[str, AttentionKernel] = {}
     for setting in settings:
         try:
             chosen = choose_kernel(setting, device=device, dtype=dtype, head_dim=head_dim)

@@ -27,6 +27,7 @@ from typing import get_args
 import numpy as np
 import torch
 
+from megatron_longpo.config.names import Recompute
 from megatron_longpo.config.train import (
     CheckpointConfig,
     DataConfig,
@@ -43,7 +44,7 @@ from megatron_longpo.data.rows.writing import write_rows_jsonl
 from megatron_longpo.data.trees.sampler import PairSampler
 from megatron_longpo.engine.batches import rank_packs
 from megatron_longpo.engine.sources import make_objective, read_pairs
-from megatron_longpo.model.spec import DTYPES, Recompute
+from megatron_longpo.model.spec import DTYPES
 from megatron_longpo.parallel import groups
 from megatron_longpo.runtime.gpu_memory import allow_expandable_segments
 from megatron_longpo.training.loop import Run, prepare

@@ -9,8 +9,8 @@ from megatron_longpo.config.train import ParallelConfig
 from megatron_longpo.errors import UserError
 from megatron_longpo.model.architectures import Architecture
 from megatron_longpo.model.spec import check_stages, check_tensor_size
-from megatron_longpo.parallel.context import kv_repeats, largest_inner
 from megatron_longpo.parallel.groups import ParallelSizes
+from megatron_longpo.parallel.head_shares import kv_repeats, largest_inner
 from megatron_longpo.parallel.stages import Split
 
 

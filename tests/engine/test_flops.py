@@ -9,7 +9,8 @@ import pytest
 from megatron_longpo.config.train import LoraConfig
 from megatron_longpo.data.trees.packing import PairSize
 from megatron_longpo.engine.flops import adapter_parameters, layer_parameters, step_flops
-from megatron_longpo.model.architectures import Architecture, RopeSettings
+from megatron_longpo.model.architectures import Architecture
+from megatron_longpo.model.rope_config import RopeConfig
 
 ARCH = Architecture(
     family="llama",
@@ -24,7 +25,7 @@ ARCH = Architecture(
     tied_embeddings=False,
     qkv_bias=False,
     qk_norm=False,
-    rope=RopeSettings(theta=1e4, scaling=None, max_position_embeddings=64),
+    rope=RopeConfig(theta=1e4, scaling=None, max_position_embeddings=64),
 )
 
 SIZE = PairSize(

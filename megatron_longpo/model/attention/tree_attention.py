@@ -17,8 +17,8 @@ from torch.profiler import record_function
 from megatron_longpo.model.activation_offload import ActivationOffload, Offloaded
 from megatron_longpo.model.attention.blocks import Attended, Block, causal_blocks, one_block
 from megatron_longpo.model.attention.kernels import AttentionKernel, padded
+from megatron_longpo.parallel.attention_plan import AttentionPlan, Span
 from megatron_longpo.parallel.context import ContextExchange, QueryKeyValue
-from megatron_longpo.parallel.layout import AttentionPlan, Span
 
 
 class TreeAttention(nn.Module):

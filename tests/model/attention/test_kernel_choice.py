@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor
 
+from megatron_longpo.config.names import AttentionKernel as KernelName
 from megatron_longpo.errors import UserError
 from megatron_longpo.model.attention import kernel_choice
 from megatron_longpo.model.attention.blocks import Attended, Block, Gradients
@@ -28,8 +29,11 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 NO_FA4 = "the package flash_attn.cute is not installed (the fa4 extra has it)"
 
 
+NAMES: tuple[KernelName, ...] = get_args(KernelName)
+
+
 def choose(
-    setting: str = "auto",
+    setting: KernelName = "auto",
     *,
     device: torch.device = CUDA,
     dtype: torch.dtype = torch.bfloat16,
@@ -79,7 +83,7 @@ def machine(
     ],
 )
 def test_without_a_gpu_or_in_fp32_there_is_nothing_to_choose(
-    setting: str, device: torch.device, dtype: torch.dtype, kernel: type
+    setting: KernelName, device: torch.device, dtype: torch.dtype, kernel: type
 ) -> None:
     chosen = choose(setting, device=device, dtype=dtype)
     assert isinstance(chosen.kernel, kernel) and chosen.line.startswith("attention: sdpa")
@@ -102,7 +106,7 @@ def test_flash_attention_4_that_errs_is_passed_over(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("setting", ["auto", "cudnn+te"])
 def test_without_it_hopper_takes_cudnn_by_the_length_of_a_block(
-    monkeypatch: pytest.MonkeyPatch, setting: str
+    monkeypatch: pytest.MonkeyPatch, setting: KernelName
 ) -> None:
     machine(monkeypatch, capability=(9, 0), packages=("transformer_engine",))
     chosen = choose(setting)
@@ -138,6 +142,17 @@ def test_an_older_gpu_takes_flash_attention(monkeypatch: pytest.MonkeyPatch) -> 
     assert isinstance(choose().kernel, FlashKernel)
 
 
+@pytest.mark.parametrize("setting", NAMES)
+def test_every_name_of_the_config_is_known(hopper: None, setting: KernelName) -> None:
+    chosen = choose(setting)
+    assert chosen.setting == ("cudnn+te" if setting == "auto" else setting)
+    assert chosen.line.startswith(f"attention: {chosen.setting} (")
+
+
+def test_every_known_kernel_is_a_name_of_the_config() -> None:
+    assert {"auto", *kernel_choice._TITLES} == set(NAMES)
+
+
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, capability=(9, 0), packages=())
     chosen = choose()
@@ -168,7 +183,7 @@ def test_a_kernel_that_fails_or_errs_is_passed_over(monkeypatch: pytest.MonkeyPa
     ],
 )
 def test_a_forced_kernel_that_cannot_run_is_refused(
-    hopper: None, setting: str, circumstances: dict[str, Any], message: str
+    hopper: None, setting: KernelName, circumstances: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UserError, match=r"model\.attention_kernel " + message):
         choose(setting, **circumstances)
@@ -176,7 +191,7 @@ def test_a_forced_kernel_that_cannot_run_is_refused(
 
 @pytest.mark.parametrize("setting", ["fa4", "cudnn+te", "te", "flash_attn"])
 def test_a_forced_kernel_whose_package_is_missing_is_refused(
-    setting: str, monkeypatch: pytest.MonkeyPatch
+    setting: KernelName, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine(monkeypatch, capability=(9, 0), packages=())
     with pytest.raises(
