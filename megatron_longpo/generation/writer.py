@@ -26,9 +26,9 @@ from megatron_longpo.generation.backends.base import (
     Sampling,
 )
 from megatron_longpo.generation.documents.chunking import chunk_document
+from megatron_longpo.generation.documents.kinds import find_kind
 from megatron_longpo.generation.documents.lengths import LengthBounds, fit_document
 from megatron_longpo.generation.documents.reading import Document
-from megatron_longpo.generation.documents.structure import find_kind
 from megatron_longpo.generation.documents.token_spans import TokenSpans, find_token_spans
 from megatron_longpo.generation.questions.facts import holds_fact
 from megatron_longpo.generation.questions.filters import Filters, same_answer

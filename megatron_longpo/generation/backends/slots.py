@@ -72,9 +72,7 @@ class SlotCache:
     # ------------------------------------------------------------ one token a request
 
     @torch.inference_mode()
-    def place(
-        self, active: Sequence[dict[int, RunningRequest]], *, width: int, steps: int
-    ) -> int:
+    def place(self, active: Sequence[dict[int, RunningRequest]], *, width: int, steps: int) -> int:
         """Makes room for `steps` tokens of each active request; returns the fullest slot's length.
 
         `active` has those of each slot by their numbers, at most `width`. Logits will come slot by

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_longpo.generation.documents.structure import INNER, Borders, Kind, find_borders
+from megatron_longpo.generation.documents.kinds import Kind
+from megatron_longpo.generation.documents.structure import INNER, Borders, find_borders
 from megatron_longpo.generation.documents.token_spans import TokenSpans
 
 _SENTENCE_END = re.compile(r"[.!?][\"')\]]*\s+|[\u3002\uff01\uff1f]")

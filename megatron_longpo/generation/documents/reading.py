@@ -13,10 +13,11 @@ from typing import Literal
 from megatron_longpo.config.generate import GenerateConfig
 from megatron_longpo.data.progress import Dropped
 from megatron_longpo.errors import UserError
-from megatron_longpo.generation.documents.decoding import check_text, is_html
+from megatron_longpo.generation.documents.encodings import check_text, is_html
+from megatron_longpo.generation.documents.formats import Read, ReadOptions
 from megatron_longpo.generation.documents.html import html_to_markdown, require_markdownify
 from megatron_longpo.generation.documents.near_duplicates import NearDuplicates
-from megatron_longpo.generation.documents.sources import Read, ReadOptions, open_sources
+from megatron_longpo.generation.documents.sources import open_sources
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,4 +1,4 @@
-"""What kind of text a document is, and where its structure allows it to be divided."""
+"""Where the structure of a document allows it to be divided."""
 
 from __future__ import annotations
 
@@ -6,13 +6,10 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import PurePath
-from typing import Literal, get_args
 
 import numpy as np
 
-Kind = Literal["text", "markdown", "rst", "latex", "code"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+from megatron_longpo.generation.documents.kinds import Kind
 
 PARAGRAPH = 20
 """Rank of a border between paragraphs; those of sections are smaller, the higher the section."""
@@ -20,21 +17,6 @@ INNER = 30
 """From this rank on, borders lie inside something that is kept whole where it fits: code blocks,
 LaTeX environments, classes."""
 _INNER_BLANK = 31
-
-_SUFFIXES: dict[Kind, str] = {
-    "markdown": "md markdown mdown mkd mdx qmd rmd",
-    "rst": "rst rest",
-    "latex": "tex ltx latex",
-    "code": "py pyi pyx js jsx mjs ts tsx c h cc cpp cxx hh hpp hxx cu cuh java go rs rb php sh "
-    "bash zsh pl pm r jl scala kt kts swift cs lua hs ml mli clj ex exs erl el lisp vim sql f90 "
-    "f95 dart zig nim m mm proto cmake tf v sv",
-}
-_KIND_OF_SUFFIX = {
-    suffix: kind for kind, suffixes in _SUFFIXES.items() for suffix in suffixes.split()
-}
-
-_SNIFFED = 100_000
-"""Characters that `find_kind` looks at where the name says nothing."""
 
 _ATX_HEADING = re.compile(r" {0,3}(#{1,6})(?:[ \t]|$)")
 _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})(.*)")
@@ -54,34 +36,8 @@ _DECLARATION = re.compile(
     r"(?:def|class|func|fn|function|impl|struct|enum|union|interface|trait|namespace|module|mod|"
     r"type|template|sub|subroutine|procedure|protocol|extension|object|macro_rules!)\b(?!\s*[=:,.)])"
 )
-_CODE_LINE = (
-    r"^(?:(?:def|class|func|fn|function|impl|struct|interface)\b.*[:;{(]|#include\b.*|"
-    r"import [\w.{*].*[\w;]|from [\w.]+ import .*|use [\w:]+.*;|package [\w.]+;?)$"
-)
 _ATTACHED = re.compile(r"@|#|//|/\*|\*|--|;;")
 """Decorators, attributes and comments: they belong to the declaration right below."""
-
-
-def find_kind(text: str, name: str = "") -> Kind:
-    """The kind of a text, by the ending of its file's name, else by what it begins with."""
-    suffix = PurePath(name).suffix.lower().removeprefix(".")
-    if suffix in _KIND_OF_SUFFIX:
-        return _KIND_OF_SUFFIX[suffix]
-    sample = text[:_SNIFFED]
-
-    def number(pattern: str) -> int:
-        return sum(1 for _ in re.finditer(pattern, sample, re.M))
-
-    if number(r"^\s*\\documentclass|^\\(?:chapter|section|subsection)\*?\{|^\\begin\{") >= 2:
-        return "latex"
-    num_lines = sample.count("\n") + 1
-    if sample.startswith("#!") or number(_CODE_LINE) > max(2, num_lines / 100):
-        return "code"
-    if number(r"^\.\. [\w-]+::|::$|:\w+:`") >= 2 and number(r"^\S.*\n([=~*^-])\1{3,}$") >= 1:
-        return "rst"
-    if number(r"^#{1,6} \S|^(?:```|~~~)|^[^\s].*\n={4,}$") >= 3:
-        return "markdown"
-    return "text"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -111,7 +111,12 @@ def test_a_shared_prefix_is_read_once(
         forward = module.forward
 
         def counted(
-            model: Any, cache: Any, ids: torch.Tensor, *rest: Any, forward: Any = forward, **more: Any
+            model: Any,
+            cache: Any,
+            ids: torch.Tensor,
+            *rest: Any,
+            forward: Any = forward,
+            **more: Any,
         ) -> torch.Tensor:
             read.append(len(ids))
             return forward(model, cache, ids, *rest, **more)
