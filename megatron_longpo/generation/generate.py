@@ -104,7 +104,7 @@ def _write_shard(
     folder = partial_path(output)
     with ShardWriter(shard.file(folder)) as file:
         backend = make_backend(config)
-        writer = ExampleWriter(backend, config, instructions, settings=manifest.fingerprint)
+        writer = ExampleWriter(backend, config, instructions, fingerprint=manifest.fingerprint)
         create(folder, manifest)
         run = _ShardRun(config, shard, documents, writer, file)
         asyncio.run(run.run())

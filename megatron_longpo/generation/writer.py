@@ -11,11 +11,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from megatron_longpo.config.generate import GenerateConfig
 from megatron_longpo.data.progress import Dropped
 from megatron_longpo.data.text.chat import prompt_ids
-from megatron_longpo.data.text.examples import Example, Turn
+from megatron_longpo.data.text.examples import Example
 from megatron_longpo.data.text.prompt_layout import opening_messages, shorten_document
 from megatron_longpo.errors import UserError
 from megatron_longpo.generation.backends.base import (
@@ -33,43 +34,20 @@ from megatron_longpo.generation.documents.token_spans import TokenSpans, find_to
 from megatron_longpo.generation.questions.facts import holds_fact
 from megatron_longpo.generation.questions.filters import Filters, same_answer
 from megatron_longpo.generation.questions.instructions import Instruction, Instructions, Prepared
-from megatron_longpo.generation.questions.planting import Span
 from megatron_longpo.generation.questions.prompts import phrase, question_request
+from megatron_longpo.generation.questions.turns import (
+    Answered,
+    Asked,
+    Question,
+    lengths_of,
+    meta_of,
+)
 from megatron_longpo.generation.shards.example_lengths import ExampleLengths
 
 ATTEMPTS_PER_TURN = 3
 """Chunks asked about, at most, for each turn wanted: answers that are dropped cost time too."""
 
 MAX_QUESTION_TOKENS = 1024
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Question:
-    """What is asked about a chunk, as it is put to the model."""
-
-    chunk: str
-    span: Span
-    """Of the chunk, in characters of the document."""
-    text: str
-    instruction: Instruction
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Asked:
-    """A question with its chosen answer."""
-
-    question: Question
-    chosen: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Answered:
-    """A question with both answers."""
-
-    asked: Asked
-    rejected: str
-    candidates: tuple[str, ...]
-    """The other answers from the whole document, the good ones."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -94,12 +72,13 @@ class ExampleWriter:
         config: GenerateConfig,
         instructions: Instructions,
         *,
-        settings: str,
+        fingerprint: str,
     ) -> None:
         self.backend = backend
         self.config = config
         self.instructions = instructions
-        self.settings = settings
+        self.fingerprint = fingerprint
+        """Of the settings that change an example, for its `meta`."""
         self.filters = Filters(config.filters)
         context = backend.context_length
         self.chunk_min = config.chunk_min_tokens or context // 2
@@ -177,8 +156,26 @@ class _DocumentWork:
             raise Dropped("document without a good turn")
         if prepared.document is not text:  # facts were planted in it
             tokens = find_token_spans(prepared.document, spans_of)
-        self.written.example = self._example(prepared.document, tokens, answered)
-        self.written.lengths = self._lengths(prepared.document, tokens, answered)
+        self.written.example = Example(
+            id=self._document.id,
+            document=prepared.document,
+            turns=tuple(one.turn() for one in answered),
+            meta=self._meta(tokens, answered),
+        )
+        self.written.lengths = lengths_of(
+            prepared.document, tokens, answered, count_tokens=self._writer.count_tokens
+        )
+
+    def _meta(self, tokens: TokenSpans, answered: list[Answered]) -> dict[str, Any]:
+        meta = {
+            "source": self._document.source,
+            "model": Path(self._config.model).name,
+            "settings": self._writer.fingerprint,
+            **meta_of(tokens, answered),
+        }
+        if self._config.rejected_candidates > 1:
+            meta["rejected_candidates"] = [list(one.candidates) for one in answered]
+        return meta
 
     # ------------------------------------------------------------ questions and chosen answers
 
@@ -341,44 +338,3 @@ class _DocumentWork:
 
     def _drop(self, reason: str) -> None:
         self.written.dropped[reason] += 1
-
-    # ------------------------------------------------------------ the example
-
-    def _example(self, text: str, tokens: TokenSpans, answered: list[Answered]) -> Example:
-        questions = [one.asked.question for one in answered]
-        meta = {
-            "source": self._document.source,
-            "model": Path(self._config.model).name,
-            "settings": self._writer.settings,
-            "kinds": [question.instruction.kind for question in questions],
-            "facts": [list(question.instruction.answer) for question in questions],
-            "document_tokens": len(tokens),
-            "chunk_token_spans": [list(tokens.tokens_of(*one.span)) for one in questions],
-        }
-        if self._config.rejected_candidates > 1:
-            meta["rejected_candidates"] = [list(one.candidates) for one in answered]
-        turns = tuple(
-            Turn(
-                chunk=one.asked.question.chunk,
-                chunk_span=one.asked.question.span,
-                question=one.asked.question.text,
-                chosen=one.asked.chosen,
-                rejected=one.rejected,
-            )
-            for one in answered
-        )
-        return Example(id=self._document.id, document=text, turns=turns, meta=meta)
-
-    def _lengths(self, text: str, tokens: TokenSpans, answered: list[Answered]) -> ExampleLengths:
-        count = self._writer.count_tokens
-        questions = [one.asked.question for one in answered]
-        middles = [sum(one.span) / 2 for one in questions]
-        return ExampleLengths(
-            document=len(tokens),
-            chunk=[tokens.count(*one.span) for one in questions],
-            question=[count(one.text) for one in questions],
-            chosen=[count(one.asked.chosen) for one in answered],
-            rejected=[count(one.rejected) for one in answered],
-            position=[round(middle / len(text), 4) for middle in middles],
-            kind=[one.instruction.kind for one in questions],
-        )

@@ -3,11 +3,11 @@
 S slots of C tokens, for R requests at most. A slot holds what its document's prompts begin with
 once, then the rest of each prompt, then the new tokens of all its requests as they are written:
 
-    shared prefix | rest of prompt 0 | rest of prompt 1 | ... | first new tokens | second ... | spare
+    shared prefix | rest of prompt 0 | rest of prompt 1 | ... | first new tokens | ... | spare
 
-Every token of a slot has an owner, which says who attends it: one request, or all of the slot's. So
-documents come and go without padding, and without a key being moved. The spare token at the end is
-where requests that write nothing put their keys.
+Every token of a slot has an owner, which says who attends it: one request, or all of the slot's.
+So documents come and go, nothing is padded, and no prefix is copied. Requests that write nothing
+put their keys at the spare token.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LENGTH_STEP = 256
 """Prompts that are read together attend over a multiple of this many tokens."""
 
 ALL, NOBODY, IDLE = -1, -2, -3
-"""Owners of tokens besides the number of a slot's request; IDLE is a request that writes nothing."""
+"""Owners of tokens besides the number of one request; IDLE: of requests that write nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
