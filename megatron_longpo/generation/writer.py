@@ -1,7 +1,7 @@
-"""Writing one document's example: which chunks are asked about, and what the model answers.
+"""Writes one document's example: chooses chunks, asks the model about them, checks its answers.
 
-Everything about a document is asked in few calls of the backend: all its questions, all chosen
-answers, all rejected ones, so that answers are written together and the document is read once.
+A document takes few calls of the backend: for all its questions, all chosen answers, all rejected
+ones. So answers are written together and the document is read once.
 """
 
 from __future__ import annotations
@@ -45,26 +45,26 @@ from megatron_longpo.generation.questions.turns import (
 from megatron_longpo.generation.shards.example_lengths import ExampleLengths
 
 ATTEMPTS_PER_TURN = 3
-"""Chunks asked about, at most, for each turn wanted: answers that are dropped cost time too."""
+"""Most chunks asked about for each turn wanted: dropped answers cost time too."""
 
 MAX_QUESTION_TOKENS = 1024
 
 
 @dataclass(kw_only=True, slots=True)
 class Written:
-    """What became of a document."""
+    """A document's example, or why it has none."""
 
     example: Example | None = None
     lengths: ExampleLengths | None = None
-    """None where there is no example."""
+    """None if there is no example."""
     dropped: Counter[str] = field(default_factory=Counter)
-    """Chunks and turns, or the document itself, by the reason why they gave nothing."""
+    """Chunks and turns, or the document itself, by the reason why they were dropped."""
     num_tokens: int = 0
     """Tokens that the model wrote, dropped ones too."""
 
 
 class ExampleWriter:
-    """Asks a model about the chunks of documents; may work on several documents at once."""
+    """Asks a model about the chunks of documents, of several at once if the caller wishes."""
 
     def __init__(
         self,
@@ -101,10 +101,10 @@ class ExampleWriter:
             )
 
     async def write(self, document: Document) -> Written:
-        """The example of a document, or why it has none.
+        """Writes the example of a document, or says why it has none.
 
         Raises:
-            BackendError: the backend failed on one of its requests; nothing is known of it then.
+            BackendError: the backend failed on one of its requests.
         """
         work = _DocumentWork(self, document)
         try:
@@ -114,7 +114,7 @@ class ExampleWriter:
         return work.written
 
     def prompt_length(self, context: str, question: str) -> int:
-        """Tokens of the prompt that asks a question about a chunk or a document."""
+        """Returns the tokens of the prompt that asks a question about a chunk or a document."""
         messages = opening_messages(self.config.system, context, question)
         return len(prompt_ids(self.backend.tokenizer, messages))
 
@@ -123,7 +123,7 @@ class ExampleWriter:
 
 
 class _DocumentWork:
-    """One document on its way; its random numbers are its own, so a resumed run chooses alike."""
+    """Writes one document's example; its random numbers are its own, so a resumed run is alike."""
 
     def __init__(self, writer: ExampleWriter, document: Document) -> None:
         self._writer = writer
@@ -180,8 +180,7 @@ class _DocumentWork:
     # ------------------------------------------------------------ questions and chosen answers
 
     async def _ask_about_chunks(self, prepared: Prepared) -> list[Asked]:
-        """Asks about as many chunks as there are turns, and about others in place of those that
-        gave nothing."""
+        """Asks about as many chunks as turns are wanted; others replace those dropped."""
         left = list(range(len(prepared.spans)))
         asked: list[Asked] = []
         while left and len(asked) < self._config.turns:
@@ -191,7 +190,7 @@ class _DocumentWork:
         return asked
 
     async def _questions(self, prepared: Prepared, indices: list[int]) -> list[Question]:
-        """Questions about some of the chunks, without those about which there is none."""
+        """Returns questions about some of the chunks; chunks without a question are left out."""
         chunks = [prepared.document[slice(*prepared.spans[index])] for index in indices]
         if self._writer.instructions.asks_model:
             instructions = await self._written_instructions(chunks)
@@ -218,7 +217,7 @@ class _DocumentWork:
         return questions
 
     async def _written_instructions(self, chunks: list[str]) -> list[Instruction | None]:
-        """One of the questions that the model writes about each chunk."""
+        """Asks the model for questions about each chunk, and chooses one of each."""
         sampling = Sampling(
             temperature=self._config.question_temperature,
             top_p=self._config.question_top_p,
@@ -280,7 +279,7 @@ class _DocumentWork:
         return answered
 
     def _choose_rejected(self, asked: Asked, completions: list[Completion]) -> Answered | None:
-        """The first good answer that is not the chosen one; others are kept beside it."""
+        """Takes the first good answer that is not the chosen one; keeps other good ones too."""
         good: list[str] = []
         reasons = []
         for completion in completions:
@@ -327,7 +326,7 @@ class _DocumentWork:
         return completions
 
     def _fault(self, completion: Completion, branch: str, question: Question) -> str | None:
-        """Why an answer is not good enough, or None."""
+        """Returns why an answer is dropped, or None."""
         return self._writer.filters.fault(
             completion.text,
             branch,

@@ -1,4 +1,4 @@
-"""Any OpenAI-compatible server: concurrent requests, retries, several endpoints."""
+"""The backend for OpenAI-compatible servers: concurrent requests, retries, several endpoints."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RETRIED = (408, 409, 429)
 
 
 class _Failed(Exception):
-    """One try failed in a way that another may not; the text is the reason that is counted."""
+    """One try failed, and another may succeed; the text is the reason that is counted."""
 
 
 class _HeldUp(Exception):
@@ -72,7 +72,7 @@ class ServerBackend:
     # ------------------------------------------------------------ one request
 
     async def _answer(self, request: Request) -> Completion | BackendError:
-        """Tries until there is an answer, a failure for good or no try left."""
+        """Tries until there is an answer, an error that no retry mends, or no try left."""
         num_failures = 0
         while True:
             try:
@@ -136,7 +136,7 @@ class ServerBackend:
         return await endpoint.client.completions.create(prompt=prompt, **options)
 
     def _read(self, reply: Any) -> Completion:
-        """The answer in a reply, of which no part can be relied on."""
+        """Reads the answer in a reply, any part of which may be missing."""
         choices = getattr(reply, "choices", None)
         if not isinstance(choices, list) or not choices:
             raise _Failed("server that sent no valid answer")
@@ -154,7 +154,7 @@ class ServerBackend:
         return Completion(text=text.strip(), finished=finished)
 
     def _of_status(self, error: openai.APIStatusError, endpoint: Endpoint) -> Exception:
-        """What an error status means for the request, or for the whole run."""
+        """Returns the error that a status means for the request, or for the whole run."""
         status, detail = error.status_code, self._clean(error.message)
         if status in (401, 403):
             return UserError(
@@ -175,16 +175,16 @@ class ServerBackend:
         self._tell(status, detail)
         return BackendError(f"server that answered {status}")
 
-    # ------------------------------------------------------------ what is said
+    # ------------------------------------------------------------ messages
 
     def _tell(self, status: int, detail: str) -> None:
-        """Says what the server sent with a status, once for each."""
+        """Prints what the server sent with a status, once for each status."""
         if str(status) not in self._told:
             self._told.add(str(status))
             print(f"warning: the server answered {status}: {detail}", file=sys.stderr)
 
     def _clean(self, text: object) -> str:
-        """One short line without the API key, which servers repeat in their refusals."""
+        """Returns one short line without the API key, which servers repeat in their refusals."""
         line = " ".join(str(text).split())
         return (line.replace(self._key, "***") if self._key else line)[:200]
 
@@ -197,9 +197,9 @@ class ServerBackend:
     # ------------------------------------------------------------ before work
 
     def _served_model(self, urls: Sequence[str], options: dict[str, Any]) -> str:
-        """Asks every endpoint for its models; the name to ask for.
+        """Asks every endpoint for its models; returns the name to use in requests.
 
-        Endpoints that cannot be reached are told of, and asked again later; one must be there.
+        Endpoints that cannot be reached are named in a warning and tried later; one must answer.
         """
         served: dict[str, list[str]] = {}
         missing: dict[str, str] = {}
@@ -261,7 +261,7 @@ def _checked_urls(server: ServerConfig) -> list[str]:
 
 
 def _positions(path: str) -> int:
-    """The context length in the model's config, without its weights."""
+    """Reads the context length in the model's config, without its weights."""
     from transformers import AutoConfig
 
     try:
@@ -274,13 +274,15 @@ def _positions(path: str) -> int:
 
 
 def _could_not_connect(error: BaseException) -> bool:
-    """Whether a request never reached a server. The client's HTTP library changes with its version,
-    so its exceptions are known by name."""
+    """Returns whether a request never reached a server.
+
+    The client's HTTP library changes with its version, so its exceptions are known by name.
+    """
     return type(error.__cause__).__name__ in ("ConnectError", "ConnectTimeout")
 
 
 def _retry_after(error: openai.APIStatusError) -> float | None:
-    """Seconds of the header Retry-After; None where it is missing or a date."""
+    """Reads the seconds of the header Retry-After; None if it is missing or a date."""
     try:
         return min(max(float(error.response.headers["retry-after"]), 0.0), 3600.0)
     except (KeyError, ValueError):

@@ -23,7 +23,7 @@ _BYTES_PER_TEXT_BYTE = 4
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReadOptions:
-    """How texts are found in what is read."""
+    """How texts are found in files and data sets."""
 
     text_column: str = "text"
     subset: str | None = None
@@ -47,13 +47,13 @@ class Read:
 
 
 class TextFile:
-    """A file that is one document; `.gz` is unpacked."""
+    """Reads a file as one document; `.gz` is unpacked."""
 
     def __init__(self, path: Path, options: ReadOptions) -> None:
         self._path, self._options = path, options
 
     def check(self) -> None:
-        """Nothing can be wrong with a text that would be wrong with the next one too."""
+        """Does nothing: a text has no columns that could be missing in all files."""
 
     def size_hint(self) -> int:
         return 1
@@ -82,14 +82,14 @@ class TextFile:
 
 
 class JsonlFile:
-    """A line, a document: an object with its text in a column; `.gz` is unpacked."""
+    """Reads a document a line: an object with its text in a column; `.gz` is unpacked."""
 
     def __init__(self, path: Path, options: ReadOptions) -> None:
         self._path, self._options = path, options
         self._limit = options.max_bytes * _BYTES_PER_TEXT_BYTE
 
     def check(self) -> None:
-        """Raises `UserError` where the first object has no such column."""
+        """Raises `UserError` if the first object has no such column."""
         for number, line in self._lines():
             try:
                 value = json.loads(line or b"")
@@ -124,7 +124,7 @@ class JsonlFile:
             yield Read(source=f"{self._path}:{number}", name="", text=text, fault=fault)
 
     def _lines(self) -> Iterator[tuple[int, bytes | None]]:
-        """Lines that are not blank with their numbers; None for one over the limit."""
+        """Yields lines that are not blank with their numbers; None for one over the limit."""
         number = 0
         try:
             with _open(self._path) as file:
@@ -155,13 +155,13 @@ class JsonlFile:
 
 
 class ParquetTable:
-    """A row, a document; only the column with the text is read."""
+    """Reads a document a row; only the column with the text is read."""
 
     def __init__(self, path: Path, options: ReadOptions) -> None:
         self._path, self._options = path, options
 
     def check(self) -> None:
-        """Raises `UserError` where there is no such column."""
+        """Raises `UserError` if there is no such column."""
         table = self._open()
         if table is not None:
             _check_column(str(self._path), self._options.text_column, table.schema_arrow.names)
@@ -196,13 +196,13 @@ class ParquetTable:
 
 
 class HubDataset:
-    """Rows of a `datasets` data set: a `save_to_disk` folder, or streamed from the hub."""
+    """Reads the rows of a `datasets` data set, from a `save_to_disk` folder or the hub."""
 
     def __init__(self, dataset: Any, name: str, options: ReadOptions) -> None:
         self._dataset, self._name, self._options = dataset, name, options
 
     def check(self) -> None:
-        """Raises `UserError` where there is no such column."""
+        """Raises `UserError` if there is no such column."""
         columns = self._dataset.column_names
         if columns is None:  # a stream knows them when its first row comes
             columns = list(next(iter(self._dataset), {}))
@@ -224,7 +224,8 @@ class HubDataset:
 
 
 Source = TextFile | JsonlFile | ParquetTable | HubDataset
-"""`check()` before anything expensive, `size_hint()` = about how many documents, iteration."""
+"""All have `check()`, which finds missing columns before anything expensive, `size_hint()`, which
+returns about how many documents there are, and iteration."""
 
 
 def _open(path: Path) -> IO[bytes]:

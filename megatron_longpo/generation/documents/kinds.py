@@ -22,7 +22,7 @@ _KIND_OF_SUFFIX = {
 }
 
 _SNIFFED = 100_000
-"""Characters that `find_kind` looks at where the name says nothing."""
+"""Characters that `find_kind` looks at if the name does not tell."""
 
 _CODE_LINE = (
     r"^(?:(?:def|class|func|fn|function|impl|struct|interface)\b.*[:;{(]|#include\b.*|"
@@ -31,7 +31,7 @@ _CODE_LINE = (
 
 
 def find_kind(text: str, name: str = "") -> Kind:
-    """The kind of a text, by the ending of its file's name, else by what it begins with."""
+    """Returns the kind of a text, by the ending of its file's name, else by its beginning."""
     suffix = PurePath(name).suffix.lower().removeprefix(".")
     if suffix in _KIND_OF_SUFFIX:
         return _KIND_OF_SUFFIX[suffix]

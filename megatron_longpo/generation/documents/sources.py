@@ -1,4 +1,4 @@
-"""Which sources of documents stand under a path, a pattern or a hub id."""
+"""Finds the sources of documents under a path, a pattern or a hub id."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megatron_longpo.generation.documents.formats import (
 
 
 def open_sources(path: str, options: ReadOptions) -> tuple[list[Source], list[Read]]:
-    """The sources under a path, a pattern or a hub id, in the order of their names, and faults.
+    """Returns the sources under a path, a pattern or a hub id, ordered by name, and faults.
 
     Faults are what a folder holds that cannot be opened: broken links, folders without permission.
     Links are followed, each folder is read once; hidden files are left out.

@@ -14,8 +14,8 @@ from megatron_longpo.generation.documents.kinds import Kind
 PARAGRAPH = 20
 """Rank of a border between paragraphs; those of sections are smaller, the higher the section."""
 INNER = 30
-"""From this rank on, borders lie inside something that is kept whole where it fits: code blocks,
-LaTeX environments, classes."""
+"""From this rank on, borders divide something that is kept whole if it fits: code blocks, LaTeX
+environments, classes."""
 _INNER_BLANK = 31
 
 _ATX_HEADING = re.compile(r" {0,3}(#{1,6})(?:[ \t]|$)")
@@ -37,7 +37,7 @@ _DECLARATION = re.compile(
     r"type|template|sub|subroutine|procedure|protocol|extension|object|macro_rules!)\b(?!\s*[=:,.)])"
 )
 _ATTACHED = re.compile(r"@|#|//|/\*|\*|--|;;")
-"""Decorators, attributes and comments: they belong to the declaration right below."""
+"""Decorators, attributes and comments, which belong to the declaration right below."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +51,7 @@ class Borders:
 
 
 def find_borders(text: str, kind: Kind) -> Borders:
-    """The borders of a text, in time linear in its length."""
+    """Finds the borders of a text, in time linear in its length."""
     ranks: dict[int, int] = {}
     for position, rank in _FINDERS[kind](text):
         if 0 < position < len(text):
@@ -68,7 +68,7 @@ class _Line:
     start: int
     text: str
     after_blank: bool
-    """Whether a blank line, or nothing, is above."""
+    """Whether the line above is blank or there is none."""
 
     @property
     def is_indented(self) -> bool:
@@ -76,7 +76,7 @@ class _Line:
 
 
 def _lines(text: str) -> list[_Line]:
-    """The lines that are not blank, without their ends."""
+    """Returns the lines that are not blank, without their ends."""
     lines = []
     start, after_blank = 0, True
     while start < len(text):
@@ -157,7 +157,7 @@ def _rst(text: str) -> Iterator[tuple[int, int]]:
 
 
 def _rst_title(lines: list[_Line], index: int) -> tuple[tuple[str, bool], int] | None:
-    """(style, number of lines) of a title that begins at a line."""
+    """Returns (style, number of lines) of a title that begins at a line."""
     first = lines[index]
     over = _RST_LINE.match(first.text)
     below = lines[index + 1 : index + 3]
@@ -215,7 +215,7 @@ def _latex(text: str) -> Iterator[tuple[int, int]]:
 
 
 class _Regions:
-    """Spans of a text, asked for in any order."""
+    """Spans of a text, joined where they overlap."""
 
     def __init__(self, spans: list[tuple[int, int]]) -> None:
         starts: list[int] = []
@@ -229,7 +229,7 @@ class _Regions:
         self._starts, self._ends = np.array(starts), np.array(ends)
 
     def hold(self, position: int) -> bool:
-        """Whether a border here would divide a span."""
+        """Returns whether a border here would divide a span."""
         at = int(np.searchsorted(self._starts, position, side="left")) - 1
         return at >= 0 and position < int(self._ends[at])
 

@@ -15,7 +15,7 @@ from megatron_longpo.generation.shards.example_lengths import ExampleLengths
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Question:
-    """What is asked about a chunk, as it is put to the model."""
+    """A question about a chunk, in the words that the model reads."""
 
     chunk: str
     span: Span
@@ -39,7 +39,7 @@ class Answered:
     asked: Asked
     rejected: str
     candidates: tuple[str, ...]
-    """The other answers from the whole document, the good ones."""
+    """Other good answers from the whole document."""
 
     def turn(self) -> Turn:
         question = self.asked.question
