@@ -145,7 +145,7 @@ def test_an_older_gpu_takes_flash_attention(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("setting", NAMES)
 def test_every_name_of_the_config_is_known(hopper: None, setting: KernelName) -> None:
     chosen = choose(setting)
-    assert chosen.setting == ("cudnn+te" if setting == "auto" else setting)
+    assert chosen.setting == ("fa4" if setting == "auto" else setting)
     assert chosen.line.startswith(f"attention: {chosen.setting} (")
 
 
