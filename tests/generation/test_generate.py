@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -273,14 +271,3 @@ def test_examples_are_valid_json_lines(
     generate.run_generate(config)
     for line in Path(config.output).read_text().splitlines():
         assert set(json.loads(line)) == {"id", "document", "turns", "meta"}
-
-
-def test_quickstart_documents(tmp_path: Path) -> None:
-    script = Path(__file__).parents[2] / "examples" / "quickstart" / "documents.py"
-    outputs = []
-    for name in ("one", "two"):
-        subprocess.run([sys.executable, str(script), str(tmp_path / name)], check=True)
-        outputs.append({p.name: p.read_text() for p in (tmp_path / name).iterdir()})
-    assert outputs[0] == outputs[1]
-    assert len(outputs[0]) == 4
-    assert all(9000 < len(text) <= 13000 for text in outputs[0].values())
