@@ -7,9 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from checkpoints_convert.fingerprint import weights_fingerprint
-from megatron_longpo.config.names import LoraTarget
 from megatron_longpo.errors import UserError
-from megatron_longpo.model.lora import TARGETS, AdapterConfig
+from megatron_longpo.model.lora import TARGETS, LoraSettings
 
 LORA_NAME = "lora.json"
 
@@ -20,7 +19,7 @@ class LoraRecord:
 
     rank: int
     alpha: float
-    targets: tuple[LoraTarget, ...]
+    targets: tuple[str, ...]
     """In the order of `TARGETS`."""
     base: str
     """Folder (absolute) or hub id of the base model."""
@@ -28,7 +27,7 @@ class LoraRecord:
     """`weights_fingerprint` of it."""
 
     @staticmethod
-    def of(settings: AdapterConfig, *, base: str, base_folder: str) -> LoraRecord:
+    def of(settings: LoraSettings, *, base: str, base_folder: str) -> LoraRecord:
         """The record of a run on `base`, which a user has named and which lies in `base_folder`."""
         path = Path(base).expanduser()
         return LoraRecord(
@@ -40,8 +39,8 @@ class LoraRecord:
         )
 
     @property
-    def settings(self) -> AdapterConfig:
-        return AdapterConfig(rank=self.rank, alpha=self.alpha, targets=self.targets)
+    def settings(self) -> LoraSettings:
+        return LoraSettings(rank=self.rank, alpha=self.alpha, targets=self.targets)
 
     def text(self) -> str:
         return json.dumps(asdict(self), indent=2) + "\n"

@@ -18,7 +18,7 @@ from megatron_longpo.data.trees.tree import TreeSettings
 from megatron_longpo.engine.degrees import check_every_rank_has_layers, check_split, stage_split
 from megatron_longpo.errors import UserError
 from megatron_longpo.model.architectures import Architecture, read_architecture
-from megatron_longpo.model.lora import AdapterConfig
+from megatron_longpo.model.lora import LoraSettings
 from megatron_longpo.objectives import Objective, build_objective
 
 
@@ -90,7 +90,7 @@ def read_models(config: TrainConfig) -> ModelSources:
         arch = read_architecture(folder)
     lora = None
     if config.lora is not None:
-        settings = AdapterConfig(**dataclasses.asdict(config.lora))
+        settings = LoraSettings(**dataclasses.asdict(config.lora))
         lora = LoraRecord.of(settings, base=model.hf_path, base_folder=policy_folder)
     mode = config.reference.mode
     is_online, is_cached = mode == "online", mode == "cached"

@@ -37,12 +37,11 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from megatron_longpo.config.names import LoraTarget
 from megatron_longpo.errors import UserError
 from megatron_longpo.parallel.groups import megatron_groups
 
 ADAPTER_NAME = "adapter"
-TARGETS: dict[LoraTarget, str] = {
+TARGETS = {
     "linear_qkv": "self_attention",
     "linear_proj": "self_attention",
     "linear_fc1": "mlp",
@@ -54,12 +53,12 @@ Split = Literal["column", "row"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class AdapterConfig:
+class LoraSettings:
     """Which layers have an adapter, and of what size."""
 
     rank: int
     alpha: float
-    targets: tuple[LoraTarget, ...]
+    targets: tuple[str, ...]
 
     @property
     def scale(self) -> float:
@@ -67,7 +66,7 @@ class AdapterConfig:
 
 
 def attach_adapters(
-    gpt: GPTModel, config: AdapterConfig, *, seed: int, tensor_group: ProcessGroup
+    gpt: GPTModel, settings: LoraSettings, *, seed: int, tensor_group: ProcessGroup
 ) -> None:
     """Freezes `gpt`, whose weights are loaded, and adds adapters that change nothing yet (B = 0).
 
@@ -75,11 +74,11 @@ def attach_adapters(
     """
     gpt.requires_grad_(False)
     for layer in gpt.decoder.layers:
-        for target in config.targets:
+        for target in settings.targets:
             linear = getattr(getattr(layer, TARGETS[target]), target)
             adapter = Adapter(
                 linear,
-                config,
+                settings,
                 target=target,
                 layer=layer.layer_number - 1,
                 seed=seed,
@@ -124,9 +123,9 @@ class Adapter(nn.Module):
     def __init__(
         self,
         linear: nn.Module,
-        config: AdapterConfig,
+        settings: LoraSettings,
         *,
-        target: LoraTarget,
+        target: str,
         layer: int,
         seed: int,
         is_sequence_parallel: bool,
@@ -136,7 +135,7 @@ class Adapter(nn.Module):
         self.target = target
         self.layer = layer
         """The layer's number in the whole model, from 0."""
-        self.scale = config.scale
+        self.scale = settings.scale
         self.split: Split = _split_of(linear, target)
         self.is_on = True
         self._is_sequence_parallel = is_sequence_parallel
@@ -145,10 +144,10 @@ class Adapter(nn.Module):
         weight: Any = linear.weight
         out_features, in_features = weight.shape
         ranks = tensor_group.size() if self.split == "row" else 1
-        whole = initial_a((config.rank, in_features * ranks), seed=seed, layer=layer, target=target)
+        whole = initial_a((settings.rank, in_features * ranks), seed=seed, layer=layer, target=target)
         own = whole.chunk(ranks, dim=1)[tensor_group.rank() if ranks > 1 else 0]
         self.lora_a = nn.Parameter(own.to(weight).contiguous())
-        self.lora_b = nn.Parameter(weight.new_zeros(out_features, config.rank))
+        self.lora_b = nn.Parameter(weight.new_zeros(out_features, settings.rank))
         self._mark_for_megatron()
 
     def forward(self, x: Tensor, base_output: Tensor) -> Tensor:

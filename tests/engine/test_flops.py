@@ -9,7 +9,7 @@ import pytest
 from megatron_longpo.data.trees.packing import PairSize
 from megatron_longpo.engine.flops import adapter_parameters, layer_parameters, step_flops
 from megatron_longpo.model.architectures import Architecture
-from megatron_longpo.model.lora import AdapterConfig
+from megatron_longpo.model.lora import LoraSettings
 from megatron_longpo.model.rope_config import RopeConfig
 
 ARCH = Architecture(
@@ -54,7 +54,7 @@ def test_a_step_by_hand() -> None:
 
 
 def test_frozen_matrices_cost_a_third_less_and_adapters_come_on_top() -> None:
-    lora = AdapterConfig(rank=2, alpha=1.0, targets=("linear_qkv", "linear_fc2"))
+    lora = LoraSettings(rank=2, alpha=1.0, targets=("linear_qkv", "linear_fc2"))
     # 3 in and 16 out for queries, keys and values; 5 in and 3 out for the down projection.
     assert adapter_parameters(ARCH, lora) == 2 * (19 + 8)
     frozen = 4 * 234 * 10 + 12 * 2 * 8 * 40 + 4 * 3 * 7 * 9
