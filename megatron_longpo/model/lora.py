@@ -54,7 +54,7 @@ Split = Literal["column", "row"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoraSettings:
-    """Which layers have an adapter, and of what size."""
+    """Which layers carry an adapter, and of what size."""
 
     rank: int
     alpha: float
@@ -144,7 +144,9 @@ class Adapter(nn.Module):
         weight: Any = linear.weight
         out_features, in_features = weight.shape
         ranks = tensor_group.size() if self.split == "row" else 1
-        whole = initial_a((settings.rank, in_features * ranks), seed=seed, layer=layer, target=target)
+        whole = initial_a(
+            (settings.rank, in_features * ranks), seed=seed, layer=layer, target=target
+        )
         own = whole.chunk(ranks, dim=1)[tensor_group.rank() if ranks > 1 else 0]
         self.lora_a = nn.Parameter(own.to(weight).contiguous())
         self.lora_b = nn.Parameter(weight.new_zeros(out_features, settings.rank))
