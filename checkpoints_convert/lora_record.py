@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from checkpoints_convert.fingerprint import weights_fingerprint
-from megatron_longpo.config.names import LoraTarget
 from megatron_longpo.config.train import LoraConfig
 from megatron_longpo.errors import UserError
 from megatron_longpo.model.lora import TARGETS
@@ -21,7 +20,7 @@ class LoraRecord:
 
     rank: int
     alpha: float
-    targets: tuple[LoraTarget, ...]
+    targets: tuple[str, ...]
     """In the order of `TARGETS`."""
     base: str
     """Folder (absolute) or hub id of the base model."""

@@ -22,7 +22,7 @@ def sum_pairs(scores: Tensor, pack: RankPack, *, context_group: ProcessGroup) ->
     """Sums edges into turns and pairs, over all context-parallel ranks.
 
     Args:
-        scores: [e + d] nats, as `LongPOModel.forward` returns them.
+        scores: [e + d] nats, as `scores.score_pack` returns them.
         pack: the microbatch that they belong to.
         context_group: ranks that hold the other edges of the same pairs.
 

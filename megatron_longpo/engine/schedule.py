@@ -15,6 +15,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_longpo.engine.pair_sums import sum_pairs
+from megatron_longpo.model.head.final_states import Head
 from megatron_longpo.objectives import LossOutput, Objective, PairLogps, Row
 from megatron_longpo.parallel.groups import Groups
 from megatron_longpo.parallel.layout import RankPack
@@ -75,11 +76,17 @@ def score_microbatches(
 
 
 def read_microbatches(
-    model: Sequence[Any], packs: Sequence[Pack], read: Callable[[Tensor, Pack], T]
+    model: Sequence[Any],
+    packs: Sequence[Pack],
+    read: Callable[[Tensor, Pack], T],
+    head: Head | None = None,
 ) -> list[T]:
-    """Runs microbatches forward; what `read` makes of each output, on the last stage."""
+    """Runs microbatches forward and returns what `read` makes of each output, on the last stage.
+
+    `head` makes the output; None = the head of training.
+    """
     return _run(
-        partial(_reading_step, read=read),
+        partial(_reading_step, read=read, head=head),
         model,
         packs,
         forward_only=True,
@@ -120,14 +127,14 @@ def _forward_step(
 
 
 def _reading_step(
-    packs: Iterator[Pack], model: Any, *, read: Callable[[Tensor, Pack], T]
+    packs: Iterator[Pack], model: Any, *, read: Callable[[Tensor, Pack], T], head: Head | None
 ) -> tuple[Tensor, Callable[..., T]]:
     pack = next(packs)
 
     def output_read(output: Tensor, non_loss_data: bool) -> T:
         return read(output, pack)
 
-    return model(pack), output_read
+    return model(pack, head), output_read
 
 
 def _loss(
