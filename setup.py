@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 
 REQUIRED = [
     "torch>=2.6",  # Megatron-Core's own floor
-    # 0.16.1 is the newest for Python 3.11; megatron_compat.py knows the differences up to 0.19.
+    # 0.16.1 is the newest for Python 3.11; training/ knows the differences up to 0.19.
     "megatron-core>=0.16.1,<0.20",
     "psutil>=5.9",  # Megatron's dist_checkpointing imports it and does not ask for it
     "transformers>=4.57,<6",  # 4.57 and 5 differ in how config.json spells RoPE; both are read

@@ -61,6 +61,11 @@ class HfWeights:
         paths = {stored.path for stored in self._stored.values()}
         return sum(path.stat().st_size for path in paths)
 
+    @property
+    def files(self) -> dict[str, Path]:
+        """The file of each tensor, by the tensor's name."""
+        return {name: stored.path for name, stored in self._stored.items()}
+
     def path_of(self, name: str) -> Path:
         return self._stored[name].path
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoints_convert.fingerprint import weights_fingerprint
 from checkpoints_convert.hf_folder import local_hf_folder
 from checkpoints_convert.hf_weights import HfWeights
 from checkpoints_convert.lora_record import LORA_NAME, LoraRecord
 from checkpoints_convert.mapping import TensorRule, tensor_rules, to_hf
 from checkpoints_convert.torch_dist import HF_FOLDER_NAME, TorchDistReader
+from megatron_longpo.data.model_fingerprints import tensors_fingerprint
 from megatron_longpo.errors import UserError
 from megatron_longpo.model.architectures import Architecture, read_architecture
 from megatron_longpo.model.lora import ADAPTER_NAME
@@ -102,7 +102,8 @@ def open_lora_checkpoint(
         raise UserError(
             f"{error}; if the base model has moved, say where it is: {base_option}"
         ) from error
-    if weights_fingerprint(folder) != record.base_fingerprint:
+    weights = HfWeights(folder)
+    if tensors_fingerprint(weights.files) != record.base_fingerprint:
         raise UserError(
             f"{folder}: its weights are not those that the adapters of {reader.folder} were "
             f"trained on ({record.base}); give that model with {base_option}"
@@ -112,7 +113,7 @@ def open_lora_checkpoint(
         reader=reader,
         record=record,
         arch=arch,
-        base=HfWeights(folder),
+        base=weights,
         base_place=str(Path(folder).absolute()) if Path(place).expanduser().is_dir() else place,
         changes_rope=read_architecture(folder).rope != arch.rope,
     )

@@ -6,8 +6,10 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from checkpoints_convert.fingerprint import weights_fingerprint
+from checkpoints_convert.hf_weights import HfWeights
+from megatron_longpo.config.names import LoraTarget
 from megatron_longpo.config.train import LoraConfig
+from megatron_longpo.data.model_fingerprints import tensors_fingerprint
 from megatron_longpo.errors import UserError
 from megatron_longpo.model.lora import TARGETS
 
@@ -20,12 +22,12 @@ class LoraRecord:
 
     rank: int
     alpha: float
-    targets: tuple[str, ...]
+    targets: tuple[LoraTarget, ...]
     """In the order of `TARGETS`."""
     base: str
     """Folder (absolute) or hub id of the base model."""
     base_fingerprint: str
-    """`weights_fingerprint` of it."""
+    """`tensors_fingerprint` of it."""
 
     @staticmethod
     def of(config: LoraConfig, *, base: str, base_folder: str) -> LoraRecord:
@@ -36,7 +38,7 @@ class LoraRecord:
             alpha=config.alpha,
             targets=tuple(target for target in TARGETS if target in config.targets),
             base=str(path.absolute()) if path.is_dir() else base,
-            base_fingerprint=weights_fingerprint(base_folder),
+            base_fingerprint=tensors_fingerprint(HfWeights(base_folder).files),
         )
 
     @property

@@ -1,35 +1,32 @@
-"""A reference's log-probabilities on disk: written part by part, found by fingerprint.
+"""The format of a reference's log-probabilities on disk, and their reader.
 
-`reference.cache_path` is a folder of caches, so that data sets, references and settings may share
-it and nothing is ever overwritten by another:
+`reference.cache_path` is a folder of caches, one for each data set, reference and config, so that
+runs may share it and never overwrite each other's files:
 
     reference_logps/
       3f5c0c9a41b2d687/       one data set under one fingerprint
         cache.json            format, fingerprint, the rows of a pair that are scored, versions
         part-000000.npz       indices [R], ids [R], num_turns [R], and a [U] float64 array a row
 
-A part appears whole, by renaming; one that cannot be read is made anew by `longpo reference`.
-Letters as in `data/trees/reference_logps.py`.
+`longpo reference` writes them (`reference/writer.py`). A part appears whole, by renaming, and one
+that cannot be read is computed again. Letters as in `data/trees/reference_logps.py`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_longpo.data.jsonl import partial_path, write_whole
 from megatron_longpo.data.trees.forest import Row
 from megatron_longpo.data.trees.reference_logps import ReferenceLogps, joined
 from megatron_longpo.engine.reference_fingerprint import ReferenceFingerprint, differences
-from megatron_longpo.engine.run_folder import package_versions
 from megatron_longpo.errors import UserError
 
 FORMAT = 1
@@ -50,60 +47,9 @@ class CacheHeader:
         named = json.dumps([FORMAT, self.fingerprint.short, self.rows])
         return hashlib.blake2b(named.encode(), digest_size=8).hexdigest()
 
-
-class CacheWriter:
-    """Adds parts to one cache; only one process has one."""
-
-    def __init__(self, cache_path: Path, header: CacheHeader, made_with: Mapping[str, Any]) -> None:
-        """Goes on with what is there of this very cache.
-
-        Args:
-            cache_path: `reference.cache_path`.
-            header: what is computed.
-            made_with: what else to note of this run, for people.
-        """
-        self.header = header
-        self.folder = cache_path / header.folder_name
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.damaged: list[Path] = []
-        """Parts that could not be read; their rows are to be made anew."""
-        self._saved_parts: list[ReferenceLogps] = []
-        for path in part_paths(self.folder):
-            try:
-                self._saved_parts.append(read_part(path, header.rows))
-            except UserError:
-                self.damaged.append(path)
-                path.unlink()
-        contents = {
-            "format": FORMAT,
-            **asdict(header),
-            "made_with": {**made_with, "versions": package_versions()},
-        }
-        write_whole(self.folder / HEADER_NAME, json.dumps(contents, indent=2) + "\n")
-
-    @property
-    def saved(self) -> set[int]:
-        """Indices of the rows that are there already."""
-        return {int(index) for part in self._saved_parts for index in part.indices}
-
-    def write(self, part: ReferenceLogps) -> Path:
-        """Saves some rows; they are on the disk when this returns."""
-        assert tuple(part.sums) == self.header.rows
-        numbers = [int(path.stem.removeprefix("part-")) for path in part_paths(self.folder)]
-        path = self.folder / f"part-{max(numbers, default=-1) + 1:06d}.npz"
-        partial = partial_path(path)
-        with open(partial, "wb") as file:
-            np.savez(
-                file,
-                indices=part.indices,
-                ids=part.ids,
-                num_turns=part.num_turns,
-                **part.sums,  # type: ignore[arg-type]
-            )
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        return path
+    def contents(self) -> dict[str, Any]:
+        """Returns the keys of `cache.json` that the reader needs."""
+        return {"format": FORMAT, **asdict(self)}
 
 
 def part_paths(folder: Path) -> list[Path]:

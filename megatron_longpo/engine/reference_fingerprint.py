@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,9 @@ from typing import Any
 from checkpoints_convert.hf_folder import TOKENIZER_FILES
 from checkpoints_convert.hf_weights import HfWeights
 from megatron_longpo.config.train import TrainConfig
+from megatron_longpo.data.model_fingerprints import file_hashes
 from megatron_longpo.data.rows.dataset import RowDataset
-from megatron_longpo.errors import UserError
 from megatron_longpo.model.architectures import Architecture
-
-HASH_THREADS = 8
-"""Files that are hashed at once; hashing lets other threads run."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,9 +55,9 @@ def fingerprint_model(config: TrainConfig, folder: str, arch: Architecture) -> R
     weights = HfWeights(folder)
     weight_files = {weights.path_of(name) for name in weights.names}
     return ReferenceFingerprint(
-        weights=_hashes(weight_files, Path(folder)),
+        weights=file_hashes(weight_files, Path(folder)),
         config=_flat(asdict(arch)),
-        tokenizer=_hashes(_tokenizer_files(Path(folder)), Path(folder)),
+        tokenizer=file_hashes(_tokenizer_files(Path(folder)), Path(folder)),
         rows={},
         settings={
             "model.dtype": config.model.dtype,
@@ -102,22 +98,6 @@ def _tokenizer_files(folder: Path) -> set[Path]:
     found = {path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)}
     inside = {path for parent in found if parent.is_dir() for path in parent.rglob("*")}
     return {path for path in found | inside if path.is_file()}
-
-
-def _hashes(files: Iterable[Path], folder: Path) -> dict[str, str]:
-    ordered = sorted(files)
-    with ThreadPoolExecutor(HASH_THREADS) as pool:
-        hashes = list(pool.map(_hash, ordered))
-    names = [path.relative_to(folder).as_posix() for path in ordered]
-    return dict(zip(names, hashes, strict=True))
-
-
-def _hash(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

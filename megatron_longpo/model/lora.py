@@ -66,7 +66,7 @@ def attach_adapters(
             linear = getattr(getattr(layer, TARGETS[target]), target)
             adapter = Adapter(
                 linear,
-                settings,
+                config,
                 target=target,
                 layer=layer.layer_number - 1,
                 seed=seed,
@@ -113,7 +113,7 @@ class Adapter(nn.Module):
         linear: nn.Module,
         config: LoraConfig,
         *,
-        target: str,
+        target: LoraTarget,
         layer: int,
         seed: int,
         is_sequence_parallel: bool,
@@ -123,7 +123,7 @@ class Adapter(nn.Module):
         self.target = target
         self.layer = layer
         """The layer's number in the whole model, from 0."""
-        self.scale = settings.scale
+        self.scale = config.scale
         self.split: Split = _split_of(linear, target)
         self.is_on = True
         self._is_sequence_parallel = is_sequence_parallel
@@ -132,12 +132,10 @@ class Adapter(nn.Module):
         weight: Any = linear.weight
         out_features, in_features = weight.shape
         ranks = tensor_group.size() if self.split == "row" else 1
-        whole = initial_a(
-            (settings.rank, in_features * ranks), seed=seed, layer=layer, target=target
-        )
+        whole = initial_a((config.rank, in_features * ranks), seed=seed, layer=layer, target=target)
         own = whole.chunk(ranks, dim=1)[tensor_group.rank() if ranks > 1 else 0]
         self.lora_a = nn.Parameter(own.to(weight).contiguous())
-        self.lora_b = nn.Parameter(weight.new_zeros(out_features, settings.rank))
+        self.lora_b = nn.Parameter(weight.new_zeros(out_features, config.rank))
         self._mark_for_megatron()
 
     def forward(self, x: Tensor, base_output: Tensor) -> Tensor:

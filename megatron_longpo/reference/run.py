@@ -28,7 +28,7 @@ from megatron_longpo.engine.batches import lay_out_microbatch, rank_microbatches
 from megatron_longpo.engine.build_config import training_build_config
 from megatron_longpo.engine.console import RunConsole
 from megatron_longpo.engine.metrics import peak_memory_gib
-from megatron_longpo.engine.reference_cache import CacheHeader, CacheWriter
+from megatron_longpo.engine.reference_cache import CacheHeader
 from megatron_longpo.engine.row_reader import RowReader
 from megatron_longpo.engine.schedule import score_microbatches
 from megatron_longpo.engine.sources import make_objective, read_models
@@ -37,6 +37,7 @@ from megatron_longpo.objectives import Row
 from megatron_longpo.parallel import groups as process_groups
 from megatron_longpo.parallel.collectives import from_main_rank, on_any_rank
 from megatron_longpo.parallel.groups import Groups
+from megatron_longpo.reference.writer import CacheWriter
 from megatron_longpo.runtime import stop
 
 

@@ -6,12 +6,20 @@ memory, whatever the next steps do to it.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 
 from megatron_longpo.runtime import stop
+
+ASYNC_SAVE: dict[str, Any] = {"async_sharded_save": True}
+"""Arguments that make `dist_checkpointing.save` return a request to write later."""
+if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
+    # 0.19 would rather have nvidia-resiliency-ext, which CPUs do without.
+    ASYNC_SAVE["async_strategy"] = "mcore"
 
 
 class BackgroundSaves:

@@ -41,8 +41,8 @@ from megatron_longpo.errors import UserError
 from megatron_longpo.model.architectures import Architecture, read_architecture
 from megatron_longpo.parallel.groups import Groups
 from megatron_longpo.runtime import stop
-from megatron_longpo.training.background import BackgroundSaves
-from megatron_longpo.training.megatron_compat import ASYNC_SAVE, initialize_state
+from megatron_longpo.training.background import ASYNC_SAVE, BackgroundSaves
+from megatron_longpo.training.megatron_optimizer import initialize_state
 
 PROGRESS_NAME = "progress.json"
 OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}

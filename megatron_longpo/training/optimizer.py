@@ -12,7 +12,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_longpo.config import train as settings
 from megatron_longpo.model.spec import DTYPES
-from megatron_longpo.training.megatron_compat import build_optimizer, transformer_engine_adam
+from megatron_longpo.training.megatron_optimizer import build_optimizer, transformer_engine_adam
 
 
 def check_optimizer(config: settings.OptimizerConfig) -> None:

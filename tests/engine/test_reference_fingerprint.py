@@ -51,6 +51,34 @@ def test_the_same_files_elsewhere_are_the_same(
     assert {"tokenizer.json", "chat_template.jinja"} <= set(fingerprint.tokenizer)
 
 
+def test_config_and_settings_are_those_of_version_0_1(
+    fingerprint: ReferenceFingerprint, shelf: Shelf
+) -> None:
+    """A key more or less, or another name, would make every cache stale."""
+    assert fingerprint.config == {
+        "family": "llama",
+        "num_layers": 2,
+        "hidden_size": 32,
+        "ffn_hidden_size": 48,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 8,
+        "vocab_size": 300,
+        "norm_eps": 1e-6,
+        "tied_embeddings": False,
+        "qkv_bias": False,
+        "qk_norm": False,
+        "rope.theta": 10000.0,
+        "rope.scaling": None,
+        "rope.max_position_embeddings": 4096,
+    }
+    assert fingerprint.settings == {
+        "model.dtype": "fp32",
+        "data.max_length": 2000,
+        "data.too_long": "error",
+    }
+
+
 def test_what_does_not_matter_is_left_out(
     shelf: Shelf, folder: Path, fingerprint: ReferenceFingerprint
 ) -> None:

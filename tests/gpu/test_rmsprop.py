@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_longpo.training import megatron_compat
-from megatron_longpo.training.megatron_compat import RMSprop
+from megatron_longpo.training import rmsprop
+from megatron_longpo.training.rmsprop import RMSprop
 
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture(params=[0, megatron_compat.SMALLEST_ALONE], ids=["alone", "together"])
+@pytest.fixture(params=[0, rmsprop.SMALLEST_ALONE], ids=["alone", "together"])
 def smallest_alone(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors each by a kernel of its own, or many at a time."""
-    monkeypatch.setattr(megatron_compat, "SMALLEST_ALONE", request.param)
+    monkeypatch.setattr(rmsprop, "SMALLEST_ALONE", request.param)
 
 
 @pytest.mark.usefixtures("smallest_alone")

@@ -40,7 +40,7 @@ def gpt(shelf: Shelf, single_process: Groups) -> Any:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_()
-    attach_adapters(model, SETTINGS, seed=3, tensor_group=single_process.tensor)
+    attach_adapters(model, ADAPTERS, seed=3, tensor_group=single_process.tensor)
     return model
 
 
@@ -113,7 +113,7 @@ def adapter_of(linear: Any) -> Adapter:
     group: Any = SimpleNamespace(size=lambda: 2, rank=lambda: 1)
     return Adapter(
         linear,
-        SETTINGS,
+        ADAPTERS,
         target="linear_qkv",
         layer=0,
         seed=1,

@@ -18,6 +18,7 @@ from typing import Any
 
 from megatron_longpo.config.judge import JudgeConfig
 from megatron_longpo.data.jsonl import refuse_existing
+from megatron_longpo.data.model_fingerprints import folder_fingerprint
 from megatron_longpo.data.progress import format_counts, track
 from megatron_longpo.data.text.chat import prompt_ids
 from megatron_longpo.data.text.examples import Example, ExampleFile, Turn, write_examples
@@ -35,7 +36,6 @@ from megatron_longpo.generation.judge.scores import ScoreFile, TurnScores
 from megatron_longpo.generation.judge.verdicts import read_preference, read_score
 from megatron_longpo.generation.questions.prompts import BETTER_REQUEST, SUPPORT_REQUEST
 from megatron_longpo.generation.shards.failures import FailuresInARow
-from megatron_longpo.generation.shards.manifest import model_fingerprint
 
 
 @dataclass(kw_only=True)
@@ -243,7 +243,7 @@ def _fingerprint(config: JudgeConfig, examples: ExampleFile) -> str:
     """Returns a hash of the examples and of all settings that change a score."""
     settings = {
         "examples": examples.fingerprint,
-        "model": model_fingerprint(config.model),
+        "model": folder_fingerprint(config.model),
         "backend": config.backend,
         "server": [config.server.model, config.server.api, config.server.extra_body],
         "chat_template": config.chat_template,

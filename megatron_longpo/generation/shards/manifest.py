@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_longpo.config.generate import GenerateConfig
 from megatron_longpo.data.jsonl import disk_errors
+from megatron_longpo.data.model_fingerprints import folder_fingerprint
 from megatron_longpo.errors import UserError
 
 MANIFEST_FILE = "manifest.json"
@@ -41,8 +42,6 @@ WITHOUT_EFFECT = frozenset(
 )
 """Settings that change no example, rounding aside: a run may resume with other values."""
 
-_SAMPLE_BYTES = 1 << 20
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
@@ -50,7 +49,7 @@ class Manifest:
 
     num_shards: int
     model: str
-    """`model_fingerprint` of the model that answers."""
+    """`folder_fingerprint` of the model that answers."""
     settings: dict[str, Any]
     """All settings that change an example."""
 
@@ -70,7 +69,7 @@ def manifest_of(config: GenerateConfig, *, num_shards: int) -> Manifest:
             kept[key] = f"{kept[key]} {hashlib.sha256(file.read_bytes()).hexdigest()[:12]}"
     return Manifest(
         num_shards=num_shards,
-        model=model_fingerprint(config.model),
+        model=folder_fingerprint(config.model),
         settings=json.loads(json.dumps(kept)),  # so that they compare with what was read back
     )
 
@@ -148,26 +147,3 @@ def read_manifest(folder: Path) -> Manifest:
 def _short(value: Any) -> str:
     text = "null" if value is None else str(value)
     return text if len(text) <= 60 else f"...{text[-57:]}"  # paths differ at their end
-
-
-def model_fingerprint(model: str) -> str:
-    """Returns a hash that tells models apart.
-
-    It covers a folder's config, generation config, tokenizer and template, and of each file of
-    weights the size and a mebibyte from its beginning, middle and end; of a hub id the name alone.
-    """
-    folder = Path(model).expanduser()
-    digest = hashlib.sha256()
-    if not folder.is_dir():
-        digest.update(model.encode())
-        return digest.hexdigest()[:12]
-    for path in sorted(folder.iterdir()):
-        if path.suffix not in (".json", ".jinja", ".model", ".safetensors", ".bin", ".gguf"):
-            continue
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
-        with open(path, "rb") as file:
-            for start in sorted({0, max(0, size // 2), max(0, size - _SAMPLE_BYTES)}):
-                file.seek(start)
-                digest.update(file.read(_SAMPLE_BYTES))
-    return digest.hexdigest()[:12]

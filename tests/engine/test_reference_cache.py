@@ -6,86 +6,59 @@ import json
 import struct
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from megatron_longpo.data.trees.forest import Row
-from megatron_longpo.data.trees.reference_logps import ReferenceLogps
-from megatron_longpo.engine.reference_cache import (
-    HEADER_NAME,
-    CacheHeader,
-    CacheWriter,
-    find_logps,
-    part_paths,
-    read_part,
-)
+from megatron_longpo.engine.reference_cache import HEADER_NAME, CacheHeader, find_logps, read_part
 from megatron_longpo.engine.reference_fingerprint import PARTS, ReferenceFingerprint
 from megatron_longpo.errors import UserError
+from tests.reference.cache_parts import FINGERPRINT, LONG, SHORT, find, part, writer
 
-SHORT: tuple[Row, ...] = ("short_chosen", "short_rejected")
-LONG: tuple[Row, ...] = ("long_chosen", "long_rejected")
-FINGERPRINT = ReferenceFingerprint(
-    weights={"model.safetensors": "a" * 32},
-    config={"rope.theta": 10000.0, "rope.scaling": None},
-    tokenizer={"tokenizer.json": "b" * 32},
-    rows={"fingerprint": "c" * 32, "number": 3},
-    settings={"data.max_length": 100},
-)
+FROM_0_1 = """
+{
+  "format": 1,
+  "fingerprint": {
+    "weights": {"model.safetensors": "3a7642894dca6bcca6cf12726301ed91"},
+    "config": {
+      "family": "llama", "num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 48,
+      "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "vocab_size": 300, "norm_eps": 1e-06,
+      "tied_embeddings": false, "qkv_bias": false, "qk_norm": false,
+      "rope.theta": 10000.0, "rope.scaling": null, "rope.max_position_embeddings": 4096
+    },
+    "tokenizer": {
+      "chat_template.jinja": "56d01cddb3eb9bbece9af85a98d312ba",
+      "tokenizer.json": "c059b037dd2e758dc62110c7759bba8d",
+      "tokenizer_config.json": "a438a893868df805ce9f7de27ea59098"
+    },
+    "rows": {"fingerprint": "a4d5ab802113103dfed5e8a4d990a9b4", "number": 24},
+    "settings": {"model.dtype": "fp32", "data.max_length": 4096, "data.too_long": "error"}
+  },
+  "rows": ["short_chosen", "short_rejected"],
+  "made_with": {"versions": {"megatron_longpo": "0.1.0"}}
+}
+"""
+"""A cache.json that version 0.1 wrote, into the folder e12534eb89c57aa2."""
 
 
-def part(*indices: int, rows: tuple[Row, ...] = SHORT) -> ReferenceLogps:
-    """One turn a row, and the row's index as its sum."""
-    values = np.array(indices, dtype=np.float64)
-    return ReferenceLogps(
-        indices=np.array(indices, dtype=np.int64),
-        ids=np.array([f"id {index} ü" for index in indices]),
-        num_turns=np.ones(len(indices), dtype=np.int64),
-        sums=dict.fromkeys(rows, -values / 3),
+def test_a_cache_of_version_0_1_is_found_and_resumed(tmp_path: Path) -> None:
+    folder = tmp_path / "e12534eb89c57aa2"
+    folder.mkdir()
+    (folder / HEADER_NAME).write_text(FROM_0_1)
+    np.savez(
+        folder / "part-000000.npz",
+        indices=np.array([3, 5]),
+        ids=np.array(["a", "b"]),
+        num_turns=np.array([1, 2]),
+        short_chosen=np.array([-1.5, -2.5, -3.5]),
+        short_rejected=np.array([-4.5, -5.5, -6.5]),
     )
-
-
-def writer(
-    folder: Path, fingerprint: ReferenceFingerprint = FINGERPRINT, rows: tuple[Row, ...] = SHORT
-) -> CacheWriter:
-    return CacheWriter(folder, CacheHeader(fingerprint=fingerprint, rows=rows), {"by": "test"})
-
-
-def find(folder: Path, fingerprint: ReferenceFingerprint = FINGERPRINT, **how: Any) -> Any:
-    return find_logps(folder, fingerprint, how.get("rows", SHORT), data_key="data.path")
-
-
-def test_what_is_written_is_found(tmp_path: Path) -> None:
-    cache = writer(tmp_path)
-    assert cache.saved == set()
-    cache.write(part(4, 7))
-    cache.write(part(0))
-    found = find(tmp_path)
-    assert found.indices.tolist() == [0, 4, 7]
-    assert found.ids.tolist() == ["id 0 ü", "id 4 ü", "id 7 ü"]
-    # Not a bit is lost.
-    assert found.sums["short_chosen"].tolist() == [-0.0, -4 / 3, -7 / 3]
-    assert found.source == str(cache.folder)
-    assert not list(tmp_path.rglob("*.partial"))
-    header = json.loads((cache.folder / HEADER_NAME).read_text())
-    assert header["format"] == 1
-    assert header["made_with"]["by"] == "test" and "torch" in header["made_with"]["versions"]
-
-
-def test_a_writer_goes_on_and_makes_torn_parts_anew(tmp_path: Path) -> None:
-    cache = writer(tmp_path)
-    paths = [cache.write(part(index)) for index in range(4)]
-    paths[1].write_bytes(paths[1].read_bytes()[:100])
-    paths[2].write_bytes(b"")
-    (cache.folder / "part-000009.npz.partial").write_bytes(b"half")
-    (cache.folder / HEADER_NAME).write_text("{torn")
-    again = writer(tmp_path)
-    assert again.saved == {0, 3}
-    assert again.damaged == [paths[1], paths[2]]
-    again.write(part(1, 2))
-    assert find(tmp_path).indices.tolist() == [0, 1, 2, 3]
-    assert len(part_paths(cache.folder)) == 3
+    fingerprint = ReferenceFingerprint(**json.loads(FROM_0_1)["fingerprint"])
+    found = find_logps(tmp_path, fingerprint, SHORT, data_key="data.path")
+    assert found.indices.tolist() == [3, 5] and found.ids.tolist() == ["a", "b"]
+    assert found.sums["short_rejected"].tolist() == [-4.5, -5.5, -6.5]
+    assert CacheHeader(fingerprint=fingerprint, rows=SHORT).folder_name == folder.name
+    assert writer(tmp_path, fingerprint).saved == {3, 5}
 
 
 def test_a_torn_part_is_an_error_to_training(tmp_path: Path) -> None:

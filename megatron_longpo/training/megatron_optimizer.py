@@ -1,6 +1,6 @@
-"""What Megatron-Core's releases lack or get wrong, mended in one place (0.16.1 to 0.19).
+"""Builds Megatron-Core's optimizer, and mends what its releases get wrong (0.16.1 to 0.19).
 
-- RMSprop: Megatron knows Adam and SGD only. `RMSprop` is put where Megatron builds Adam.
+- RMSprop and Transformer Engine's Adam with averages in bf16 are put where Megatron builds Adam.
 - The distributed optimizer with torch's Adam (no Transformer Engine, no apex) loses `step` when a
   checkpoint is loaded, and lets all parameters share one `step` tensor, so that a resumed run
   drifts silently. `build_optimizer` returns one that does neither.
@@ -13,151 +13,18 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
-import inspect
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 import megatron.core.optimizer as megatron_optimizer
 import torch
-from megatron.core import dist_checkpointing
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer import distrib_optimizer as megatron_distrib_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 from megatron_longpo.errors import UserError
-
-_STATE_HOLDS_STEP: bool = not megatron_distrib_optimizer.HAVE_APEX_OR_TE
-"""Where Megatron found neither, it looks for `step` in each parameter's state."""
-
-ASYNC_SAVE: dict[str, Any] = {"async_sharded_save": True}
-"""How `dist_checkpointing.save` is asked for a request to write later, of Megatron's own kind."""
-if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
-    # 0.19 would rather have nvidia-resiliency-ext, which CPUs do without.
-    ASYNC_SAVE["async_strategy"] = "mcore"
-
-LARGEST_BATCH = 64 * 2**20
-"""Parameters that RMSprop updates at a time, unless one tensor alone has more."""
-
-
-SMALLEST_ALONE = 2 * 2**20
-"""Elements from which on a tensor's update takes longer than its launch: smaller ones are updated
-many at a time."""
-
-
-class RMSprop(torch.optim.AdamW):
-    """torch.optim.RMSprop's update, with a state that Megatron takes for Adam's.
-
-    v = alpha v + (1 - alpha) g^2;  p = p - lr g / (sqrt(v) + eps). `v` is stored as `exp_avg_sq`,
-    which is what Megatron's distributed optimizer shards and saves; there is no `exp_avg`. In
-    memory it is of `state_dtype`, and the arithmetic is fp32.
-    """
-
-    def __init__(
-        self,
-        params: Any,
-        *,
-        alpha: float,
-        eps: float,
-        state_dtype: torch.dtype = torch.float32,
-        **settings: Any,
-    ) -> None:
-        self.state_dtype = state_dtype
-        super().__init__(
-            params,
-            lr=settings["lr"],
-            betas=(0.0, alpha),
-            eps=eps,
-            weight_decay=settings["weight_decay"],
-        )
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        # Adam's own looks for `step` in every state, which ours lacks beside Transformer Engine.
-        torch.optim.Optimizer.__setstate__(self, state)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        # Torch gives a state its parameter's dtype.
-        for state in self.state.values():
-            state["exp_avg_sq"] = state["exp_avg_sq"].to(self.state_dtype)
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        assert closure is None, "Megatron steps without a closure"
-        initialize_inner_state(self)
-        for group in self.param_groups:
-            params = [param for param in group["params"] if param.grad is not None]
-            if not params:
-                continue
-            others = []
-            for param in params:
-                if _is_updated_alone(param):
-                    self._update_alone(param, group)
-                else:
-                    others.append(param)
-            for batch in _batches(others):
-                self._update(batch, group)
-            if _STATE_HOLDS_STEP:
-                torch._foreach_add_([self.state[param]["step"] for param in params], 1)
-
-    def _update_alone(self, param: Tensor, group: dict[str, Any]) -> None:
-        from megatron_longpo.training.rmsprop_triton import update
-
-        assert param.grad is not None
-        update(
-            param,
-            param.grad,
-            self.state[param]["exp_avg_sq"],
-            lr=group["lr"],
-            alpha=group["betas"][1],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-        )
-
-    def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        grads = [grad for param in params if (grad := param.grad) is not None]
-        if group["weight_decay"]:
-            grads = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
-        kept = [self.state[param]["exp_avg_sq"] for param in params]
-        square_averages = [tensor.float() for tensor in kept]
-        alpha = group["betas"][1]
-        torch._foreach_mul_(square_averages, alpha)
-        torch._foreach_addcmul_(square_averages, grads, grads, 1 - alpha)
-        if self.state_dtype != torch.float32:
-            torch._foreach_copy_(kept, square_averages)
-        denominators = torch._foreach_sqrt(square_averages)
-        torch._foreach_add_(denominators, group["eps"])
-        torch._foreach_addcdiv_(params, grads, denominators, -group["lr"])
-
-
-def _is_updated_alone(param: Tensor) -> bool:
-    """Whether the one kernel that reads and writes everything once can be used, and pays."""
-    grad = param.grad
-    return (
-        param.numel() >= SMALLEST_ALONE
-        and param.is_cuda
-        and grad is not None
-        and param.dtype == grad.dtype == torch.float32
-        and param.is_contiguous()
-        and grad.is_contiguous()
-        and importlib.util.find_spec("triton") is not None
-    )
-
-
-def _batches(params: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Cuts parameters up so that temporary copies stay small beside the optimizer's state."""
-    batch: list[Tensor] = []
-    size = 0
-    for param in params:
-        size += param.numel()
-        if batch and size > LARGEST_BATCH:
-            yield batch
-            batch, size = [], param.numel()
-        batch.append(param)
-    if batch:
-        yield batch
+from megatron_longpo.training.rmsprop import STATE_HOLDS_STEP, RMSprop
 
 
 def build_optimizer(
@@ -192,17 +59,31 @@ def build_optimizer(
             make = functools.partial(
                 transformer_engine_adam(), exp_avg_dtype=state_dtype, exp_avg_sq_dtype=state_dtype
             )
-        # Megatron picks the class by these two names; the state's layout is Adam's.
-        with (
-            mock.patch.object(megatron_optimizer, "Adam", make),
-            mock.patch.object(megatron_optimizer, "USING_PYTORCH_OPTIMIZER", False),
-        ):
+        with _building_with(make):
             optimizer = get_megatron_optimizer(config, list(model))
     for part in _parts(optimizer):
         part.init_state_fn = initialize_inner_state
         if isinstance(part, DistributedOptimizer):
             part.__class__ = _MendedDistributedOptimizer
     return optimizer
+
+
+@contextmanager
+def _building_with(make: Any) -> Iterator[None]:
+    """Lets Megatron call `make` where it builds Adam.
+
+    Megatron 0.16.1 and 0.19 look the class up by these two names of their module, and offer no
+    other way to choose it. The state's layout is Adam's.
+    """
+    names = {"Adam": make, "USING_PYTORCH_OPTIMIZER": False}
+    before = {name: getattr(megatron_optimizer, name) for name in names}
+    try:
+        for name, value in names.items():
+            setattr(megatron_optimizer, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(megatron_optimizer, name, value)
 
 
 def transformer_engine_adam() -> Any:
@@ -230,21 +111,21 @@ def initialize_state(optimizer: MegatronOptimizer) -> None:
 
 
 def initialize_inner_state(optimizer: Any, config: OptimizerConfig | None = None) -> None:
-    """Fills the empty states of a torch or Transformer Engine optimizer."""
+    """Fills the empty states of our, torch's or Transformer Engine's optimizer."""
     for group in optimizer.param_groups:
         for param in group["params"]:
             state = optimizer.state[param]
             if state:
                 continue
+            if isinstance(optimizer, RMSprop):
+                optimizer.initialize_state(param)
+                continue
             if not isinstance(optimizer, torch.optim.Adam):
                 # Transformer Engine's, which holds no weights of its own here.
                 optimizer.initialize_state(param, store_param_remainders=False)
                 continue
-            if _STATE_HOLDS_STEP:
+            if STATE_HOLDS_STEP:
                 state["step"] = torch.zeros((), dtype=torch.float32)
-            if isinstance(optimizer, RMSprop):
-                state["exp_avg_sq"] = torch.zeros_like(param.data, dtype=optimizer.state_dtype)
-                continue
             state["exp_avg"] = torch.zeros_like(param.data)
             state["exp_avg_sq"] = torch.zeros_like(param.data)
 
