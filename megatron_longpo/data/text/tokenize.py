@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron_longpo.config.names import TextFormat
 from megatron_longpo.config.tokenize import TokenizeConfig
 from megatron_longpo.data.jsonl import refuse_existing, write_lines
 from megatron_longpo.data.progress import Dropped, format_counts, track
@@ -24,7 +25,7 @@ from megatron_longpo.data.text.dpo_sets import DpoPair
 from megatron_longpo.data.text.examples import Example, Turn
 from megatron_longpo.data.text.prompt_layout import opening_messages, shorten_document
 from megatron_longpo.data.text.renderings import TemplateChangesText
-from megatron_longpo.data.text.sets import TextFormat, TextSet
+from megatron_longpo.data.text.sets import TextSet
 from megatron_longpo.data.text.tokenizers import ChatTokenizer, Message, load_tokenizer
 from megatron_longpo.data.workers import WorkerPool, usable_cpus
 from megatron_longpo.errors import UserError
@@ -108,11 +109,6 @@ class ExampleTokenizer:
 
 def run_tokenize(config: TokenizeConfig) -> TokenizeSummary:
     """Reads the examples, writes the rows and prints what became of them."""
-    for key in ("max_length", "short_max_length"):
-        if getattr(config, key) < 2:
-            raise UserError(f"{key} ({getattr(config, key)}): must be at least 2 tokens")
-    if config.num_workers is not None and config.num_workers < 1:
-        raise UserError(f"num_workers ({config.num_workers}): must be at least 1, or null")
     refuse_existing(config.output, overwrite=config.overwrite, key="output")
     examples = TextSet(config.examples, format=config.format, split=config.split)
     print(f"{config.examples}: {examples.description}")

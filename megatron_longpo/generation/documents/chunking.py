@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_longpo.generation.documents.structure import INNER, Borders, Kind, find_borders
+from megatron_longpo.config.names import DocumentKind
+from megatron_longpo.generation.documents.structure import INNER, Borders, find_borders
 from megatron_longpo.generation.documents.token_spans import TokenSpans
 
 _SENTENCE_END = re.compile(r"[.!?][\"')\]]*\s+|[\u3002\uff01\uff1f]")
@@ -33,7 +34,7 @@ class Chunk:
 
 
 def chunk_document(
-    text: str, *, tokens: TokenSpans, kind: Kind = "text", min_tokens: int, max_tokens: int
+    text: str, *, tokens: TokenSpans, kind: DocumentKind = "text", min_tokens: int, max_tokens: int
 ) -> list[Chunk]:
     """Packs the blocks of a document greedily into chunks of `min_tokens` to `max_tokens`.
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Literal
 
 from megatron_longpo.config.generate import GenerateConfig
+from megatron_longpo.config.names import HtmlMode
 from megatron_longpo.data.progress import Dropped
 from megatron_longpo.errors import UserError
 from megatron_longpo.generation.documents.decoding import check_text, is_html
@@ -45,7 +44,7 @@ class DocumentSet:
         path: str,
         *,
         options: ReadOptions | None = None,
-        html: Literal["drop", "extract", "keep"] = "drop",
+        html: HtmlMode = "drop",
         near_duplicates: float | None = None,
         limit: int | None = None,
         shard: tuple[int, int] = (0, 1),
@@ -137,24 +136,7 @@ class DocumentSet:
 
 
 def open_documents(config: GenerateConfig, *, shard: tuple[int, int] = (0, 1)) -> DocumentSet:
-    """The documents that the settings ask for; raises `UserError` for settings that cannot be."""
-    if config.near_duplicates is not None and not 0 < config.near_duplicates <= 1:
-        raise UserError(
-            f"near_duplicates ({config.near_duplicates}): must be above 0 and at most 1, "
-            "or null to compare whole texts only"
-        )
-    if config.encoding is not None:
-        try:
-            codecs.lookup(config.encoding)
-        except LookupError:
-            raise UserError(
-                f"encoding ({config.encoding}): Python knows no such encoding; try utf-8 or latin-1"
-            ) from None
-    low, high = config.min_document_tokens, config.max_document_tokens
-    if low is not None and high is not None and low > high:
-        raise UserError(
-            f"min_document_tokens ({low}): must not exceed max_document_tokens ({high})"
-        )
+    """The documents that the config asks for; raises `UserError` where there are none."""
     return DocumentSet(
         config.documents,
         options=ReadOptions(

@@ -7,12 +7,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 
-Kind = Literal["text", "markdown", "rst", "latex", "code"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+from megatron_longpo.config.names import DocumentKind
+
+KINDS: tuple[DocumentKind, ...] = get_args(DocumentKind)
 
 PARAGRAPH = 20
 """Rank of a border between paragraphs; those of sections are smaller, the higher the section."""
@@ -21,7 +22,7 @@ INNER = 30
 LaTeX environments, classes."""
 _INNER_BLANK = 31
 
-_SUFFIXES: dict[Kind, str] = {
+_SUFFIXES: dict[DocumentKind, str] = {
     "markdown": "md markdown mdown mkd mdx qmd rmd",
     "rst": "rst rest",
     "latex": "tex ltx latex",
@@ -62,7 +63,7 @@ _ATTACHED = re.compile(r"@|#|//|/\*|\*|--|;;")
 """Decorators, attributes and comments: they belong to the declaration right below."""
 
 
-def find_kind(text: str, name: str = "") -> Kind:
+def find_kind(text: str, name: str = "") -> DocumentKind:
     """The kind of a text, by the ending of its file's name, else by what it begins with."""
     suffix = PurePath(name).suffix.lower().removeprefix(".")
     if suffix in _KIND_OF_SUFFIX:
@@ -94,7 +95,7 @@ class Borders:
     """[num_borders], the smaller the better."""
 
 
-def find_borders(text: str, kind: Kind) -> Borders:
+def find_borders(text: str, kind: DocumentKind) -> Borders:
     """The borders of a text, in time linear in its length."""
     ranks: dict[int, int] = {}
     for position, rank in _FINDERS[kind](text):
@@ -306,7 +307,7 @@ def _code(text: str) -> Iterator[tuple[int, int]]:
             attached = None
 
 
-_FINDERS: dict[Kind, Callable[[str], Iterator[tuple[int, int]]]] = {
+_FINDERS: dict[DocumentKind, Callable[[str], Iterator[tuple[int, int]]]] = {
     "text": _text,
     "markdown": _markdown,
     "rst": _rst,

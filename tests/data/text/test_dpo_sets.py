@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from megatron_longpo.config.tokenize import InspectConfig, TokenizeConfig
+from megatron_longpo.config.inspect import InspectConfig
+from megatron_longpo.config.tokenize import TokenizeConfig
 from megatron_longpo.data.inspect.run import run_inspect
 from megatron_longpo.data.rows.dataset import IGNORED_LABEL, PreferenceRow, TokenRow, open_rows
 from megatron_longpo.data.text.dpo_sets import check_dpo_pair
