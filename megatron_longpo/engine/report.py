@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_longpo.config.report import ReportConfig
 from megatron_longpo.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,16 +30,6 @@ PANELS = (
     ("tokens_per_second", "tokens/s"),
 )
 """Key and unit of each panel; one that no run has is left out."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ReportConfig:
-    """What to plot."""
-
-    runs: tuple[str, ...]
-    """One or more logging.dir folders (or metrics.jsonl files)."""
-    output: str | None = None
-    """PNG to write; null = report.png in the first folder."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

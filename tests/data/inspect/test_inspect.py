@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from megatron_longpo.config.tokenize import InspectConfig, TokenizeConfig
+from megatron_longpo.config.inspect import InspectConfig
+from megatron_longpo.config.tokenize import TokenizeConfig
 from megatron_longpo.data.inspect.console import show_sample
 from megatron_longpo.data.inspect.page import _script_json
 from megatron_longpo.data.inspect.row_samples import sample_of_row

@@ -142,7 +142,8 @@ def do_all(
     Iteration by iteration: what writes pairs has the GPUs to itself.
     """
     free: SimpleQueue[str | None] = SimpleQueue()
-    for gpu in jobs * [*(gpus or [None])]:
+    names: list[str | None] = [*gpus] or [None]
+    for gpu in jobs * names:
         free.put(gpu)
     codes = []
     for iteration in sorted({1, *(run.iteration for run in runs)}):
