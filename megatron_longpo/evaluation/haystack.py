@@ -17,8 +17,8 @@ NUM_SENTENCES = 2000
 """Sentences of the built-in text, some 25,000 tokens; longer haystacks repeat it."""
 
 ENOUGH_TOKENS = 1_000_000
-"""Documents after these are not read. It is constant, so that rows of one length do not depend on the
-other lengths that are measured."""
+"""Documents after these are not read. It is constant, so that rows of one length do not depend on
+the other lengths that are measured."""
 
 _WHO = (
     *("The ferryman", "A gardener", "The old teacher", "A young carpenter", "The night watch"),
