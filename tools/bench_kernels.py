@@ -23,7 +23,7 @@ from megatron_longpo.model.attention.kernels import AttentionKernel
 from megatron_longpo.runtime.gpu_memory import allow_expandable_segments
 from tools.bench_bare import (
     KERNELS,
-    Block,
+    BlockShape,
     Timer,
     attention_seconds,
     available_kernels,
@@ -67,7 +67,7 @@ def main() -> None:
 def measure(
     name: str,
     kernel: AttentionKernel,
-    block: Block,
+    block: BlockShape,
     shape: ModelShape,
     *,
     device: torch.device,
@@ -77,7 +77,7 @@ def measure(
     queries, keys, causal = block
     head_dim = shape.hidden // shape.heads
 
-    def seconds(block: Block, timer: Timer) -> tuple[float, float]:
+    def seconds(block: BlockShape, timer: Timer) -> tuple[float, float]:
         return attention_seconds(
             kernel,
             block,

@@ -69,7 +69,7 @@ class Report:
         mode = self.modes[name]
         mode["step_s" if counts else "warmup_s"].append(timing.seconds)
         if counts:
-            flops = step_flops(run.pairs.sizes, run.sources.policy, run.sources.reference)
+            flops = step_flops(run.pairs.sizes, run.sources.policy, run.sources.online_arch)
             mode["median_step_s"] = median = statistics.median(mode["step_s"])
             mode["model_tflops_per_gpu"] = flops / median / run.groups.world_size / 1e12
             if timing.peak_memory_gib is not None:

@@ -27,6 +27,7 @@ from typing import get_args
 import numpy as np
 import torch
 
+from megatron_longpo.config.names import Recompute
 from megatron_longpo.config.train import (
     CheckpointConfig,
     DataConfig,
@@ -43,7 +44,7 @@ from megatron_longpo.data.rows.writing import write_rows_jsonl
 from megatron_longpo.data.trees.sampler import PairSampler
 from megatron_longpo.engine.batches import rank_packs
 from megatron_longpo.engine.sources import make_objective, read_pairs
-from megatron_longpo.model.spec import DTYPES, Recompute
+from megatron_longpo.model.spec import DTYPES
 from megatron_longpo.parallel import groups
 from megatron_longpo.runtime.gpu_memory import allow_expandable_segments
 from megatron_longpo.training.loop import Run, prepare
@@ -274,7 +275,7 @@ def as_mode(built: Run, config: TrainConfig) -> Run:
     """The same model and optimizer on the pairs as another mode reads them."""
     sources = built.sources
     if config.reference.mode == "none":
-        sources = replace(sources, reference=None, reference_folder=None)
+        sources = replace(sources, scorers=())
     objective = make_objective(config)
     pairs = read_pairs(config, config.data.path, sources, objective, progress=lambda rows: rows)
     sampler = PairSampler(
@@ -309,7 +310,7 @@ def bare_step(run: Run, limit: Limit, timer: Timer) -> dict[str, float]:
     )
     total: dict[str, float] = {}
     for pack in packs:
-        parts = limit.seconds(pack, run.sources.policy, run.sources.reference, timer=timer)
+        parts = limit.seconds(pack, run.sources.policy, run.sources.online_arch, timer=timer)
         for part, seconds in parts.items():
             total[part] = total.get(part, 0.0) + seconds
     return total

@@ -33,8 +33,8 @@ from megatron_longpo.data.text.chat_tokenizer import ChatTokenizer
 from megatron_longpo.data.text.tokenizers import load_tokenizer
 from megatron_longpo.errors import UserError
 from megatron_longpo.generation.documents.chunking import chunk_document
+from megatron_longpo.generation.documents.kinds import find_kind
 from megatron_longpo.generation.documents.reading import DocumentSet
-from megatron_longpo.generation.documents.structure import find_kind
 from megatron_longpo.generation.documents.token_spans import find_token_spans
 
 STANDARD_LIBRARY = "python-stdlib"

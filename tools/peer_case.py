@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from megatron_longpo.config.names import Dtype
 from megatron_longpo.data.jsonl import write_whole
 from megatron_longpo.data.rows.schema import PreferenceRow
 from megatron_longpo.data.rows.writing import write_rows_jsonl
@@ -41,7 +42,7 @@ class Case:
     leaves the mask out, so that SDPA's flash and cuDNN kernels run."""
     answer: int
     """Tokens of each answer."""
-    dtype: str
+    dtype: Dtype
     reference: str
     """online = scored in every step, cached = scored once before training, which is not timed."""
     warmup: int

@@ -6,20 +6,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import PurePath
 from typing import Any, Literal
 
-from megatron_longpo.config.evaluation import EvaluationConfig
+from megatron_longpo.config.evaluation import EvaluationConfig, check_evaluation
 from megatron_longpo.config.fields import check_limits, limits
 from megatron_longpo.config.harness import HarnessConfig
 from megatron_longpo.config.suites import read_suite
-from megatron_longpo.config.train import (
-    DataConfig,
-    LoggingConfig,
-    ModelConfig,
-    ParallelConfig,
-    ReferenceConfig,
-    RunConfig,
-    TrainConfig,
-    resolve,
-)
+from megatron_longpo.config.train import ParallelConfig
+from megatron_longpo.config.train_checks import data_parallel_size, filled_parallel
 from megatron_longpo.errors import UserError
 
 
@@ -116,8 +108,9 @@ def resolve_evaluate(config: EvaluateConfig) -> EvaluateConfig:
         _check_generation(config)
     if config.suites and config.harness.backend != "megatron":
         _check_rope(config, f"suite: {config.harness.backend}")
-    resolved = training_config(config, hf_path=config.models[0])
-    return replace(config, parallel=resolved.parallel)
+    parallel = filled_parallel(config.parallel)
+    check_evaluation(config.evaluation)
+    return replace(config, parallel=parallel)
 
 
 def _check_generation(config: EvaluateConfig) -> None:
@@ -138,31 +131,8 @@ def _check_rope(config: EvaluateConfig, reader: str) -> None:
             )
 
 
-def training_config(config: EvaluateConfig, *, hf_path: str) -> TrainConfig:
-    """The settings of a training run that would build this model in this layout."""
-    return resolve(
-        TrainConfig(
-            model=ModelConfig(
-                hf_path=hf_path,
-                dtype=config.dtype,
-                attention_kernel=config.attention_kernel,
-                layers=config.layers,
-            ),
-            reference=ReferenceConfig(hf_path=config.base),
-            data=DataConfig(path="none"),
-            parallel=config.parallel,
-            # More pairs than ranks: nothing is dealt here by global batches.
-            train=RunConfig(global_batch_pairs=2**31, recompute="none"),
-            logging=LoggingConfig(dir=str(config.folder)),
-            evaluation=config.evaluation,
-        )
-    )
-
-
 def check_evaluate_world(config: EvaluateConfig, world_size: int) -> None:
     """Refuses a number of processes that the parallel sizes do not divide, or cannot be used."""
-    from megatron_longpo.config.train import check_world
-
     in_one = config.suites and config.harness.backend != "megatron"
     if config.compare or config.generate or in_one:
         if world_size > 1:
@@ -173,4 +143,4 @@ def check_evaluate_world(config: EvaluateConfig, world_size: int) -> None:
                 f"--nproc, or {key}"
             )
         return
-    check_world(training_config(config, hf_path=config.models[0]), world_size)
+    data_parallel_size(config.parallel, world_size)

@@ -10,10 +10,12 @@ from typing import Literal, get_args
 
 Dtype = Literal["bf16", "fp32"]
 """Type of weights and activations."""
-AttentionKernel = Literal["auto", "cudnn+te", "te", "cudnn", "flash_attn", "varlen", "sdpa"]
+AttentionKernel = Literal["auto", "fa4", "cudnn+te", "te", "cudnn", "flash_attn", "varlen", "sdpa"]
 """`auto` takes the fastest kernel that passes a trial on this machine."""
-Layers = Literal["auto", "te", "local"]
+LayerKind = Literal["te", "local"]
 """Transformer layers of Transformer Engine or of Megatron-Core."""
+Layers = Literal["auto", LayerKind]
+"""`auto` takes Transformer Engine's where they run."""
 Recompute = Literal["none", "selective", "all_but_attention", "full"]
 RecomputeModule = Literal["core_attn", "layernorm", "mlp"]
 ContextComm = Literal["a2a", "all_gather", "a2a+all_gather"]

@@ -13,10 +13,9 @@ from typing import Any, Literal
 
 from megatron_longpo.config.evaluation import EvaluationConfig
 from megatron_longpo.config.fields import limits
+from megatron_longpo.config.names import LoraTarget
 from megatron_longpo.config.parser import load_config
 from megatron_longpo.config.train_checks import check_world, resolve, resolve_reference
-
-LoraTarget = Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 
 __all__ = ["TrainConfig", "check_world", "load_train_config", "resolve", "resolve_reference"]
 
@@ -288,6 +287,11 @@ class LoraConfig:
     """Their scale; the update is alpha / rank times the product."""
     targets: tuple[LoraTarget, ...] = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
     """Layers that get an adapter: query, key and value; attention output; gate and up; down."""
+
+    @property
+    def scale(self) -> float:
+        """Factor of the product of the two matrices."""
+        return self.alpha / self.rank
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -38,7 +38,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
         config,
         objective=filled_objective(config.objective, defaults),
         reference=_filled_reference(config, defaults),
-        parallel=_filled_parallel(config.parallel),
+        parallel=filled_parallel(config.parallel),
         checkpoint=replace(
             config.checkpoint,
             dir=config.checkpoint.dir or str(PurePath(config.logging.dir) / "checkpoints"),
@@ -61,8 +61,21 @@ def resolve_reference(config: TrainConfig) -> TrainConfig:
 
 
 def check_world(config: TrainConfig, world_size: int) -> int:
-    """Returns the data-parallel size, or raises where the sizes do not fit the world."""
-    parallel = config.parallel
+    """Returns the data-parallel size, or raises where some rank would never see a pair."""
+    data_ranks = data_parallel_size(config.parallel, world_size)
+    pairs = config.train.global_batch_pairs
+    if data_ranks > pairs:
+        model_ranks = world_size // data_ranks
+        raise UserError(
+            f"train.global_batch_pairs ({pairs}) must be at least the data-parallel size "
+            f"({world_size} processes / {model_ranks} = {data_ranks}), or some ranks never see a "
+            f"pair. Set it to {data_ranks}, or start {pairs * model_ranks} processes"
+        )
+    return data_ranks
+
+
+def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
+    """Returns the data-parallel size, or raises where the sizes do not divide the world's."""
     model_ranks = parallel.tensor * parallel.pipeline * parallel.context
     sizes = (
         f"parallel.tensor ({parallel.tensor}) x parallel.pipeline ({parallel.pipeline}) x "
@@ -73,15 +86,7 @@ def check_world(config: TrainConfig, world_size: int) -> int:
             f"{sizes} must divide the number of processes ({world_size}). Lower one of them, or "
             f"start {max(1, world_size // model_ranks) * model_ranks} processes"
         )
-    data_ranks = world_size // model_ranks
-    pairs = config.train.global_batch_pairs
-    if data_ranks > pairs:
-        raise UserError(
-            f"train.global_batch_pairs ({pairs}) must be at least the data-parallel size "
-            f"({world_size} processes / {model_ranks} = {data_ranks}), or some ranks never see a "
-            f"pair. Set it to {data_ranks}, or start {pairs * model_ranks} processes"
-        )
-    return data_ranks
+    return world_size // model_ranks
 
 
 def _filled_reference(config: TrainConfig, defaults: ObjectiveDefaults) -> ReferenceConfig:
@@ -99,7 +104,8 @@ def _filled_reference(config: TrainConfig, defaults: ObjectiveDefaults) -> Refer
     )
 
 
-def _filled_parallel(parallel: ParallelConfig) -> ParallelConfig:
+def filled_parallel(parallel: ParallelConfig) -> ParallelConfig:
+    """Checks the parallel sizes against each other and fills what depends on others."""
     if parallel.sequence and parallel.tensor == 1:
         raise UserError(
             "parallel.sequence (true) splits work over tensor-parallel ranks, and parallel.tensor "

@@ -1,4 +1,4 @@
-"""Builds policy and reference as this rank holds them, with their weights, wrapped for training."""
+"""Builds policy and reference as this rank holds them, with their weights."""
 
 from __future__ import annotations
 
@@ -7,20 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import unwrap_model
 
 from checkpoints_convert.gpt_weights import load_hf_weights
-from megatron_longpo.config.train import TrainConfig
+from megatron_longpo.engine.build_config import BuildConfig
 from megatron_longpo.engine.degrees import heads_per_rank, stage_split
-from megatron_longpo.engine.sources import ModelSources
+from megatron_longpo.engine.sources import ModelSources, ScorerSource
 from megatron_longpo.model.activation_offload import ActivationOffload
 from megatron_longpo.model.architectures import Architecture
 from megatron_longpo.model.attention.kernel_choice import choose_kernel
@@ -39,20 +33,20 @@ WeightsWriter = Callable[[Any, Architecture, str], None]
 
 
 def build_model(
-    config: TrainConfig,
+    config: BuildConfig,
     sources: ModelSources,
     groups: Groups,
     *,
     say: Callable[[str], None] = lambda line: None,
     write_weights: WeightsWriter = load_hf_weights,
 ) -> list[Any]:
-    """This rank's chunks with their weights, wrapped by Megatron's DDP.
+    """Returns this rank's chunks of the policy, each with its part of a reference, with weights.
 
     `say` is told which attention kernel and layers the policy runs on, and why no faster ones.
     `write_weights` fills every parameter of a model.
     """
-    split = stage_split(config, sources.policy)
-    activations = ActivationOffload(groups.device) if config.train.offload_activations else None
+    split = stage_split(config.parallel, sources.policy)
+    activations = ActivationOffload(groups.device) if config.offload_activations else None
     policies = _chunks(
         config,
         sources.policy,
@@ -64,100 +58,45 @@ def build_model(
         say=say,
         write_weights=write_weights,
     )
-    if sources.lora is not None:
+    if config.lora is not None:
         for policy in policies:
-            attach_adapters(
-                policy.gpt,
-                sources.lora.settings,
-                seed=config.train.seed,
-                tensor_group=groups.tensor,
-            )
+            attach_adapters(policy.gpt, config.lora, seed=config.seed, tensor_group=groups.tensor)
+    online = sources.scorer("online")
     references: list[ChunkModel] | list[None] = [None] * len(policies)
-    if sources.reference is not None and sources.shares_weights:
-        references = [_chunk_of(policy.gpt, sources.reference, groups) for policy in policies]
-    elif sources.reference is not None:
-        assert sources.reference_folder is not None
+    if online is not None and sources.shares_weights:
+        references = [_chunk_of(policy.gpt, online.arch, groups) for policy in policies]
+    elif online is not None:
         references = _chunks(
             config,
-            sources.reference,
-            sources.reference_folder,
+            online.arch,
+            online.folder,
             groups,
-            split=like_split(sources.reference.num_layers, split),
+            split=like_split(online.arch.num_layers, split),
             trainable=False,
             write_weights=write_weights,
         )
-    return [
-        _wrapped(config, policy, reference, groups, activations, is_first=index == 0)
-        for index, (policy, reference) in enumerate(zip(policies, references, strict=True))
+    model = [
+        _ready(
+            LongPOModel(
+                policy=policy,
+                reference=reference,
+                tensor_group=groups.tensor,
+                context_group=groups.context,
+                activations=activations,
+            ),
+            config,
+            groups,
+        )
+        for policy, reference in zip(policies, references, strict=True)
     ]
-
-
-def _wrapped(
-    config: TrainConfig,
-    policy: ChunkModel,
-    reference: ChunkModel | None,
-    groups: Groups,
-    activations: ActivationOffload | None,
-    *,
-    is_first: bool,
-) -> Any:
-    """A chunk of both models in Megatron's DDP."""
-    model: Any = LongPOModel(
-        policy=policy,
-        reference=reference,
-        tensor_group=groups.tensor,
-        context_group=groups.context,
-        activations=activations,
-    )
-    model = _placed(config, model, groups)
-    ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=config.optimizer.grad_dtype == "fp32",
-        use_distributed_optimizer=config.optimizer.distributed,
-        overlap_grad_reduce=config.optimizer.overlap_grad_reduce,
-        overlap_param_gather=config.optimizer.overlap_param_gather,
-        average_in_collective=False,
-    )
-    # Communication of later chunks overlaps with the first's compute as it is.
-    wrapped = DistributedDataParallel(
-        model.config, ddp_config, model, disable_bucketing=not is_first
-    )
-    # All data-parallel ranks read the same weights, but a rank may have misread them.
-    wrapped.broadcast_params()
-    if config.reference.offload:
-        unwrap_model(wrapped).offload_reference()
-    return wrapped
-
-
-def build_reference(
-    config: TrainConfig,
-    sources: ModelSources,
-    groups: Groups,
-    *,
-    say: Callable[[str], None] = lambda line: None,
-) -> list[Any]:
-    """The reference alone, where the policy stands otherwise: what `longpo reference` runs."""
-    assert sources.cached is not None and sources.cached_folder is not None
-    split = like_split(sources.cached.num_layers, stage_split(config, sources.policy))
-    return build_scorer(config, sources.cached, sources.cached_folder, groups, split=split, say=say)
-
-
-def build_base(
-    config: TrainConfig,
-    sources: ModelSources,
-    groups: Groups,
-    *,
-    write_weights: WeightsWriter = load_hf_weights,
-) -> list[Any]:
-    """The base model alone, to be asked for retention before the policy is built."""
-    assert sources.base is not None and sources.base_folder is not None
-    split = like_split(sources.base.num_layers, stage_split(config, sources.policy))
-    return build_scorer(
-        config, sources.base, sources.base_folder, groups, split=split, write_weights=write_weights
-    )
+    if config.offload_reference:
+        for chunk in model:
+            unwrap_model(chunk).offload_reference()
+    return model
 
 
 def build_scorer(
-    config: TrainConfig,
+    config: BuildConfig,
     arch: Architecture,
     folder: str,
     groups: Groups,
@@ -166,7 +105,10 @@ def build_scorer(
     say: Callable[[str], None] = lambda line: None,
     write_weights: WeightsWriter = load_hf_weights,
 ) -> list[Any]:
-    """This rank's chunks of a model that only scores, as `LongPOModel`s without a reference."""
+    """Returns this rank's chunks of a model that only scores: `LongPOModel`s without a reference.
+
+    `split` gives the model's layers on each pipeline stage.
+    """
     chunks = _chunks(
         config,
         arch,
@@ -177,54 +119,53 @@ def build_scorer(
         say=say,
         write_weights=write_weights,
     )
-    return [_scorer(config, chunk, groups) for chunk in chunks]
+    model = [
+        LongPOModel(
+            policy=chunk, reference=None, tensor_group=groups.tensor, context_group=groups.context
+        )
+        for chunk in chunks
+    ]
+    for chunk in model:
+        chunk.requires_grad_(False)
+        chunk.eval()
+    return [_ready(chunk, config, groups) for chunk in model]
 
 
-def _scorer(config: TrainConfig, chunk: ChunkModel, groups: Groups) -> Any:
-    """A chunk of a model that only scores."""
-    model: Any = LongPOModel(
-        policy=chunk, reference=None, tensor_group=groups.tensor, context_group=groups.context
+def build_alone(
+    config: BuildConfig,
+    source: ScorerSource,
+    sources: ModelSources,
+    groups: Groups,
+    *,
+    say: Callable[[str], None] = lambda line: None,
+    write_weights: WeightsWriter = load_hf_weights,
+) -> list[Any]:
+    """Returns this rank's chunks of one of a run's frozen models alone, split as the policy is."""
+    split = like_split(source.arch.num_layers, stage_split(config.parallel, sources.policy))
+    return build_scorer(
+        config,
+        source.arch,
+        source.folder,
+        groups,
+        split=split,
+        say=say,
+        write_weights=write_weights,
     )
-    model.requires_grad_(False)
-    model.eval()
-    placed = _placed(config, model, groups)
-    # As Megatron's DDP does for a model that trains: one rank's reading is everyone's.
-    same_shards = groups.data_and_context
-    for parameter in placed.parameters():
-        dist.broadcast(parameter, src=dist.get_global_rank(same_shards, 0), group=same_shards)
-    return placed
 
 
-def _placed(config: TrainConfig, model: Any, groups: Groups) -> Any:
-    """The model on this rank's device, in its dtype."""
+def _ready(model: LongPOModel, config: BuildConfig, groups: Groups) -> Any:
+    """Returns the model on this rank's device and in its dtype, with the first rank's weights."""
     model.to(groups.device)
-    return Float16Module(model.config, model) if config.model.dtype == "bf16" else model
-
-
-def connect(model: list[Any], optimizer: MegatronOptimizer) -> None:
-    """Tells Megatron's schedule how to scale the loss, sum gradients and finish them."""
-    for chunk in model:
-        if chunk.ddp_config.overlap_grad_reduce:
-            # Gradients are summed with the last microbatch's backward, not with every one's.
-            waits = [other.no_sync for other in model]
-            chunk.config.no_sync_func = waits if len(waits) > 1 else waits[0]
-        chunk.config.grad_scale_func = optimizer.scale_loss
-        chunk.config.finalize_model_grads_func = finalize_model_grads
-
-
-def gather_parameters(model: list[Any]) -> None:
-    """Makes this rank's weights those that the last optimizer step left.
-
-    With `optimizer.overlap_param_gather` that is else done by the next forward: what reads weights
-    in another way, such as a checkpoint, would find old ones.
-    """
-    for chunk in model:
-        if chunk.ddp_config.overlap_param_gather:
-            chunk.start_param_sync(force_sync=True)
+    ready: Any = Float16Module(model.config, model) if config.model.dtype == "bf16" else model
+    # All data-parallel ranks read the same weights, but a rank may have misread them.
+    same_shards = groups.data_and_context
+    for parameter in ready.parameters():
+        dist.broadcast(parameter.data, src=dist.get_global_rank(same_shards, 0), group=same_shards)
+    return ready
 
 
 def _chunks(
-    config: TrainConfig,
+    config: BuildConfig,
     arch: Architecture,
     folder: str,
     groups: Groups,
@@ -235,10 +176,9 @@ def _chunks(
     activations: ActivationOffload | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[ChunkModel]:
-    """This rank's pipeline chunks of one model, with their weights."""
+    """Returns this rank's pipeline chunks of one model, with their weights."""
     sizes = groups.sizes
     dtype = config.model.dtype
-    recompute, recompute_layers = config.train.recompute, config.train.recompute_layers
     kernel = choose_kernel(
         config.model.attention_kernel,
         device=groups.device,
@@ -264,9 +204,9 @@ def _chunks(
         stages=split,
         context=sizes.context,
         sequence=sizes.sequence,
-        recompute=recompute,
-        recompute_modules=config.train.recompute_modules,
-        recompute_layers=recompute_layers,
+        recompute=config.recompute,
+        recompute_modules=config.recompute_modules,
+        recompute_layers=config.recompute_layers,
         trainable=trainable,
         layers=layers.kind,
     )
@@ -274,8 +214,11 @@ def _chunks(
         TreeAttention,
         kernel=kernel.kernel,
         exchange=exchange,
-        keeps_results=trainable and recompute == "all_but_attention",
+        keeps_results=trainable and config.recompute == "all_but_attention",
         offload=activations,
+    )
+    keeps_later_layers = (
+        trainable and config.recompute == "selective" and config.recompute_layers is not None
     )
     chunks = []
     for index in range(sizes.virtual_pipeline or 1):
@@ -290,8 +233,8 @@ def _chunks(
         )
         if trainable and layers.kind == "te":
             accumulate_in_main_grad(gpt)
-        if trainable and recompute == "selective" and recompute_layers is not None:
-            keep_whole(gpt.decoder.layers[recompute_layers:])
+        if keeps_later_layers:
+            keep_whole(gpt.decoder.layers[config.recompute_layers :])
         write_weights(gpt, arch, folder)
         chunks.append(_chunk_of(gpt, arch, groups))
     return chunks

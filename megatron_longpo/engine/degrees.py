@@ -5,49 +5,49 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from megatron_longpo.config.train import TrainConfig
+from megatron_longpo.config.train import ParallelConfig
 from megatron_longpo.errors import UserError
 from megatron_longpo.model.architectures import Architecture
 from megatron_longpo.model.spec import check_stages, check_tensor_size
-from megatron_longpo.parallel.context import kv_repeats, largest_inner
 from megatron_longpo.parallel.groups import ParallelSizes
+from megatron_longpo.parallel.head_shares import kv_repeats, largest_inner
 from megatron_longpo.parallel.stages import Split
 
 
-def parallel_sizes(config: TrainConfig, architectures: Sequence[Architecture]) -> ParallelSizes:
+def parallel_sizes(
+    parallel: ParallelConfig, architectures: Sequence[Architecture]
+) -> ParallelSizes:
     """The degrees for a run that builds these models."""
-    parallel = config.parallel
     return ParallelSizes(
         tensor=parallel.tensor,
         pipeline=parallel.pipeline,
         virtual_pipeline=parallel.virtual_pipeline,
         context=parallel.context,
-        context_inner=context_inner(config, architectures),
+        context_inner=context_inner(parallel, architectures),
         sequence=bool(parallel.sequence),
     )
 
 
-def check_split(config: TrainConfig, architectures: Sequence[Architecture]) -> None:
+def check_split(parallel: ParallelConfig, architectures: Sequence[Architecture]) -> None:
     """Refuses parallel sizes that one of the models cannot be split by."""
     for arch in architectures:
-        check_tensor_size(arch, config.parallel.tensor)
-    context_inner(config, architectures)
+        check_tensor_size(arch, parallel.tensor)
+    context_inner(parallel, architectures)
 
 
-def check_every_rank_has_layers(config: TrainConfig, split: Split) -> None:
+def check_every_rank_has_layers(parallel: ParallelConfig, split: Split) -> None:
     """Refuses embedding or loss stages on a rank of their own where adapters alone train."""
-    pipeline = config.parallel.pipeline
+    pipeline = parallel.pipeline
     for rank in range(pipeline):
         if not sum(split[rank::pipeline]):
             raise UserError(
-                f"parallel.pipeline_layout ({config.parallel.pipeline_layout}): with lora, "
+                f"parallel.pipeline_layout ({parallel.pipeline_layout}): with lora, "
                 f"pipeline rank {rank} would have nothing to train. Give it a layer (t)"
             )
 
 
-def stage_split(config: TrainConfig, policy: Architecture) -> Split:
+def stage_split(parallel: ParallelConfig, policy: Architecture) -> Split:
     """The policy's layers on each pipeline stage; another model's are split like them."""
-    parallel = config.parallel
     return check_stages(
         policy,
         pipeline=parallel.pipeline,
@@ -56,13 +56,12 @@ def stage_split(config: TrainConfig, policy: Architecture) -> Split:
     )
 
 
-def context_inner(config: TrainConfig, architectures: Sequence[Architecture]) -> int:
+def context_inner(parallel: ParallelConfig, architectures: Sequence[Architecture]) -> int:
     """How many neighbouring context-parallel ranks scatter heads among themselves.
 
     Raises:
         UserError: if the heads of one of the models cannot be shared out so.
     """
-    parallel = config.parallel
     if parallel.context_comm == "all_gather":
         return 1
     heads = [heads_per_rank(arch, parallel.tensor) for arch in architectures]

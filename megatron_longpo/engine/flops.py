@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from megatron_longpo.config.train import LoraConfig
 from megatron_longpo.data.trees.packing import PairSize
 from megatron_longpo.model.architectures import Architecture
-from megatron_longpo.model.lora import LoraSettings
 
 FORWARD_SHARE = 1 / 3
 """A forward pass costs a third of forward and backward."""
@@ -20,7 +20,7 @@ def step_flops(
     policy: Architecture,
     reference: Architecture | None,
     *,
-    lora: LoraSettings | None = None,
+    lora: LoraConfig | None = None,
 ) -> float:
     """Operations of one global batch, over all GPUs: policy both ways, reference forward.
 
@@ -48,7 +48,7 @@ def layer_parameters(arch: Architecture) -> int:
     return arch.hidden_size * (2 * attention_width + 2 * kv_width + 3 * arch.ffn_hidden_size)
 
 
-def adapter_parameters(arch: Architecture, lora: LoraSettings) -> int:
+def adapter_parameters(arch: Architecture, lora: LoraConfig) -> int:
     """Parameters of one layer's adapters."""
     attention_width = arch.num_heads * arch.head_dim
     kv_width = arch.num_kv_heads * arch.head_dim

@@ -60,10 +60,10 @@ class RowReader:
     def fingerprint(self, dataset: RowDataset) -> ReferenceFingerprint:
         """What the reference's sums of these rows depend on; for rank 0 to ask."""
         if self._model is None:
-            folder, arch = self.sources.cached_folder, self.sources.cached
-            assert folder is not None and arch is not None
-            self.console.say(f"reading {folder} for its fingerprint")
-            self._model = fingerprint_model(self.config, folder, arch)
+            cached = self.sources.scorer("cached")
+            assert cached is not None, "only a cached reference has a fingerprint"
+            self.console.say(f"reading {cached.folder} for its fingerprint")
+            self._model = fingerprint_model(self.config, cached.folder, cached.arch)
         return with_rows(self._model, dataset)
 
     def _find_logps(self, key: str, dataset: RowDataset) -> ReferenceLogps:

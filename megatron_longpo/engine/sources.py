@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from checkpoints_convert.hf_folder import local_hf_folder
 from checkpoints_convert.lora_record import LoraRecord
@@ -18,44 +19,61 @@ from megatron_longpo.data.trees.tree import TreeConfig
 from megatron_longpo.engine.degrees import check_every_rank_has_layers, check_split, stage_split
 from megatron_longpo.errors import UserError
 from megatron_longpo.model.architectures import Architecture, read_architecture
-from megatron_longpo.model.lora import LoraSettings
 from megatron_longpo.objectives import Objective, build_objective
+
+ScorerRole = Literal["online", "cached", "base"]
+"""online: scored in the policy's pass. cached: its log-probs are read from a cache, and it is never
+built to train. base: asked once for retention, before the policy is built."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScorerSource:
+    """A frozen model that the policy is compared with."""
+
+    role: ScorerRole
+    folder: str
+    """Hugging Face folder."""
+    arch: Architecture
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSources:
-    """Policy and reference as folders and architectures; the reference None where unused."""
+    """The models of a run as folders and architectures."""
 
     policy_folder: str
     policy: Architecture
-    reference_folder: str | None
-    reference: Architecture | None
-    cached_folder: str | None = None
-    """The reference whose log-probabilities come from a cache: it is never built to train."""
-    cached: Architecture | None = None
-    base_folder: str | None = None
-    """The model that retention is measured against where no reference stays in memory: it is asked
-    once, before the policy is built."""
-    base: Architecture | None = None
-    lora: LoraRecord | None
+    scorers: tuple[ScorerSource, ...] = ()
+    """At most one a role."""
+    lora: LoraRecord | None = None
     """The policy's adapters, None where all of its weights train."""
+
+    def scorer(self, role: ScorerRole) -> ScorerSource | None:
+        """Returns the model with this role, None where the run has none."""
+        return next((scorer for scorer in self.scorers if scorer.role == role), None)
+
+    @property
+    def reference(self) -> ScorerSource | None:
+        """The reference of the objective, scored online or cached."""
+        return self.scorer("online") or self.scorer("cached")
+
+    @property
+    def online_arch(self) -> Architecture | None:
+        """The reference that runs beside the policy."""
+        online = self.scorer("online")
+        return None if online is None else online.arch
 
     @property
     def shares_weights(self) -> bool:
         """Whether the reference is the policy without its adapters, and needs no second model."""
-        if self.lora is None or self.reference_folder is None:
+        online = self.scorer("online")
+        if self.lora is None or online is None:
             return False
-        return Path(self.reference_folder).resolve() == Path(self.policy_folder).resolve()
+        return Path(online.folder).resolve() == Path(self.policy_folder).resolve()
 
     @property
     def built(self) -> list[Architecture]:
         """The models that training builds."""
-        return [self.policy, *filter(None, [self.reference, self.base])]
-
-    @property
-    def scorer(self) -> Architecture | None:
-        """The reference, whether it is there or in a cache."""
-        return self.reference or self.cached
+        return [self.policy, *(s.arch for s in self.scorers if s.role != "cached")]
 
 
 def read_models(config: TrainConfig) -> ModelSources:
@@ -82,54 +100,54 @@ def read_models(config: TrainConfig) -> ModelSources:
             "and model.max_position_embeddings, or lower data.max_length",
             stacklevel=2,
         )
-    folder = arch = None
-    needs_base = config.evaluation.retention is not None
-    if config.reference.mode != "none" or needs_base:
-        assert config.reference.hf_path is not None, "settings are resolved"
-        folder = local_hf_folder(config.reference.hf_path)
-        arch = read_architecture(folder)
-    lora = None
-    if config.lora is not None:
-        settings = LoraSettings(**dataclasses.asdict(config.lora))
-        lora = LoraRecord.of(settings, base=model.hf_path, base_folder=policy_folder)
-    mode = config.reference.mode
-    is_online, is_cached = mode == "online", mode == "cached"
-    is_asked_once = needs_base and not is_online
     return ModelSources(
         policy_folder=policy_folder,
         policy=policy,
-        reference_folder=folder if is_online else None,
-        reference=arch if is_online else None,
-        cached_folder=folder if is_cached else None,
-        cached=arch if is_cached else None,
-        base_folder=folder if is_asked_once else None,
-        base=arch if is_asked_once else None,
-        lora=lora,
+        scorers=_read_scorers(config),
+        lora=None
+        if config.lora is None
+        else LoraRecord.of(config.lora, base=model.hf_path, base_folder=policy_folder),
     )
 
 
+def _read_scorers(config: TrainConfig) -> tuple[ScorerSource, ...]:
+    """Returns the reference's folder and architecture in every role that the run has for it."""
+    roles: list[ScorerRole] = []
+    if config.reference.mode in ("online", "cached"):
+        roles.append(config.reference.mode)
+    if config.evaluation.retention is not None and config.reference.mode != "online":
+        roles.append("base")
+    if not roles:
+        return ()
+    assert config.reference.hf_path is not None, "the config is resolved"
+    folder = local_hf_folder(config.reference.hf_path)
+    arch = read_architecture(folder)
+    return tuple(ScorerSource(role=role, folder=folder, arch=arch) for role in roles)
+
+
 def check_layout(config: TrainConfig, sources: ModelSources) -> None:
-    """Refuses what the settings ask of models that cannot be split, compared or moved so."""
+    """Raises a UserError for models that cannot be split, compared or moved as `config` asks."""
+    online = sources.scorer("online")
     if (
         make_objective(config).needs.divergence is not None
-        and sources.reference is not None
-        and sources.reference.vocab_size != sources.policy.vocab_size
+        and online is not None
+        and online.arch.vocab_size != sources.policy.vocab_size
     ):
         raise UserError(
-            f"reference.hf_path ({sources.reference_folder}): its vocabulary has "
-            f"{sources.reference.vocab_size} tokens, the policy's {sources.policy.vocab_size}; "
+            f"reference.hf_path ({online.folder}): its vocabulary has "
+            f"{online.arch.vocab_size} tokens, the policy's {sources.policy.vocab_size}; "
             f"objective.name {config.objective.name} compares next-token distributions, so use a "
             "reference with the policy's tokenizer"
         )
-    base = sources.reference or sources.base
+    base = online or sources.scorer("base")
     if (
         config.evaluation.retention is not None
         and base is not None
-        and base.vocab_size != sources.policy.vocab_size
+        and base.arch.vocab_size != sources.policy.vocab_size
     ):
         raise UserError(
             f"reference.hf_path ({config.reference.hf_path}): its vocabulary has "
-            f"{base.vocab_size} tokens, the policy's {sources.policy.vocab_size}; "
+            f"{base.arch.vocab_size} tokens, the policy's {sources.policy.vocab_size}; "
             "evaluation.retention compares next-token distributions, so use a reference with the "
             "policy's tokenizer, or set evaluation.retention null"
         )
@@ -138,10 +156,10 @@ def check_layout(config: TrainConfig, sources: ModelSources) -> None:
             "reference.offload (true): with lora the reference is the policy with its adapters "
             "off, and has no weights of its own. Remove it"
         )
-    split = stage_split(config, sources.policy)
+    split = stage_split(config.parallel, sources.policy)
     if sources.lora is not None:
-        check_every_rank_has_layers(config, split)
-    check_split(config, sources.built)
+        check_every_rank_has_layers(config.parallel, split)
+    check_split(config.parallel, sources.built)
 
 
 def make_objective(config: TrainConfig) -> Objective:
@@ -166,10 +184,10 @@ def read_pairs(
     `find_logps` gives the reference's sums of the rows, which then are not packed for it.
     """
     dataset = open_rows(path)
-    needs, scorer = objective.needs, sources.scorer
+    needs, reference = objective.needs, sources.reference
     tree_config = TreeConfig(
         policy=needs.policy,
-        reference=needs.reference if scorer is not None else (),
+        reference=needs.reference if reference is not None else (),
         packs_reference=find_logps is None,
         nll=needs.nll,
         divergence=needs.divergence,
@@ -177,9 +195,9 @@ def read_pairs(
     )
     reference_positions = None
     vocab_size = sources.policy.vocab_size
-    if scorer is not None:
-        reference_positions = scorer.max_position_embeddings
-        vocab_size = min(vocab_size, scorer.vocab_size)
+    if reference is not None:
+        reference_positions = reference.arch.max_position_embeddings
+        vocab_size = min(vocab_size, reference.arch.vocab_size)
     return PairCatalog(
         dataset,
         limits=RowLimits(

@@ -19,10 +19,12 @@ from checkpoints_convert.checkpoint_weights import load_checkpoint_weights, open
 from checkpoints_convert.gpt_weights import load_hf_weights
 from checkpoints_convert.hf_folder import local_hf_folder
 from checkpoints_convert.torch_dist import TRACKER_NAME
-from megatron_longpo.config.evaluate import EvaluateConfig, check_evaluate_world, training_config
+from megatron_longpo.config.evaluate import EvaluateConfig, check_evaluate_world
+from megatron_longpo.config.train import ModelConfig
 from megatron_longpo.data.text.chat_tokenizer import ChatTokenizer
 from megatron_longpo.data.text.tokenizers import load_tokenizer
 from megatron_longpo.engine import build, degrees, run_folder
+from megatron_longpo.engine.build_config import BuildConfig
 from megatron_longpo.engine.console import RunConsole
 from megatron_longpo.errors import StopRequested, UserError
 from megatron_longpo.evaluation.compare import run_compare
@@ -97,7 +99,6 @@ def evaluate(config: EvaluateConfig) -> None:
 
 
 def _evaluate_in_megatron(config: EvaluateConfig, model: EvaluatedModel) -> None:
-    settings = training_config(config, hf_path=model.tokenizer_folder)
     base_folder = None if config.base is None else local_hf_folder(config.base)
     base = None if base_folder is None else read_architecture(base_folder)
     if base is not None and base.vocab_size != model.arch.vocab_size:
@@ -107,10 +108,10 @@ def _evaluate_in_megatron(config: EvaluateConfig, model: EvaluatedModel) -> None
             "give a base with the same tokenizer"
         )
     built = [model.arch, *([] if base is None else [base])]
-    degrees.check_split(settings, built)
-    split = degrees.stage_split(settings, model.arch)
+    degrees.check_split(config.parallel, built)
+    split = degrees.stage_split(config.parallel, model.arch)
     groups = process_groups.initialize(
-        degrees.parallel_sizes(settings, built),
+        degrees.parallel_sizes(config.parallel, built),
         timeout_minutes=config.parallel.timeout_minutes,
     )
     stop.listen()
@@ -123,14 +124,15 @@ def _evaluate_in_megatron(config: EvaluateConfig, model: EvaluatedModel) -> None
     pending = from_main_rank(lambda: [name for name, _ in suite.split() if not file.has(name)])
     in_megatron = bool(config.suites) and config.harness.backend == "megatron"
     if pending or in_megatron:
+        build_config = evaluation_build_config(config)
         kept = None
         if base is not None and base_folder is not None and "retention" in pending:
             base_model = build.build_scorer(
-                settings, base, base_folder, groups, split=like_split(base.num_layers, split)
+                build_config, base, base_folder, groups, split=like_split(base.num_layers, split)
             )
             kept = ask_base(suite, base_model, groups)
         chunks = build.build_scorer(
-            settings,
+            build_config,
             model.arch,
             model.path,
             groups,
@@ -152,6 +154,22 @@ def _evaluate_in_megatron(config: EvaluateConfig, model: EvaluatedModel) -> None
     if config.suites and not in_megatron:
         _run_suites(config, model, lambda: harness_model(config, model.path), file, console)
     _finish(config, file, console)
+
+
+def evaluation_build_config(config: EvaluateConfig) -> BuildConfig:
+    """Returns what the evaluated model and its base are built from; `config` is resolved."""
+    (hf_path,) = config.models
+    return BuildConfig(
+        model=ModelConfig(
+            hf_path=hf_path,
+            rope_theta=config.rope_theta,
+            rope_scaling=config.rope_scaling,
+            dtype=config.dtype,
+            attention_kernel=config.attention_kernel,
+            layers=config.layers,
+        ),
+        parallel=config.parallel,
+    )
 
 
 def _finish(config: EvaluateConfig, file: EvaluationFile, console: RunConsole) -> None:

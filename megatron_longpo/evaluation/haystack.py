@@ -10,8 +10,8 @@ import numpy as np
 from megatron_longpo.data.text.chat_tokenizer import ChatTokenizer
 from megatron_longpo.errors import UserError
 from megatron_longpo.evaluation.frames import plain_ids
+from megatron_longpo.generation.documents.formats import ReadOptions
 from megatron_longpo.generation.documents.reading import DocumentSet
-from megatron_longpo.generation.documents.sources import ReadOptions
 
 NUM_SENTENCES = 2000
 """Sentences of the built-in text, some 25,000 tokens; longer haystacks repeat it."""

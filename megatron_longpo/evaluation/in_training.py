@@ -15,6 +15,7 @@ from megatron_longpo.data.text.tokenizers import load_tokenizer
 from megatron_longpo.data.trees.catalog import PairCatalog
 from megatron_longpo.engine import build
 from megatron_longpo.engine.batches import rank_packs
+from megatron_longpo.engine.build_config import training_build_config
 from megatron_longpo.engine.console import RunConsole
 from megatron_longpo.engine.metrics import Metrics, mean_metrics
 from megatron_longpo.engine.schedule import MetricSums, run_microbatches
@@ -106,17 +107,18 @@ def prepare_evaluation(
     )
     if suite.sets:
         console.say(f"evaluation: {suite.summary}")
-    base = None
-    if suite.retention is not None and sources.base is not None and not config.train.dry_run:
-        console.say(f"evaluation: asking {sources.base_folder} once, for retention")
-        base = ask_base(
-            suite, build.build_base(config, sources, groups, write_weights=write_weights), groups
+    kept, base = None, sources.scorer("base")
+    if suite.retention is not None and base is not None and not config.train.dry_run:
+        console.say(f"evaluation: asking {base.folder} once, for retention")
+        model = build.build_alone(
+            training_build_config(config), base, sources, groups, write_weights=write_weights
         )
+        kept = ask_base(suite, model, groups)
     return TrainingEvaluation(
         pairs=pairs,
         batch_pairs=config.train.global_batch_pairs,
         suite=suite,
-        base=base,
+        base=kept,
         objective=objective,
         groups=groups,
         console=console,

@@ -1,8 +1,8 @@
-"""`longpo generate`: documents to preference examples, written by the model that learns from them.
+"""`longpo generate`: makes preference examples from documents, with the model that is trained.
 
 Chosen answers are written from a chunk and a question, rejected ones from the whole document and
-the same question. A document that is finished is appended to a shard file in `output.partial`, so
-an interrupted run goes on where it stopped; when all shards have ended they become `output`.
+the same question. A finished document is appended to a shard file in `output.partial`, so an
+interrupted run resumes; when all shards have ended they become `output`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from megatron_longpo.generation.documents.reading import Document, DocumentSet, 
 from megatron_longpo.generation.merge import merge
 from megatron_longpo.generation.questions.instructions import Instructions
 from megatron_longpo.generation.report.summary import GenerateSummary, summarise
-from megatron_longpo.generation.shards.failures import GO_ON, FailuresInARow
+from megatron_longpo.generation.shards.failures import RESUMES, FailuresInARow
 from megatron_longpo.generation.shards.files import End, Record, Shard, ShardWriter, parse_shard
 from megatron_longpo.generation.shards.locks import hold
 from megatron_longpo.generation.shards.manifest import (
@@ -45,11 +45,10 @@ POLL_SECONDS = 1.0
 
 
 def run_generate(config: GenerateConfig) -> GenerateSummary:
-    """Writes the shard's examples, and the examples file when it is the last; prints what became
-    of the documents.
+    """Writes the shard's examples, and the examples file if it is the last shard; prints a summary.
 
     Raises:
-        StopRequested: a signal asked for it; what is finished is saved.
+        StopRequested: a signal asked to stop; finished documents are saved.
     """
     _check(config)
     output, shard = Path(config.output), parse_shard(config.shard)
@@ -65,7 +64,7 @@ def run_generate(config: GenerateConfig) -> GenerateSummary:
             compare(folder, manifest)
             summary = _write_shard(config, shard, documents, instructions, manifest)
         except KeyboardInterrupt:
-            raise StopRequested(f"{_name(output, shard)}: interrupted; {GO_ON}") from None
+            raise StopRequested(f"{_name(output, shard)}: interrupted; {RESUMES}") from None
         finally:
             _remove_if_empty(folder, shard)
     for reason, source in documents.first_dropped.items():
@@ -104,12 +103,12 @@ def _write_shard(
     folder = partial_path(output)
     with ShardWriter(shard.file(folder)) as file:
         backend = make_backend(config)
-        writer = ExampleWriter(backend, config, instructions, settings=manifest.fingerprint)
+        writer = ExampleWriter(backend, config, instructions, fingerprint=manifest.fingerprint)
         create(folder, manifest)
         run = _ShardRun(config, shard, documents, writer, file)
         asyncio.run(run.run())
         if run.was_stopped:
-            raise StopRequested(f"{_name(output, shard)}: stopped on request; {GO_ON}")
+            raise StopRequested(f"{_name(output, shard)}: stopped on request; {RESUMES}")
         end = End(
             num_places=documents.num_places,
             dropped=dict(documents.dropped),
@@ -123,7 +122,7 @@ def _write_shard(
 
 
 class _ShardRun:
-    """Goes through a shard's documents, several at the same time where the backend can."""
+    """Works through a shard's documents, several at the same time if the backend can."""
 
     def __init__(
         self,
@@ -146,7 +145,7 @@ class _ShardRun:
         self.was_stopped = False
 
     def seconds(self) -> float:
-        """Time spent on the shard, earlier runs' too."""
+        """Returns the time spent on the shard, in earlier runs too."""
         return round(self._file.seconds_before + time.monotonic() - self._started, 1)
 
     async def run(self) -> None:
@@ -160,7 +159,7 @@ class _ShardRun:
                     if stop.was_requested():
                         self.was_stopped = True
                         break
-                # After a stop signal too: a document under way has cost much already.
+                # After a stop signal too: a document under way has already cost much.
                 while self._under_way:
                     await self._some_finish()
             finally:
@@ -221,7 +220,7 @@ class _ShardRun:
         self._progress.finished(num_turns=0, num_tokens=0)
 
 
-# ---------------------------------------------------------------- settings and files
+# ---------------------------------------------------------------- config and files
 
 
 def _check(config: GenerateConfig) -> None:
@@ -271,7 +270,7 @@ def _check(config: GenerateConfig) -> None:
 
 
 def _prepare(config: GenerateConfig, output: Path, shard: Shard) -> None:
-    """Refuses a target that is taken; with `overwrite`, removes what an earlier run left."""
+    """Refuses an output that exists; with `overwrite`, removes what an earlier run left."""
     folder = partial_path(output)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output ({output}): {folder} is in the way; remove it")
@@ -303,7 +302,8 @@ def _merge_only(config: GenerateConfig, output: Path) -> GenerateSummary:
 
 
 def _remove_if_empty(folder: Path, shard: Shard) -> None:
-    """Where nothing was finished and no other shard has begun, other settings may be tried."""
+    """Removes the folder if nothing was finished and no other shard has begun, so that other
+    settings may be tried."""
     locks = set(folder.glob("shard-*.lock"))
     files = folder.glob("shard-*.jsonl")
     if locks == {shard.lock(folder)} and not any(file.stat().st_size for file in files):

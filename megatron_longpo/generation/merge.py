@@ -1,4 +1,4 @@
-"""From shard files to the examples file, in the documents' order, with its summary and report."""
+"""Joins shard files to the examples file, in the documents' order, with summary and report."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NUM_SAMPLES = 3
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finished:
-    """A finished document, and where its example stands."""
+    """A finished document, and the place of its example."""
 
     record: Record
     file: Path
@@ -37,7 +37,7 @@ class Finished:
     end: int
 
     def example_bytes(self) -> bytes:
-        """The example's JSON."""
+        """Reads the example's JSON."""
         with open(self.file, "rb") as file:
             file.seek(self.start)
             return file.read(self.end - self.start)
@@ -48,7 +48,7 @@ class Finished:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Collected:
-    """What the shards of a folder hold."""
+    """The documents that the shards of a folder have finished."""
 
     finished: list[Finished]
     """In the documents' order."""
@@ -105,17 +105,17 @@ def _shards(num_shards: int) -> Iterator[Shard]:
 def merge(
     output: Path, *, num_shards: int, report: bool, unfinished: bool = False
 ) -> GenerateSummary | None:
-    """Writes output, summary and report from `output.partial`, and removes that when it is done.
+    """Writes output, summary and report from `output.partial`; removes that if it is complete.
 
     Args:
         output: the examples file.
         num_shards: of the folder.
         report: whether to write the HTML page.
-        unfinished: write what there is; the folder stays, and a later run goes on with it.
+        unfinished: write what is finished; the folder stays, and a later run resumes from it.
 
     Returns:
-        None where shards or documents are left and `unfinished` is not set, or where another shard
-        was quicker to merge.
+        None if shards or documents are left and `unfinished` is not set, or if another shard has
+        merged first.
     """
     folder = partial_path(output)
     with hold(folder / MERGE_LOCK, what=str(output), wait=True):
@@ -167,7 +167,7 @@ def report_path(output: Path) -> Path:
 
 
 def _spread(examples: Sequence[Finished], number: int) -> list[Finished]:
-    """So many from all over the list, in order."""
+    """Chooses examples at even distances over the list, in order."""
     number = min(number, len(examples))
     return [examples[(2 * index + 1) * len(examples) // (2 * number)] for index in range(number)]
 
@@ -180,6 +180,6 @@ def _warn(folder: Path, collected: Collected) -> None:
     left += [f"{number} put aside: {reason}" for reason, number in aside.items()]
     print(
         f"warning: without what is unfinished ({'; '.join(left)}); {folder} stays, so that the "
-        "same command without --merge can go on",
+        "same command without --merge can resume",
         file=sys.stderr,
     )

@@ -1,7 +1,7 @@
-"""Writing one document's example: which chunks are asked about, and what the model answers.
+"""Writes one document's example: chooses chunks, asks the model about them, checks its answers.
 
-Everything about a document is asked in few calls of the backend: all its questions, all chosen
-answers, all rejected ones, so that answers are written together and the document is read once.
+A document takes few calls of the backend: for all its questions, all chosen answers, all rejected
+ones. So answers are written together and the document is read once.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from megatron_longpo.config.generate import GenerateConfig
 from megatron_longpo.data.progress import Dropped
 from megatron_longpo.data.text.chat import prompt_ids
-from megatron_longpo.data.text.examples import Example, Turn
+from megatron_longpo.data.text.examples import Example
 from megatron_longpo.data.text.prompt_layout import opening_messages, shorten_document
 from megatron_longpo.errors import UserError
 from megatron_longpo.generation.backends.base import (
@@ -26,67 +27,44 @@ from megatron_longpo.generation.backends.base import (
     Sampling,
 )
 from megatron_longpo.generation.documents.chunking import chunk_document
+from megatron_longpo.generation.documents.kinds import find_kind
 from megatron_longpo.generation.documents.lengths import LengthBounds, fit_document
 from megatron_longpo.generation.documents.reading import Document
-from megatron_longpo.generation.documents.structure import find_kind
 from megatron_longpo.generation.documents.token_spans import TokenSpans, find_token_spans
 from megatron_longpo.generation.questions.facts import holds_fact
 from megatron_longpo.generation.questions.filters import Filters, same_answer
 from megatron_longpo.generation.questions.instructions import Instruction, Instructions, Prepared
-from megatron_longpo.generation.questions.planting import Span
 from megatron_longpo.generation.questions.prompts import phrase, question_request
+from megatron_longpo.generation.questions.turns import (
+    Answered,
+    Asked,
+    Question,
+    lengths_of,
+    meta_of,
+)
 from megatron_longpo.generation.shards.example_lengths import ExampleLengths
 
 ATTEMPTS_PER_TURN = 3
-"""Chunks asked about, at most, for each turn wanted: answers that are dropped cost time too."""
+"""Most chunks asked about for each turn wanted: dropped answers cost time too."""
 
 MAX_QUESTION_TOKENS = 1024
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Question:
-    """What is asked about a chunk, as it is put to the model."""
-
-    chunk: str
-    span: Span
-    """Of the chunk, in characters of the document."""
-    text: str
-    instruction: Instruction
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Asked:
-    """A question with its chosen answer."""
-
-    question: Question
-    chosen: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Answered:
-    """A question with both answers."""
-
-    asked: Asked
-    rejected: str
-    candidates: tuple[str, ...]
-    """The other answers from the whole document, the good ones."""
-
-
 @dataclass(kw_only=True, slots=True)
 class Written:
-    """What became of a document."""
+    """A document's example, or why it has none."""
 
     example: Example | None = None
     lengths: ExampleLengths | None = None
-    """None where there is no example."""
+    """None if there is no example."""
     dropped: Counter[str] = field(default_factory=Counter)
-    """Chunks and turns, or the document itself, by the reason why they gave nothing."""
+    """Chunks and turns, or the document itself, by the reason why they were dropped."""
     num_tokens: int = 0
     """Tokens that the model wrote, dropped ones too."""
 
 
 class ExampleWriter:
-    """Asks a model about the chunks of documents; may work on several documents at once."""
+    """Asks a model about the chunks of documents, of several at once if the caller wishes."""
 
     def __init__(
         self,
@@ -94,12 +72,13 @@ class ExampleWriter:
         config: GenerateConfig,
         instructions: Instructions,
         *,
-        settings: str,
+        fingerprint: str,
     ) -> None:
         self.backend = backend
         self.config = config
         self.instructions = instructions
-        self.settings = settings
+        self.fingerprint = fingerprint
+        """Of the settings that change an example, for its `meta`."""
         self.filters = Filters(config.filters)
         context = backend.context_length
         self.chunk_min = config.chunk_min_tokens or context // 2
@@ -122,10 +101,10 @@ class ExampleWriter:
             )
 
     async def write(self, document: Document) -> Written:
-        """The example of a document, or why it has none.
+        """Writes the example of a document, or says why it has none.
 
         Raises:
-            BackendError: the backend failed on one of its requests; nothing is known of it then.
+            BackendError: the backend failed on one of its requests.
         """
         work = _DocumentWork(self, document)
         try:
@@ -135,7 +114,7 @@ class ExampleWriter:
         return work.written
 
     def prompt_length(self, context: str, question: str) -> int:
-        """Tokens of the prompt that asks a question about a chunk or a document."""
+        """Returns the tokens of the prompt that asks a question about a chunk or a document."""
         messages = opening_messages(self.config.system, context, question)
         return len(prompt_ids(self.backend.tokenizer, messages))
 
@@ -144,7 +123,7 @@ class ExampleWriter:
 
 
 class _DocumentWork:
-    """One document on its way; its random numbers are its own, so a resumed run chooses alike."""
+    """Writes one document's example; its random numbers are its own, so a resumed run is alike."""
 
     def __init__(self, writer: ExampleWriter, document: Document) -> None:
         self._writer = writer
@@ -177,14 +156,31 @@ class _DocumentWork:
             raise Dropped("document without a good turn")
         if prepared.document is not text:  # facts were planted in it
             tokens = find_token_spans(prepared.document, spans_of)
-        self.written.example = self._example(prepared.document, tokens, answered)
-        self.written.lengths = self._lengths(prepared.document, tokens, answered)
+        self.written.example = Example(
+            id=self._document.id,
+            document=prepared.document,
+            turns=tuple(one.turn() for one in answered),
+            meta=self._meta(tokens, answered),
+        )
+        self.written.lengths = lengths_of(
+            prepared.document, tokens, answered, count_tokens=self._writer.count_tokens
+        )
+
+    def _meta(self, tokens: TokenSpans, answered: list[Answered]) -> dict[str, Any]:
+        meta = {
+            "source": self._document.source,
+            "model": Path(self._config.model).name,
+            "settings": self._writer.fingerprint,
+            **meta_of(tokens, answered),
+        }
+        if self._config.rejected_candidates > 1:
+            meta["rejected_candidates"] = [list(one.candidates) for one in answered]
+        return meta
 
     # ------------------------------------------------------------ questions and chosen answers
 
     async def _ask_about_chunks(self, prepared: Prepared) -> list[Asked]:
-        """Asks about as many chunks as there are turns, and about others in place of those that
-        gave nothing."""
+        """Asks about as many chunks as turns are wanted; others replace those dropped."""
         left = list(range(len(prepared.spans)))
         asked: list[Asked] = []
         while left and len(asked) < self._config.turns:
@@ -194,7 +190,7 @@ class _DocumentWork:
         return asked
 
     async def _questions(self, prepared: Prepared, indices: list[int]) -> list[Question]:
-        """Questions about some of the chunks, without those about which there is none."""
+        """Returns questions about some of the chunks; chunks without a question are left out."""
         chunks = [prepared.document[slice(*prepared.spans[index])] for index in indices]
         if self._writer.instructions.asks_model:
             instructions = await self._written_instructions(chunks)
@@ -221,7 +217,7 @@ class _DocumentWork:
         return questions
 
     async def _written_instructions(self, chunks: list[str]) -> list[Instruction | None]:
-        """One of the questions that the model writes about each chunk."""
+        """Asks the model for questions about each chunk, and chooses one of each."""
         sampling = Sampling(
             temperature=self._config.question_temperature,
             top_p=self._config.question_top_p,
@@ -283,7 +279,7 @@ class _DocumentWork:
         return answered
 
     def _choose_rejected(self, asked: Asked, completions: list[Completion]) -> Answered | None:
-        """The first good answer that is not the chosen one; others are kept beside it."""
+        """Takes the first good answer that is not the chosen one; keeps other good ones too."""
         good: list[str] = []
         reasons = []
         for completion in completions:
@@ -330,7 +326,7 @@ class _DocumentWork:
         return completions
 
     def _fault(self, completion: Completion, branch: str, question: Question) -> str | None:
-        """Why an answer is not good enough, or None."""
+        """Returns why an answer is dropped, or None."""
         return self._writer.filters.fault(
             completion.text,
             branch,
@@ -341,44 +337,3 @@ class _DocumentWork:
 
     def _drop(self, reason: str) -> None:
         self.written.dropped[reason] += 1
-
-    # ------------------------------------------------------------ the example
-
-    def _example(self, text: str, tokens: TokenSpans, answered: list[Answered]) -> Example:
-        questions = [one.asked.question for one in answered]
-        meta = {
-            "source": self._document.source,
-            "model": Path(self._config.model).name,
-            "settings": self._writer.settings,
-            "kinds": [question.instruction.kind for question in questions],
-            "facts": [list(question.instruction.answer) for question in questions],
-            "document_tokens": len(tokens),
-            "chunk_token_spans": [list(tokens.tokens_of(*one.span)) for one in questions],
-        }
-        if self._config.rejected_candidates > 1:
-            meta["rejected_candidates"] = [list(one.candidates) for one in answered]
-        turns = tuple(
-            Turn(
-                chunk=one.asked.question.chunk,
-                chunk_span=one.asked.question.span,
-                question=one.asked.question.text,
-                chosen=one.asked.chosen,
-                rejected=one.rejected,
-            )
-            for one in answered
-        )
-        return Example(id=self._document.id, document=text, turns=turns, meta=meta)
-
-    def _lengths(self, text: str, tokens: TokenSpans, answered: list[Answered]) -> ExampleLengths:
-        count = self._writer.count_tokens
-        questions = [one.asked.question for one in answered]
-        middles = [sum(one.span) / 2 for one in questions]
-        return ExampleLengths(
-            document=len(tokens),
-            chunk=[tokens.count(*one.span) for one in questions],
-            question=[count(one.text) for one in questions],
-            chosen=[count(one.asked.chosen) for one in answered],
-            rejected=[count(one.rejected) for one in answered],
-            position=[round(middle / len(text), 4) for middle in middles],
-            kind=[one.instruction.kind for one in questions],
-        )

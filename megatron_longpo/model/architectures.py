@@ -1,6 +1,6 @@
 """What a Hugging Face config.json says about a model, checked against what we can build.
 
-Torch-free, so that a wrong folder or setting is answered before anything heavy is imported.
+It needs no torch, so that a wrong folder or setting is refused before anything heavy is imported.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_longpo.errors import UserError, nearest
+from megatron_longpo.errors import UserError
+from megatron_longpo.model.rope_config import RopeConfig, read_rope_config
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Family:
-    """What the class name in `architectures` fixes beyond the numbers of config.json."""
+    """What the class name in `architectures` says beyond the numbers of config.json."""
 
     name: str
     qkv_bias: bool = False
@@ -47,45 +48,10 @@ FAMILIES: dict[str, Family] = {
 }
 """Supported architectures with the defaults that transformers' config classes give."""
 
-ROPE_KEYS: dict[str, tuple[str, ...]] = {
-    "linear": ("factor",),
-    "llama3": (
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
-    ),
-    "yarn": ("factor", "original_max_position_embeddings"),
-}
-"""Supported scalings and the numbers each of them needs."""
-
-OPTIONAL_ROPE_KEYS: dict[str, tuple[str, ...]] = {
-    "yarn": (
-        "attention_factor",
-        "beta_fast",
-        "beta_slow",
-        "mscale",
-        "mscale_all_dim",
-        "truncate",
-    ),
-}
-"""What a scaling takes besides; transformers has defaults for it. All numbers but `truncate`."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RopeSettings:
-    """Rotary position embedding of one model, after the policy's overrides."""
-
-    theta: float
-    scaling: Mapping[str, Any] | None
-    """None = plain RoPE, else `rope_type`, what `ROPE_KEYS` lists for it, and what is set of
-    `OPTIONAL_ROPE_KEYS`."""
-    max_position_embeddings: int
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Architecture:
-    """All that is needed to build the model, to convert its weights and to write its config."""
+    """What is needed to build a model, to convert its weights and to write its config."""
 
     family: str
     """llama, mistral, qwen2 or qwen3."""
@@ -101,7 +67,7 @@ class Architecture:
     tied_embeddings: bool
     qkv_bias: bool
     qk_norm: bool
-    rope: RopeSettings
+    rope: RopeConfig
 
     @property
     def max_position_embeddings(self) -> int:
@@ -148,7 +114,14 @@ def read_architecture(
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
         qkv_bias=family.qkv_bias,
         qk_norm=family.qk_norm,
-        rope=_rope_settings(path, config, rope_theta, rope_scaling, max_position_embeddings),
+        rope=read_rope_config(
+            path,
+            config,
+            own_positions=_integer(path, config, "max_position_embeddings"),
+            theta=rope_theta,
+            scaling=rope_scaling,
+            max_position_embeddings=max_position_embeddings,
+        ),
     )
 
 
@@ -170,10 +143,10 @@ def read_hf_config(hf_folder: str) -> tuple[Path, dict[str, Any]]:
 
 
 def effective_hf_config(config: Mapping[str, Any], arch: Architecture) -> dict[str, Any]:
-    """Returns a copy of `config` that says what `arch` says about positions, to every reader.
+    """Returns a copy of `config` with the positions and RoPE of `arch`, for every reader.
 
     transformers 4 reads the top-level `rope_theta` and `rope_scaling`, transformers 5 reads
-    `rope_parameters`; both spellings are written and agree.
+    `rope_parameters`. Both spellings are written, and they agree.
     """
     scaling = None if arch.rope.scaling is None else dict(arch.rope.scaling)
     effective = dict(config)
@@ -189,6 +162,7 @@ def effective_hf_config(config: Mapping[str, Any], arch: Architecture) -> dict[s
 
 
 def _family(path: Path, config: Mapping[str, Any]) -> Family:
+    """Returns the family that `architectures` names, or where it is empty `model_type`."""
     supported = ", ".join(FAMILIES)
     named = config.get("architectures") or []
     if not named:
@@ -205,7 +179,7 @@ def _family(path: Path, config: Mapping[str, Any]) -> Family:
 
 
 def _refuse_unmodelled(path: Path, config: Mapping[str, Any], family: Family) -> None:
-    """What would load and then compute something else than transformers does."""
+    """Refuses what would load and then compute something else than transformers does."""
     if config.get("quantization_config"):
         raise UserError(
             f"{path}: quantization_config is set; training needs unquantised weights (bf16, fp32)"
@@ -230,84 +204,6 @@ def _sliding_window(config: Mapping[str, Any], family: Family) -> int | str | No
     if family.sliding_window_switch is None:
         return config.get("sliding_window", family.sliding_window)
     return config.get("sliding_window") if config.get(family.sliding_window_switch) else None
-
-
-def _rope_settings(
-    path: Path,
-    config: Mapping[str, Any],
-    theta: float | None,
-    scaling: Mapping[str, Any] | None,
-    max_position_embeddings: int | None,
-) -> RopeSettings:
-    own_positions = _integer(path, config, "max_position_embeddings")
-    # The order is that of transformers 5: rope_scaling wins over rope_parameters, and a theta
-    # inside either wins over the top-level one.
-    own = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    where = str(path)
-    chosen = own
-    if scaling is not None:
-        where, chosen = "model.rope_scaling", scaling
-    for candidate in (
-        theta,
-        None if scaling is None else scaling.get("rope_theta"),
-        own.get("rope_theta"),
-        config.get("rope_theta"),
-        10000.0,
-    ):
-        if candidate is not None:
-            theta = float(candidate)
-            break
-    assert theta is not None
-    positions = own_positions if max_position_embeddings is None else max_position_embeddings
-    return RopeSettings(
-        theta=theta,
-        scaling=_checked_scaling(where, chosen, own_positions),
-        max_position_embeddings=positions,
-    )
-
-
-def _checked_scaling(
-    where: str, scaling: Mapping[str, Any], own_positions: int
-) -> dict[str, Any] | None:
-    """Returns `rope_type` and exactly what it needs and takes, None for plain RoPE."""
-    rope_type = scaling.get("rope_type", scaling.get("type", "default"))
-    if float(scaling.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise UserError(
-            f"{where}: partial_rotary_factor ({scaling['partial_rotary_factor']}) is not supported"
-        )
-    if rope_type == "default":
-        return None
-    if rope_type not in ROPE_KEYS:
-        supported = ", ".join(["default", *ROPE_KEYS])
-        hint = nearest(str(rope_type), ROPE_KEYS)
-        remedy = f" (did you mean {hint}?)" if hint else ""
-        raise UserError(
-            f"{where}: rope_type ({rope_type}) is not supported{remedy}; supported: {supported}"
-        )
-    values = dict(scaling)
-    # transformers 5 fills this one in; an override of max_position_embeddings must not move it,
-    # since it is the length that the weights were first trained at.
-    values.setdefault("original_max_position_embeddings", own_positions)
-    missing = [key for key in ROPE_KEYS[rope_type] if not _is_number(values.get(key))]
-    if missing:
-        raise UserError(f"{where}: rope_type {rope_type} needs a number for {', '.join(missing)}")
-    if not values["factor"] >= 1:
-        raise UserError(f"{where}: factor ({values['factor']}) must be at least 1")
-    checked = {"rope_type": rope_type, **{key: values[key] for key in ROPE_KEYS[rope_type]}}
-    for key in OPTIONAL_ROPE_KEYS.get(rope_type, ()):
-        value = values.get(key)
-        if value is None:
-            continue
-        is_switch = key == "truncate"
-        if not (isinstance(value, bool) if is_switch else _is_number(value) and value > 0):
-            rule = "true or false" if is_switch else "a number above 0"
-            raise UserError(f"{where}: {key} ({value}) of rope_type {rope_type} must be {rule}")
-        checked[key] = value if is_switch else float(value)
-    return checked
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _integer(path: Path, config: Mapping[str, Any], key: str, default: int | None = None) -> int:

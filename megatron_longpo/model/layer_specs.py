@@ -1,8 +1,8 @@
 """What a transformer layer is made of: Megatron's own modules, or Transformer Engine's on GPUs.
 
 Both have our core attention, and the same checkpoint keys: those of a stock GPTModel. Transformer
-Engine fuses a norm with the linear layer behind it, so that the norm's parameter is the linear
-layer's `layer_norm_weight`, the name that stock checkpoints use anyway.
+Engine fuses a norm with the linear layer behind it: the norm's parameter is the linear layer's
+`layer_norm_weight`, the name that stock checkpoints use too.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import functools
 import importlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -21,28 +21,28 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_longpo.config.names import LayerKind, Layers
 from megatron_longpo.errors import UserError
 from megatron_longpo.model.architectures import Architecture
 from megatron_longpo.model.norm import RMSNorm
 
-LayerKind = Literal["te", "local"]
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerChoice:
-    """The layers' kind, and what the start of a run says about it."""
+    """The layers that a model is built of."""
 
     kind: LayerKind
     line: str
+    """What the start of a run prints about them."""
 
 
 def choose_layers(
-    setting: str, *, device: torch.device, dtype: torch.dtype, has_lora: bool
+    setting: Layers, *, device: torch.device, dtype: torch.dtype, has_lora: bool
 ) -> LayerChoice:
-    """Returns the layers that `model.layers` names, or Transformer Engine's where they run.
+    """Returns the layers that `model.layers` names; of `auto` Transformer Engine's where they run.
 
     Raises:
-        UserError: if Transformer Engine is asked for and is not to be had; it says why.
+        UserError: if Transformer Engine is named and not available; the message says why.
     """
     if setting == "local":
         return LayerChoice(kind="local", line="layers: local (Megatron's own modules)")
@@ -75,7 +75,7 @@ def _te_obstacle(*, device: torch.device, dtype: torch.dtype, has_lora: bool) ->
 def layer_spec(
     kind: LayerKind, arch: Architecture, core_attention: Callable[..., torch.nn.Module]
 ) -> ModuleSpec:
-    """A stock layer of this kind, and so stock checkpoint keys, with our core attention."""
+    """Returns a stock layer of this kind, with stock checkpoint keys, but our core attention."""
     if kind == "te":
         spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=arch.qk_norm)
     else:
@@ -91,7 +91,7 @@ def layer_spec(
 
 
 def norm_class(kind: LayerKind) -> type[torch.nn.Module]:
-    """The norm that stands alone: the final one, and those of queries and keys."""
+    """Returns the class of norms that are not fused: the final one, those of queries and keys."""
     return _te_norm_class() if kind == "te" else RMSNorm
 
 
@@ -102,7 +102,7 @@ def _te_norm_class() -> type[torch.nn.Module]:
     class FusedRMSNorm(te.RMSNorm):  # type: ignore[misc]
         """Transformer Engine's RMSNorm, built as Megatron builds norms.
 
-        Its extra state, which is for fp8, is left out of checkpoints: local norms have none.
+        Checkpoints leave out its extra state, which is for fp8: local norms have none.
         """
 
         get_extra_state = torch.nn.Module.get_extra_state
@@ -123,10 +123,9 @@ def _te_norm_class() -> type[torch.nn.Module]:
 
 
 def keep_whole(layers: Iterable[torch.nn.Module]) -> None:
-    """Lets layers keep all of their activations where the model's others recompute modules.
+    """Makes layers keep all of their activations though other layers recompute modules.
 
-    Megatron's config has one list of modules for all layers, which each of them reads when it is
-    built.
+    Megatron's config has one list of modules for all layers. Each layer reads it when it is built.
     """
     layer: Any
     for layer in layers:
@@ -137,10 +136,10 @@ def keep_whole(layers: Iterable[torch.nn.Module]) -> None:
 
 
 def accumulate_in_main_grad(model: torch.nn.Module) -> None:
-    """Lets Transformer Engine's linear layers add weight gradients to DDP's buffer themselves.
+    """Makes Transformer Engine's linear layers add weight gradients to DDP's buffer themselves.
 
-    Saves writing and adding a copy of every gradient. Megatron's config has the same switch, but
-    refuses it without apex on account of the output layer, whose own forward never runs here.
+    This saves writing and adding a copy of every gradient. Megatron's config has the same switch,
+    but refuses it without apex because of the output layer, whose own forward never runs here.
     """
     module: Any
     for module in model.modules():

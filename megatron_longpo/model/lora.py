@@ -7,8 +7,8 @@ the base keeps its parameter names: `...linear_qkv.adapter.lora_a` [r, i] and `.
 B is laid out as W's rows are: key/value head by head for `linear_qkv`, gate above up for
 `linear_fc1`. Queries, keys and values share one A, and so do gate and up.
 
-Under tensor parallelism a column-parallel layer has all of A and its rows of B, a row-parallel one
-its columns of A and all of B; what the ranks exchange has `rank` columns.
+Under tensor parallelism each rank of a column-parallel layer has all of A and its rows of B, of a
+row-parallel one its columns of A and all of B. What the ranks exchange has `rank` columns.
 
 Letters: s tokens on this rank, i and o this rank's input and output size of a layer, r the rank.
 """
@@ -19,7 +19,6 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -37,35 +36,25 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from megatron_longpo.config.names import LoraTarget
+from megatron_longpo.config.train import LoraConfig
 from megatron_longpo.errors import UserError
+from megatron_longpo.parallel.groups import megatron_groups
 
 ADAPTER_NAME = "adapter"
-TARGETS = {
+TARGETS: dict[LoraTarget, str] = {
     "linear_qkv": "self_attention",
     "linear_proj": "self_attention",
     "linear_fc1": "mlp",
     "linear_fc2": "mlp",
 }
-"""The layers that may carry an adapter, and the part of a transformer layer that they are in."""
+"""The layers that may have an adapter, and the part of a transformer layer that they are in."""
 
 Split = Literal["column", "row"]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LoraSettings:
-    """Which layers carry an adapter, and of what size."""
-
-    rank: int
-    alpha: float
-    targets: tuple[str, ...]
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / self.rank
-
-
 def attach_adapters(
-    gpt: GPTModel, settings: LoraSettings, *, seed: int, tensor_group: ProcessGroup
+    gpt: GPTModel, config: LoraConfig, *, seed: int, tensor_group: ProcessGroup
 ) -> None:
     """Freezes `gpt`, whose weights are loaded, and adds adapters that change nothing yet (B = 0).
 
@@ -73,11 +62,11 @@ def attach_adapters(
     """
     gpt.requires_grad_(False)
     for layer in gpt.decoder.layers:
-        for target in settings.targets:
+        for target in (target for target in TARGETS if target in config.targets):
             linear = getattr(getattr(layer, TARGETS[target]), target)
             adapter = Adapter(
                 linear,
-                settings,
+                config,
                 target=target,
                 layer=layer.layer_number - 1,
                 seed=seed,
@@ -91,7 +80,7 @@ def attach_adapters(
 
 
 def adapters(gpt: nn.Module) -> Iterator[tuple[str, Adapter]]:
-    """The adapters of this rank's chunk with their names in it."""
+    """Yields the adapters of this rank's chunk with their names in it."""
     for name, module in gpt.named_modules():
         if isinstance(module, Adapter):
             yield name, module
@@ -103,7 +92,7 @@ def is_adapter_parameter(name: str) -> bool:
 
 @contextmanager
 def adapters_off(gpt: GPTModel) -> Iterator[None]:
-    """`gpt` as the frozen base: adapters off, in eval mode, so that nothing is recomputed."""
+    """Makes `gpt` the frozen base inside: adapters off, and eval mode, which recomputes nothing."""
     was_training, found = gpt.training, [adapter for _, adapter in adapters(gpt)]
     gpt.eval()
     for adapter in found:
@@ -117,14 +106,14 @@ def adapters_off(gpt: GPTModel) -> Iterator[None]:
 
 
 class Adapter(nn.Module):
-    """A and B of one linear layer, as this tensor-parallel rank holds them."""
+    """A and B of one linear layer: this tensor-parallel rank's parts."""
 
     def __init__(
         self,
         linear: nn.Module,
-        settings: LoraSettings,
+        config: LoraConfig,
         *,
-        target: str,
+        target: LoraTarget,
         layer: int,
         seed: int,
         is_sequence_parallel: bool,
@@ -134,7 +123,7 @@ class Adapter(nn.Module):
         self.target = target
         self.layer = layer
         """The layer's number in the whole model, from 0."""
-        self.scale = settings.scale
+        self.scale = config.scale
         self.split: Split = _split_of(linear, target)
         self.is_on = True
         self._is_sequence_parallel = is_sequence_parallel
@@ -143,19 +132,17 @@ class Adapter(nn.Module):
         weight: Any = linear.weight
         out_features, in_features = weight.shape
         ranks = tensor_group.size() if self.split == "row" else 1
-        whole = initial_a(
-            (settings.rank, in_features * ranks), seed=seed, layer=layer, target=target
-        )
+        whole = initial_a((config.rank, in_features * ranks), seed=seed, layer=layer, target=target)
         own = whole.chunk(ranks, dim=1)[tensor_group.rank() if ranks > 1 else 0]
         self.lora_a = nn.Parameter(own.to(weight).contiguous())
-        self.lora_b = nn.Parameter(weight.new_zeros(out_features, settings.rank))
+        self.lora_b = nn.Parameter(weight.new_zeros(out_features, config.rank))
         self._mark_for_megatron()
 
     def forward(self, x: Tensor, base_output: Tensor) -> Tensor:
-        """[s, 1, i] and W x [s, 1, o] -> W x + scale B A x, whose tokens are those of W x.
+        """Returns W x + scale B A x, from x [s, 1, i] and W x [s, 1, o].
 
-        Under sequence parallelism the tokens of a column-parallel layer's input, and of a
-        row-parallel one's output, are this rank's share.
+        The result has the tokens of W x. Under sequence parallelism the input of a column-parallel
+        layer and the output of a row-parallel one have this rank's share of the tokens.
         """
         inner = x @ self.lora_a.T * self.scale
         if self.split == "column":
@@ -170,17 +157,23 @@ class Adapter(nn.Module):
             inner = reduce_scatter_to_sequence_parallel_region(inner, group=self._group)
         else:
             inner = reduce_from_tensor_model_parallel_region(inner, group=self._group)
-        # One product and sum: B A x, as large as the output, never stands beside it.
+        # One product and sum: B A x, as large as the output, is never in memory beside it.
         updated = torch.addmm(base_output.flatten(0, -2), inner.flatten(0, -2), self.lora_b.T)
         return updated.view_as(base_output)
 
     def sharded_state(self, num_layers: int) -> dict[str, Any]:
-        """`lora_a` and `lora_b` for dist_checkpointing, each a row of a stack over layers."""
+        """Returns both matrices for dist_checkpointing, each a row of a stack over layers."""
         prefix = f"decoder.layers.{TARGETS[self.target]}.{self.target}.{ADAPTER_NAME}."
         offsets = ((0, self.layer, num_layers),)
         split_axes = {"lora_b": 0} if self.split == "column" else {"lora_a": 1}
+        groups = megatron_groups()
         sharded = make_sharded_tensors_for_checkpoint(
-            self.state_dict(keep_vars=True), prefix, split_axes, offsets
+            self.state_dict(keep_vars=True),
+            prefix,
+            split_axes,
+            offsets,
+            tp_group=groups.tp,
+            dp_cp_group=groups.dp_cp,
         )
         if self.target == "linear_fc1":
             # Each rank holds its part of the gate above its part of the up projection.
@@ -189,7 +182,7 @@ class Adapter(nn.Module):
         return {key.removeprefix(prefix): tensor for key, tensor in sharded.items()}
 
     def _mark_for_megatron(self) -> None:
-        """Which gradients Megatron sums over tensor-parallel ranks, and which norms it adds up."""
+        """Marks whose gradients Megatron sums over tensor-parallel ranks, and whose norms."""
         is_column = self.split == "column"
         sharded, copied = self.lora_b, self.lora_a
         if not is_column:
@@ -200,7 +193,7 @@ class Adapter(nn.Module):
 
 
 def adapter_state(gpt: GPTModel) -> dict[str, Any]:
-    """The sharded state of the adapters alone, by their names in this chunk."""
+    """Returns the sharded state of the adapters alone, by their names in this chunk."""
     return {
         f"{name}.{leaf}": tensor
         for name, adapter in adapters(gpt)
@@ -209,7 +202,7 @@ def adapter_state(gpt: GPTModel) -> dict[str, Any]:
 
 
 def load_adapter_state(gpt: GPTModel, state: Mapping[str, Tensor]) -> None:
-    """Writes what `dist_checkpointing.load` made of `adapter_state`."""
+    """Writes what `dist_checkpointing.load` returned for `adapter_state` into the adapters."""
     parameters = {
         f"{name}.{leaf}": parameter
         for name, adapter in adapters(gpt)
@@ -221,10 +214,10 @@ def load_adapter_state(gpt: GPTModel, state: Mapping[str, Tensor]) -> None:
             parameter.copy_(state[name])
 
 
-def initial_a(shape: tuple[int, int], *, seed: int, layer: int, target: str) -> Tensor:
-    """[r, all of i] fp32, the same under any layout: PEFT's kaiming-uniform with a = sqrt(5).
+def initial_a(shape: tuple[int, int], *, seed: int, layer: int, target: LoraTarget) -> Tensor:
+    """Returns the first A of a layer, [r, all of i] in fp32, the same under any layout.
 
-    That is uniform within 1 / sqrt(i).
+    It is PEFT's kaiming-uniform with a = sqrt(5), which is uniform within 1 / sqrt(i).
     """
     digest = hashlib.sha256(f"lora/{seed}/{layer}/{target}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
@@ -232,8 +225,8 @@ def initial_a(shape: tuple[int, int], *, seed: int, layer: int, target: str) -> 
     return torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
 
 
-def _split_of(linear: nn.Module, target: str) -> Split:
-    """How tensor-parallel ranks share the layer's matrix."""
+def _split_of(linear: nn.Module, target: LoraTarget) -> Split:
+    """Returns how tensor-parallel ranks share the layer's matrix."""
     if isinstance(linear, tensor_parallel.ColumnParallelLinear):
         return "column"
     if isinstance(linear, tensor_parallel.RowParallelLinear):
@@ -248,10 +241,10 @@ def _split_of(linear: nn.Module, target: str) -> Split:
     return mode
 
 
-def _refuse_fused_norm(linear: nn.Module, target: str) -> None:
-    """A needs what W is given, and such a layer's input is not that yet.
+def _refuse_fused_norm(linear: nn.Module, target: LoraTarget) -> None:
+    """Refuses a layer that normalises its own input: A needs the input of W.
 
-    To carry adapters there, `_add_update` would normalise its input first.
+    To support such layers, `_add_update` would have to normalise the input first.
     """
     if hasattr(linear, "layer_norm_weight"):
         raise UserError(
@@ -262,7 +255,10 @@ def _refuse_fused_norm(linear: nn.Module, target: str) -> None:
 
 
 def _add_update(linear: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Forward hook of a linear layer, which returns its output and the bias that it left out."""
+    """Forward hook of a linear layer, which returns its output and the bias that it left out.
+
+    Adds the adapter's update to the output.
+    """
     adapter: Adapter = getattr(linear, ADAPTER_NAME)
     if not adapter.is_on:
         return output
@@ -271,5 +267,8 @@ def _add_update(linear: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
 
 
 def _require_gradient(embedding: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-    """Forward hook: recomputed layers only lead gradients on if their input asks for one."""
+    """Forward hook that makes the output require a gradient.
+
+    Recomputed layers pass gradients on only if their input requires one.
+    """
     return output.requires_grad_() if torch.is_grad_enabled() else output

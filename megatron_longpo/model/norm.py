@@ -1,4 +1,4 @@
-"""RMSNorm with the rounding of transformers and the memory of a fused kernel."""
+"""RMSNorm with the rounding of transformers and the memory use of a fused kernel."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 
 class RMSNorm(torch.nn.Module):
-    """[..., hidden] -> [..., hidden] in the input's dtype.
+    """RMSNorm of [..., hidden] in the input's dtype.
 
-    Every norm of the model is this one: before attention and MLP, the final one, q and k norms.
+    Every norm of a model with local layers is this one: before attention and MLP, the final one, q
+    and k norms.
     """
 
     def __init__(

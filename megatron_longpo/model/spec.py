@@ -4,37 +4,36 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_longpo.config.names import Dtype, LayerKind, Recompute, RecomputeModule
 from megatron_longpo.errors import UserError
 from megatron_longpo.model.architectures import Architecture
-from megatron_longpo.model.layer_specs import LayerKind, layer_spec, norm_class
+from megatron_longpo.model.layer_specs import layer_spec, norm_class
+from megatron_longpo.model.norm_recompute import mend_norm_recompute
 from megatron_longpo.model.rope import attention_scale
+from megatron_longpo.parallel.groups import megatron_groups
 from megatron_longpo.parallel.stages import Split, even_split, megatron_layout, parse_layout
-from megatron_longpo.training.megatron_compat import mend_norm_recompute
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-"""Settings' names of the dtypes that parameters and activations may have."""
-
-Recompute = Literal["none", "selective", "all_but_attention", "full"]
+DTYPES: dict[Dtype, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
+"""Dtypes by their names in a config."""
 
 VOCAB_MULTIPLE = 128
 """Megatron pads the vocabulary to a multiple of this times the tensor-parallel size."""
 
 
 def padded_vocab_size(arch: Architecture, tensor: int) -> int:
-    """Rows of the embedding over all tensor-parallel ranks together."""
+    """Returns the rows of the embedding over all tensor-parallel ranks together."""
     multiple = VOCAB_MULTIPLE * tensor
     return -(-arch.vocab_size // multiple) * multiple
 
@@ -42,7 +41,7 @@ def padded_vocab_size(arch: Architecture, tensor: int) -> int:
 def transformer_config(
     arch: Architecture,
     *,
-    dtype: Literal["bf16", "fp32"] = "bf16",
+    dtype: Dtype = "bf16",
     tensor: int = 1,
     pipeline: int = 1,
     virtual_pipeline: int | None = None,
@@ -50,22 +49,32 @@ def transformer_config(
     context: int = 1,
     sequence: bool = False,
     recompute: Recompute = "none",
-    recompute_modules: Sequence[str] | None = None,
+    recompute_modules: Sequence[RecomputeModule] | None = None,
     recompute_layers: int | None = None,
     trainable: bool = True,
     fusions: bool | None = None,
     layers: LayerKind = "local",
 ) -> TransformerConfig:
-    """Megatron's config of `arch` under these parallel sizes.
+    """Returns Megatron's config of `arch` under these parallel sizes.
 
-    `stages` are the layers of each stage (parallel/stages.py); None = as evenly as possible.
-    `trainable=False` is for the frozen reference: nothing is recomputed for a backward that never
-    comes. `recompute_modules` are what `selective` recomputes; None = norms and MLPs. The first
-    `recompute_layers` of a stage are recomputed, None = all, and the others keep everything; where
-    modules are recomputed Megatron knows no such number, and `layer_specs.keep_whole` does it.
-    `fusions` are Megatron's jitted elementwise kernels; None = where there is a GPU. `layers` are
-    those that `build_gpt` will be given: Transformer Engine's have a fused RoPE.
     Weights are not initialised, since `load_hf_weights` writes every one of them.
+
+    Args:
+        arch: the model.
+        dtype: of parameters and activations.
+        tensor: tensor-parallel size.
+        pipeline: pipeline-parallel size.
+        virtual_pipeline: chunks of a pipeline rank; None = no interleaving.
+        stages: layers of each stage (parallel/stages.py); None = as evenly as possible.
+        context: context-parallel size.
+        sequence: whether tensor-parallel ranks share the tokens between layers.
+        recompute: what backward computes again.
+        recompute_modules: what `selective` recomputes; None = norms and MLPs.
+        recompute_layers: how many layers of a stage recompute, from its first on; None = all. With
+            `selective` Megatron knows no such number: call `layer_specs.keep_whole`.
+        trainable: False for a frozen model, which recomputes nothing, as it has no backward.
+        fusions: Megatron's jitted elementwise kernels; None = on GPUs.
+        layers: what `build_gpt` will be given. Transformer Engine's have a fused RoPE.
     """
     check_tensor_size(arch, tensor)
     if stages is None:
@@ -122,7 +131,7 @@ def transformer_config(
             masked_softmax_fusion=False,
             apply_rope_fusion=layers == "te",
             gradient_accumulation_fusion=False,
-            **_recompute_settings(
+            **_recompute_options(
                 recompute if trainable else "none", recompute_modules, recompute_layers
             ),
         )
@@ -138,13 +147,14 @@ def build_gpt(
     vp_stage: int | None = None,
     layers: LayerKind = "local",
 ) -> GPTModel:
-    """This rank's pipeline chunk, with parameters not yet written.
+    """Builds this rank's pipeline chunk, whose parameters are not yet written.
 
-    Needs Megatron's process groups. The model has no rotary embedding of its own: call
-    `.embedding` and `.decoder` with angles from `rope.rotary_angles`, not `.forward`.
+    It needs the process groups that `parallel.groups.initialize` makes. The model has no rotary
+    embedding of its own: call `.embedding` and `.decoder` with angles from `rope.rotary_angles`,
+    not `.forward`.
     """
-    pipeline_rank = ProcessGroupCollection.use_mpu_process_groups(["pp"]).pp.rank()
-    num_layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pipeline_rank)
+    groups = megatron_groups()
+    num_layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=groups.pp.rank())
     block = TransformerBlockSubmodules(
         layer_specs=[layer_spec(layers, arch, core_attention)] * num_layers,
         layer_norm=norm_class(layers),
@@ -158,6 +168,7 @@ def build_gpt(
         post_process=post_process,
         share_embeddings_and_output_weights=arch.tied_embeddings,
         position_embedding_type="none",
+        pg_collection=groups,
         vp_stage=vp_stage,
     )
     _mark_sharded_weights(model)
@@ -165,7 +176,7 @@ def build_gpt(
 
 
 def _mark_sharded_weights(model: GPTModel) -> None:
-    """Marks the weights that tensor-parallel ranks hold parts of.
+    """Marks the weights of which each tensor-parallel rank holds a part.
 
     Megatron does so where it initialises weights, which we leave out. Without the marks, the
     gradient norm would count the first rank's part alone.
@@ -186,13 +197,14 @@ def _mark_sharded_weights(model: GPTModel) -> None:
             )
 
 
-def _recompute_settings(
-    recompute: str, modules: Sequence[str] | None, layers: int | None
+def _recompute_options(
+    recompute: Recompute, modules: Sequence[RecomputeModule] | None, layers: int | None
 ) -> dict[str, Any]:
-    """Norms and MLPs are cheap to compute twice; the core attention of a long row is not.
+    """Returns the fields of Megatron's config that say what is recomputed.
 
-    For Megatron `all_but_attention` is `full`: our core attention does not run again
-    (`TreeAttention`).
+    The default of `selective` is norms and MLPs, which are cheap to compute twice; the core
+    attention of a long row is not. For Megatron `all_but_attention` is `full`: our core attention
+    does not run again (`TreeAttention`).
     """
     if recompute == "none":
         return {}
@@ -211,7 +223,7 @@ def _recompute_settings(
 
 
 def check_tensor_size(arch: Architecture, tensor: int) -> None:
-    """Refuses tensor-parallel sizes that cannot split this model, naming those that can."""
+    """Refuses a tensor-parallel size that cannot split this model, naming those that can."""
     fitting = [size for size in range(1, arch.num_heads + 1) if _tensor_fits(arch, size)]
     if tensor not in fitting:
         raise UserError(
@@ -224,7 +236,11 @@ def check_tensor_size(arch: Architecture, tensor: int) -> None:
 def check_stages(
     arch: Architecture, *, pipeline: int, virtual_pipeline: int | None, layout: str | None
 ) -> Split:
-    """The layers of each stage; refuses more stages than layers, and another model's layout."""
+    """Returns the layers of each stage.
+
+    Raises:
+        UserError: for more stages than layers, and for a layout with another number of layers.
+    """
     if layout is not None:
         split = parse_layout(layout)
         if sum(split) != arch.num_layers:

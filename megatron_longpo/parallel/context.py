@@ -1,9 +1,12 @@
 """How context-parallel ranks exchange queries, keys and values around the attention kernels.
 
-Each rank holds t tokens of a forest, dealt by `TokenLayout`. Either keys and values are gathered
-and queries stay (`GatherKeys`, any number of heads), or heads are scattered and every rank sees
-all tokens of its heads (`ScatterHeads`, Ulysses, arXiv 2309.14509), or heads are scattered among
-neighbours, as many as the heads or a machine allow, and keys gathered across (`ScatterAndGather`).
+Each rank holds t tokens of a forest, dealt by `TokenLayout`. There are three ways:
+
+- `GatherKeys`: keys and values are gathered and queries stay, for any number of heads.
+- `ScatterHeads`: heads are scattered, and every rank sees all tokens of its heads (Ulysses, arXiv
+  2309.14509).
+- `ScatterAndGather`: heads are scattered among neighbours, as many as the heads or a machine allow,
+  and keys are gathered across such groups.
 
 Letters: c ranks of the group, n of them that scatter heads among themselves, t tokens on a rank,
 T tokens of the forest, q those of the n ranks, H heads, G key/value heads, D head size.
@@ -11,8 +14,6 @@ T tokens of the forest, q those of the n ranks, H heads, G key/value heads, D he
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
 from typing import Protocol
 
 import torch
@@ -20,42 +21,40 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_longpo.errors import UserError
+from megatron_longpo.parallel.attention_plan import TokenOrder
 from megatron_longpo.parallel.groups import Groups
-from megatron_longpo.parallel.layout import TokenOrder
+from megatron_longpo.parallel.head_shares import kv_repeats
 
 QueryKeyValue = tuple[Tensor, Tensor, Tensor]
 
-CONTEXT = "parallel.context"
-
 
 class ContextExchange(Protocol):
-    """What attention does before and after its kernels; `order` is `AttentionPlan.order`."""
+    """Communication before and after the attention kernels; `order` is `AttentionPlan.order`."""
 
     keeps_local: bool
-    """Whether backward starts from this rank's tensors, or from those that the kernels saw."""
+    """Whether backward starts from this rank's tensors, rather than those that the kernels saw."""
 
     def enter(self, local: QueryKeyValue, order: TokenOrder | None) -> QueryKeyValue:
-        """This rank's query [t,H,D], key and value [t,G,D] -> what the kernels take."""
+        """Returns what the kernels take, from this rank's query [t,H,D], key and value [t,G,D]."""
         ...
 
     def enter_like_query(self, local: Tensor, order: TokenOrder | None) -> Tensor:
-        """[t,H,D] -> as the kernels' queries: for the output and its gradient in backward."""
+        """Returns [t,H,D] as `enter` does queries: for the output and its gradient in backward."""
         ...
 
     def leave(self, output: Tensor, order: TokenOrder | None, *, num_local: int) -> Tensor:
-        """The kernels' output -> this rank's [t,H,D]."""
+        """Returns this rank's [t,H,D], from the kernels' output."""
         ...
 
     def leave_gradients(
         self, gradients: QueryKeyValue, order: TokenOrder | None, *, num_local: int
     ) -> QueryKeyValue:
-        """Gradients of what `enter` returned -> of what it was given."""
+        """Returns gradients of what `enter` was given, from those of what it returned."""
         ...
 
 
 class NoExchange:
-    """One rank: nothing to exchange."""
+    """The exchange of one rank: nothing."""
 
     keeps_local = True
 
@@ -77,7 +76,7 @@ class NoExchange:
 class GatherKeys:
     """`all_gather`: keys and values of all ranks, queries of this one.
 
-    Only this rank's tensors live from forward to backward, which gathers again; key and value
+    Only this rank's tensors are kept from forward to backward, which gathers again. Key and value
     gradients are summed in fp32 before they are scattered.
     """
 
@@ -107,7 +106,7 @@ class GatherKeys:
         query_grad, key_grad, value_grad = gradients
         num_tokens = self.group.size() * num_local
         key_grad, value_grad = (
-            _placed(gradient, order.all, num_tokens) for gradient in (key_grad, value_grad)
+            _to_ranks_order(gradient, order.all, num_tokens) for gradient in (key_grad, value_grad)
         )
         return query_grad, *summed_back(key_grad, value_grad, self.group)
 
@@ -115,7 +114,7 @@ class GatherKeys:
 class ScatterHeads:
     """`a2a`: all tokens of a share of the heads on each rank.
 
-    Key/value heads that are fewer than the ranks, or do not divide, are repeated first.
+    Key/value heads are repeated first if there are fewer than ranks, or if they do not divide.
     """
 
     keeps_local = False
@@ -142,7 +141,7 @@ class ScatterHeads:
         """[T,H/c,D] -> [t,H,D]."""
         assert order is not None
         num_tokens = self.group.size() * num_local
-        return gathered_heads(_placed(output, order.all, num_tokens), self.group)
+        return gathered_heads(_to_ranks_order(output, order.all, num_tokens), self.group)
 
     def leave_gradients(
         self, gradients: QueryKeyValue, order: TokenOrder | None, *, num_local: int
@@ -162,7 +161,7 @@ class ScatterAndGather:
     """`a2a+all_gather`: heads scattered among the n ranks of `inner`, keys gathered over `outer`.
 
     Queries of all tokens of the n ranks, for some heads, attend all keys of these heads. Fast links
-    between neighbours carry the heads, slower ones the keys alone. As in `GatherKeys`, backward
+    between neighbours carry the heads, slower ones only the keys. As in `GatherKeys`, backward
     starts from this rank's tensors.
     """
 
@@ -193,7 +192,7 @@ class ScatterAndGather:
         """[q,H/n,D] -> [t,H,D]."""
         assert order is not None
         num_tokens = self.inner.size() * num_local
-        return gathered_heads(_placed(output, order.inner, num_tokens), self.inner)
+        return gathered_heads(_to_ranks_order(output, order.inner, num_tokens), self.inner)
 
     def leave_gradients(
         self, gradients: QueryKeyValue, order: TokenOrder | None, *, num_local: int
@@ -203,7 +202,7 @@ class ScatterAndGather:
         query_grad, key_grad, value_grad = gradients
         num_tokens = self.outer.size() * self.inner.size() * num_local
         key_grad, value_grad = (
-            _placed(gradient, order.all, num_tokens) for gradient in (key_grad, value_grad)
+            _to_ranks_order(gradient, order.all, num_tokens) for gradient in (key_grad, value_grad)
         )
         key_grad, value_grad = (
             _unrepeated(gathered_heads(gradient, self.inner), self.repeats)
@@ -213,7 +212,7 @@ class ScatterAndGather:
 
 
 def gathered_tokens(key: Tensor, value: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
-    """2 x [t,X,D] of this rank -> 2 x [ranks*t,X,D], one rank behind the other, at one go."""
+    """2 x [t,X,D] of this rank -> 2 x [ranks*t,X,D], one rank behind the other, in one call."""
     mine = torch.stack((key, value))
     gathered = mine.new_empty(2 * group.size(), *mine.shape[1:])
     dist.all_gather_into_tensor(gathered, mine, group=group)
@@ -246,8 +245,8 @@ def gathered_heads(tensor: Tensor, group: ProcessGroup) -> Tensor:
     return received.unflatten(0, (group.size(), -1)).transpose(0, 1).flatten(1, 2)
 
 
-def _placed(tensor: Tensor, order: Tensor, num_tokens: int) -> Tensor:
-    """Puts tokens where they stand among `num_tokens` with padding, which gets 0."""
+def _to_ranks_order(tensor: Tensor, order: Tensor, num_tokens: int) -> Tensor:
+    """Returns tokens at their places `order` among `num_tokens`; 0 for padding, which has none."""
     placed = tensor.new_zeros(num_tokens, *tensor.shape[1:])
     placed[order] = tensor
     return placed
@@ -262,51 +261,8 @@ def _unrepeated(gradient: Tensor, repeats: int) -> Tensor:
     return gradient.unflatten(1, (-1, repeats)).sum(2) if repeats > 1 else gradient
 
 
-def kv_repeats(num_heads: int, num_kv_heads: int, size: int, *, key: str = CONTEXT) -> int:
-    """How often `a2a` repeats each key/value head so that `size` ranks get equal shares.
-
-    Raises:
-        UserError: if the heads cannot be shared out, with sizes that would do. `key` is the setting
-            that it blames.
-    """
-    if not _shares_out(num_heads, num_kv_heads, size):
-        fitting = [
-            str(other)
-            for other in range(1, num_heads + 1)
-            if _shares_out(num_heads, num_kv_heads, other)
-        ]
-        raise UserError(
-            f"{key} ({size}): a2a cannot share {num_heads} heads and {num_kv_heads} "
-            f"key/value heads (of a tensor-parallel rank) out over that many ranks; use "
-            f"{', '.join(fitting)}, or parallel.context_comm all_gather, which takes any size"
-        )
-    return math.lcm(num_kv_heads, size) // num_kv_heads
-
-
-def largest_inner(context: int, heads: Iterable[tuple[int, int]], *, neighbours: int) -> int:
-    """The most ranks that `a2a` can share heads out over, of `context` ranks in all.
-
-    `heads` are those of a tensor-parallel rank and its key/value heads, of every model.
-    `neighbours` ranks are on one machine; groups of ranks end where machines do.
-    """
-    models = list(heads)
-    sizes = [
-        size
-        for size in range(2, context + 1)
-        if context % size == 0 and size <= neighbours and neighbours % size == 0
-    ]
-    return max(
-        (size for size in sizes if all(_shares_out(*of_model, size) for of_model in models)),
-        default=1,
-    )
-
-
-def _shares_out(num_heads: int, num_kv_heads: int, size: int) -> bool:
-    return num_heads % math.lcm(num_kv_heads, size) == 0
-
-
 def make_exchange(groups: Groups, *, num_heads: int, num_kv_heads: int) -> ContextExchange:
-    """The exchange that the context-parallel sizes ask for, for a tensor-parallel rank's heads."""
+    """Returns the exchange for the context-parallel sizes and a tensor-parallel rank's heads."""
     size, inner = groups.context.size(), groups.sizes.context_inner
     if size == 1:
         return NoExchange()

@@ -1,4 +1,4 @@
-"""Process groups: the one place that starts torch.distributed and asks Megatron for groups."""
+"""Process groups: the one file that starts torch.distributed and asks Megatron for its groups."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed import ProcessGroup
 
 from megatron_longpo.parallel import cpu
@@ -24,7 +25,7 @@ class ParallelSizes:
     virtual_pipeline: int | None = None
     context: int = 1
     context_inner: int = 1
-    """Neighbouring context-parallel ranks that scatter heads: 1 for `all_gather`, all for `a2a`."""
+    """Neighbouring context-parallel ranks that scatter heads: 1 = `all_gather`, all = `a2a`."""
     sequence: bool = False
 
 
@@ -39,7 +40,7 @@ class Groups:
     context_inner: ProcessGroup
     """Ranks of `context` that scatter heads among themselves."""
     context_outer: ProcessGroup
-    """Ranks of `context` that hold the same heads then, and gather keys."""
+    """Ranks of `context` that then hold the same heads, and gather keys."""
     data: ProcessGroup
     """Data-parallel ranks that hold the same tokens' shard, without context parallelism."""
     data_and_context: ProcessGroup
@@ -55,7 +56,7 @@ class Groups:
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank writes files and talks to the user."""
+        """Whether this rank writes files and prints to the user."""
         return self.rank == 0
 
     def is_first_stage(self, chunk: int = 0) -> bool:
@@ -75,8 +76,8 @@ _started: Groups | None = None
 def initialize(sizes: ParallelSizes, *, timeout_minutes: float = 60, seed: int = 42) -> Groups:
     """Starts torch.distributed (under torchrun, or alone) and Megatron's groups, and seeds.
 
-    NCCL with GPUs, else gloo with Megatron's CUDA calls answered on the CPU. Called again, it
-    seeds again, and makes new groups where the sizes are others.
+    Groups use NCCL with GPUs, else gloo, and then Megatron's CUDA calls are answered on the CPU. A
+    second call seeds again, and makes new groups if the sizes differ.
     """
     global _started
     if _started is not None and _started.sizes == sizes:
@@ -124,11 +125,16 @@ def initialize(sizes: ParallelSizes, *, timeout_minutes: float = 60, seed: int =
     return _started
 
 
+def megatron_groups() -> ProcessGroupCollection:
+    """Returns the groups of `initialize` as Megatron's modules take them."""
+    return ProcessGroupCollection.use_mpu_process_groups()
+
+
 def _end_groups() -> None:
     """Ends all groups but the world's.
 
     Megatron's own `destroy` only forgets them: their threads and connections, dozens a layout,
-    would stay for as long as the process.
+    would last as long as the process.
     """
     dist.barrier()  # nobody waits in one of them any more
     parallel_state.destroy_model_parallel()
@@ -140,9 +146,10 @@ def _end_groups() -> None:
 def _context_subgroups(
     context: ProcessGroup, inner: int, timeout_minutes: float
 ) -> tuple[ProcessGroup, ProcessGroup]:
-    """This rank's groups of `inner` neighbours, and of those at the same place in other groups.
+    """Makes this rank's group of `inner` neighbours, and its group across such groups.
 
-    Megatron makes the same ones, but only where einops is installed.
+    The second has the ranks at the same place of every first one. Megatron makes the same groups,
+    but only where einops is installed.
     """
     assert context.size() % inner == 0, (context.size(), inner)
     if context.size() == 1:

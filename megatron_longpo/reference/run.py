@@ -25,6 +25,7 @@ from megatron_longpo.data.trees.reference_logps import ReferenceLogps
 from megatron_longpo.data.trees.tree import PairTrees, reference_alone
 from megatron_longpo.engine import build, degrees, run_folder
 from megatron_longpo.engine.batches import lay_out_microbatch, rank_microbatches, split_parts
+from megatron_longpo.engine.build_config import training_build_config
 from megatron_longpo.engine.console import RunConsole
 from megatron_longpo.engine.metrics import peak_memory_gib
 from megatron_longpo.engine.reference_cache import CacheHeader, CacheWriter
@@ -88,11 +89,12 @@ def compute(config: TrainConfig) -> None:
     run_folder.check_folder("reference.cache_path", Path(config.reference.cache_path))
     check_world(config, int(os.environ.get("WORLD_SIZE", 1)))
     sources = read_models(config)
-    assert sources.cached is not None, "settings are resolved"
-    degrees.stage_split(config, sources.policy)
-    degrees.check_split(config, [sources.cached])
+    cached = sources.scorer("cached")
+    assert cached is not None, "the config is resolved"
+    degrees.stage_split(config.parallel, sources.policy)
+    degrees.check_split(config.parallel, [cached.arch])
     groups = process_groups.initialize(
-        degrees.parallel_sizes(config, [sources.cached]),
+        degrees.parallel_sizes(config.parallel, [cached.arch]),
         timeout_minutes=config.parallel.timeout_minutes,
         seed=config.train.seed,
     )
@@ -114,7 +116,9 @@ def compute(config: TrainConfig) -> None:
     tasks = [open_task(reader, catalog) for catalog in catalogs]
     if not any(task.pending for task in tasks):
         return
-    model = build.build_reference(config, sources, groups, say=console.say)
+    model = build.build_alone(
+        training_build_config(config), cached, sources, groups, say=console.say
+    )
     for task in tasks:
         score(task, model, groups, console)
 
@@ -124,6 +128,8 @@ def open_task(reader: RowReader, catalog: PairCatalog) -> Task:
     config = reader.config
     assert config.reference.cache_path is not None, "settings are resolved"
     cache_path = Path(config.reference.cache_path)
+    reference = reader.sources.scorer("cached")
+    assert reference is not None, "the config is resolved"
     writers = []
 
     def open_cache() -> set[int]:
@@ -134,7 +140,7 @@ def open_task(reader: RowReader, catalog: PairCatalog) -> Task:
                 rows=reader.objective.needs.reference,
             ),
             made_with={
-                "reference": reader.sources.cached_folder,
+                "reference": reference.folder,
                 "model.attention_kernel": config.model.attention_kernel,
                 "model.layers": config.model.layers,
                 "parallel": asdict(config.parallel),

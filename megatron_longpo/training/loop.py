@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from megatron_longpo.data.trees.catalog import PairCatalog
 from megatron_longpo.data.trees.sampler import PairSampler
 from megatron_longpo.engine import build, run_folder
 from megatron_longpo.engine.batches import rank_packs, read_ahead
+from megatron_longpo.engine.build_config import training_build_config
 from megatron_longpo.engine.console import RunConsole
 from megatron_longpo.engine.degrees import parallel_sizes
 from megatron_longpo.engine.flops import step_flops
@@ -40,6 +42,7 @@ from megatron_longpo.parallel.groups import Groups
 from megatron_longpo.runtime import stop
 from megatron_longpo.training import checkpoint
 from megatron_longpo.training.background import BackgroundSaves
+from megatron_longpo.training.data_parallel import connect, gather_parameters, wrap_in_ddp
 from megatron_longpo.training.optimizer import (
     check_optimizer,
     current_learning_rate,
@@ -60,15 +63,22 @@ class Run:
     pairs: PairCatalog
     evaluation: TrainingEvaluation
     sampler: PairSampler
-    model: list[Any]
-    optimizer: MegatronOptimizer
     state: checkpoint.TrainingState
-    """What a checkpoint saves of the above."""
+    """Model, optimizer and what else a checkpoint saves."""
     saves: BackgroundSaves
     scheduler: OptimizerParamScheduler
     num_steps: int
     step: int
     """Optimizer steps done."""
+
+    @property
+    def model(self) -> Sequence[Any]:
+        """This rank's chunks, wrapped by Megatron's DDP."""
+        return self.state.model
+
+    @property
+    def optimizer(self) -> MegatronOptimizer:
+        return self.state.optimizer
 
     @property
     def budget_tokens(self) -> int:
@@ -95,29 +105,73 @@ def run_training(config: TrainConfig) -> None:
 def prepare(
     config: TrainConfig, *, write_weights: build.WeightsWriter = build.load_hf_weights
 ) -> Run:
-    """Checks everything, cheapest first, builds the model and resumes where there is something.
+    """Checks everything, cheapest first, builds the model and resumes a checkpoint if there is one.
 
     `write_weights` replaces the reading of Hugging Face weights, for benchmarks.
     """
+    _check_machine(config)
+    sources = read_models(config)
+    check_layout(config, sources)
+    resume_from = _checkpoint_to_resume(config)
+    if resume_from is not None:
+        checkpoint.check_matches(resume_from, sources.policy, sources.lora)
+    groups = process_groups.initialize(
+        parallel_sizes(config.parallel, sources.built),
+        timeout_minutes=config.parallel.timeout_minutes,
+        seed=config.train.seed,
+    )
+    console = RunConsole(is_main=groups.is_main)
+    objective = make_objective(config)
+    pairs, eval_pairs = _read_rows(config, sources, objective, console)
+    sampler = _make_sampler(config, pairs, console)
+    evaluation = prepare_evaluation(
+        config,
+        sources,
+        groups,
+        pairs=eval_pairs,
+        objective=objective,
+        console=console,
+        write_weights=write_weights,
+    )
+    state = _build_state(config, sources, groups, sampler, console, write_weights)
+    step = _resume(config, resume_from, state, console)
+    # With another global batch than before, the rest of the epochs is another number of steps.
+    num_steps = config.train.steps or step + sampler.steps_left(config.train.epochs)
+    if step >= num_steps:
+        console.say(f"nothing is left to do: {num_steps} steps are asked for")
+    scheduler = make_scheduler(config.optimizer, state.optimizer, num_steps=num_steps)
+    scheduler.step(increment=min(step, num_steps))
+    return Run(
+        config=config,
+        groups=groups,
+        console=console,
+        sources=sources,
+        objective=objective,
+        pairs=pairs,
+        evaluation=evaluation,
+        sampler=sampler,
+        state=state,
+        saves=BackgroundSaves(),
+        scheduler=scheduler,
+        num_steps=num_steps,
+        step=step,
+    )
+
+
+def _check_machine(config: TrainConfig) -> None:
+    """Raises a UserError for folders, packages and processes that do not fit the config."""
     run_folder.check_writable(config)
     check_trackers(config.logging)
     check_optimizer(config.optimizer)
     if config.checkpoint.resume == "never":
         run_folder.check_is_new(config)
     check_world(config, int(os.environ.get("WORLD_SIZE", 1)))
-    sources = read_models(config)
-    check_layout(config, sources)
-    resume_from = _checkpoint_to_resume(config)
-    if resume_from is not None:
-        checkpoint.check_matches(resume_from, sources.policy, sources.lora)
-    parallel = config.parallel
-    groups = process_groups.initialize(
-        parallel_sizes(config, sources.built),
-        timeout_minutes=parallel.timeout_minutes,
-        seed=config.train.seed,
-    )
-    console = RunConsole(is_main=groups.is_main)
-    objective = make_objective(config)
+
+
+def _read_rows(
+    config: TrainConfig, sources: ModelSources, objective: Objective, console: RunConsole
+) -> tuple[PairCatalog, PairCatalog | None]:
+    """Returns the pairs to train on and those to evaluate on."""
     reader = RowReader(
         config=config,
         sources=sources,
@@ -128,9 +182,12 @@ def prepare(
     pairs = reader.read("data.path", config.data.path)
     if config.data.pack_tokens is not None:
         pairs.check_budget(config.data.pack_tokens)
-    eval_pairs = None
-    if config.data.eval_path is not None:
-        eval_pairs = reader.read("data.eval_path", config.data.eval_path)
+    if config.data.eval_path is None:
+        return pairs, None
+    return pairs, reader.read("data.eval_path", config.data.eval_path)
+
+
+def _make_sampler(config: TrainConfig, pairs: PairCatalog, console: RunConsole) -> PairSampler:
     sampler = PairSampler(
         len(pairs),
         global_batch_pairs=config.train.global_batch_pairs,
@@ -143,19 +200,29 @@ def prepare(
             f"the last {sampler.dropped_pairs_per_epoch} pairs of each epoch's order are left out: "
             f"they do not fill a global batch of {config.train.global_batch_pairs}"
         )
-    evaluation = prepare_evaluation(
-        config,
+    return sampler
+
+
+def _build_state(
+    config: TrainConfig,
+    sources: ModelSources,
+    groups: Groups,
+    sampler: PairSampler,
+    console: RunConsole,
+    write_weights: build.WeightsWriter,
+) -> checkpoint.TrainingState:
+    """Builds the model and its optimizer."""
+    unwrapped = build.build_model(
+        training_build_config(config),
         sources,
         groups,
-        pairs=eval_pairs,
-        objective=objective,
-        console=console,
+        say=console.say,
         write_weights=write_weights,
     )
-    model = build.build_model(config, sources, groups, say=console.say, write_weights=write_weights)
+    model = wrap_in_ddp(unwrapped, config.optimizer)
     optimizer = make_optimizer(config.optimizer, model, bf16=config.model.dtype == "bf16")
-    build.connect(model, optimizer)
-    state = checkpoint.TrainingState(
+    connect(model, optimizer)
+    return checkpoint.TrainingState(
         model=model,
         optimizer=optimizer,
         optimizer_kind={
@@ -165,33 +232,20 @@ def prepare(
         sampler=sampler,
         groups=groups,
     )
-    step = 0
-    if resume_from is not None:
-        step = checkpoint.load(resume_from, state, load_optimizer=config.checkpoint.load_optimizer)
-        console.say(f"resumed from {resume_from} at step {step}")
-    # With another global batch than before, the rest of the epochs is another number of steps.
-    num_steps = config.train.steps or step + sampler.steps_left(config.train.epochs)
-    if step >= num_steps:
-        console.say(f"nothing is left to do: {num_steps} steps are asked for")
-    scheduler = make_scheduler(config.optimizer, optimizer, num_steps=num_steps)
-    scheduler.step(increment=min(step, num_steps))
-    return Run(
-        config=config,
-        groups=groups,
-        console=console,
-        sources=sources,
-        objective=objective,
-        pairs=pairs,
-        evaluation=evaluation,
-        sampler=sampler,
-        model=model,
-        optimizer=optimizer,
-        state=state,
-        saves=BackgroundSaves(),
-        scheduler=scheduler,
-        num_steps=num_steps,
-        step=step,
-    )
+
+
+def _resume(
+    config: TrainConfig,
+    resume_from: Path | None,
+    state: checkpoint.TrainingState,
+    console: RunConsole,
+) -> int:
+    """Loads the checkpoint, if there is one, and returns the steps that are done."""
+    if resume_from is None:
+        return 0
+    step = checkpoint.load(resume_from, state, load_optimizer=config.checkpoint.load_optimizer)
+    console.say(f"resumed from {resume_from} at step {step}")
+    return step
 
 
 def train(run: Run) -> None:
@@ -289,8 +343,8 @@ def _work_metrics(run: Run, pairs: list[int], step_time: float) -> Metrics:
     flops = step_flops(
         sizes,
         run.sources.policy,
-        run.sources.reference,
-        lora=None if run.sources.lora is None else run.sources.lora.settings,
+        run.sources.online_arch,
+        lora=None if run.sources.lora is None else run.sources.lora.config,
     )
     return {
         "tokens": tokens,
@@ -328,7 +382,7 @@ def save(run: Run, *, is_final: bool) -> None:
     config = run.config
     assert config.checkpoint.dir is not None, "settings are resolved"
     run.saves.wait()
-    build.gather_parameters(run.model)
+    gather_parameters(run.model)
     checkpoint.save(
         Path(config.checkpoint.dir),
         run.step,

@@ -7,8 +7,6 @@
 - Its checkpoints look parameters up behind the padding that buckets end in, in tensors that were
   gathered without it. A tied embedding under a pipeline has a bucket of its own, and was saved as
   other numbers wherever the bucket before it was padded.
-- Recomputation of norms asks Transformer Engine about fp8 though no fp8 is on, which fails where it
-  is not installed. `mend_norm_recompute` makes it ask no more.
 """
 
 from __future__ import annotations
@@ -27,7 +25,6 @@ from megatron.core import dist_checkpointing
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer import distrib_optimizer as megatron_distrib_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from torch import Tensor
 
 from megatron_longpo.errors import UserError
@@ -224,18 +221,6 @@ def transformer_engine_adam() -> Any:
         "optimizer.state_dtype (bf16): adam needs Transformer Engine for it, and "
         f"{obstacle}. Use fp32, or optimizer.name rmsprop, which needs nothing"
     )
-
-
-def mend_norm_recompute() -> None:
-    """Lets Megatron recompute norms without Transformer Engine; called again, it does nothing."""
-    if CheckpointWithoutOutput().fp8:
-        original = CheckpointWithoutOutput.__init__
-
-        def without_fp8(self: CheckpointWithoutOutput, fp8: Any = False) -> None:
-            # Megatron takes any value but None, its own default False too, for fp8.
-            original(self, fp8 or None)
-
-        CheckpointWithoutOutput.__init__ = without_fp8
 
 
 def initialize_state(optimizer: MegatronOptimizer) -> None:

@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 
+from megatron_longpo.config.train import LoraConfig
 from megatron_longpo.data.trees.packing import PairSize
 from megatron_longpo.engine.flops import adapter_parameters, layer_parameters, step_flops
-from megatron_longpo.model.architectures import Architecture, RopeSettings
-from megatron_longpo.model.lora import LoraSettings
+from megatron_longpo.model.architectures import Architecture
+from megatron_longpo.model.rope_config import RopeConfig
 
 ARCH = Architecture(
     family="llama",
@@ -24,7 +25,7 @@ ARCH = Architecture(
     tied_embeddings=False,
     qkv_bias=False,
     qk_norm=False,
-    rope=RopeSettings(theta=1e4, scaling=None, max_position_embeddings=64),
+    rope=RopeConfig(theta=1e4, scaling=None, max_position_embeddings=64),
 )
 
 SIZE = PairSize(
@@ -53,7 +54,7 @@ def test_a_step_by_hand() -> None:
 
 
 def test_frozen_matrices_cost_a_third_less_and_adapters_come_on_top() -> None:
-    lora = LoraSettings(rank=2, alpha=1.0, targets=("linear_qkv", "linear_fc2"))
+    lora = LoraConfig(rank=2, alpha=1.0, targets=("linear_qkv", "linear_fc2"))
     # 3 in and 16 out for queries, keys and values; 5 in and 3 out for the down projection.
     assert adapter_parameters(ARCH, lora) == 2 * (19 + 8)
     frozen = 4 * 234 * 10 + 12 * 2 * 8 * 40 + 4 * 3 * 7 * 9

@@ -143,7 +143,7 @@ def test_heads_are_scattered_as_far_as_heads_and_machine_allow(
     if ranks_here is not None:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks_here)
     config = settings(tmp_path, context=context, tensor=tensor, context_comm="a2a+all_gather")
-    assert degrees.context_inner(config, read_models(config).built) == expected
+    assert degrees.context_inner(config.parallel, read_models(config).built) == expected
 
 
 def test_sizes_that_do_not_fit_the_world(tmp_path: Path) -> None:

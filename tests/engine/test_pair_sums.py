@@ -7,9 +7,9 @@ import torch
 
 from megatron_longpo.data.trees.forest import Term
 from megatron_longpo.engine.pair_sums import sum_pairs
+from megatron_longpo.parallel.attention_plan import AttentionPlan
 from megatron_longpo.parallel.groups import Groups
 from megatron_longpo.parallel.layout import (
-    AttentionPlan,
     DivergenceEdges,
     RankEdges,
     RankPack,

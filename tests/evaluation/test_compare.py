@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from megatron_longpo.evaluation.compared import names, read_evaluated
 
 from megatron_longpo.errors import UserError
 from megatron_longpo.evaluation.compare import best_of, run_compare
+from megatron_longpo.evaluation.compared import names, read_evaluated
 from megatron_longpo.evaluation.results import flat_numbers
 
 

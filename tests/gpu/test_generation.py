@@ -116,8 +116,8 @@ def test_documents_written_together_answer_as_one_by_one(
 
         written = asyncio.run(all_ask())
         if documents_at_once > 1:
-            assert backend._together is not None and backend._together._graphs is not None
-            assert backend._together._graphs._graphs  # steps were captured
+            assert backend._loop._graphs is not None
+            assert backend._loop._graphs._graphs  # steps were captured
         return written
 
     assert answers(4) == answers(1)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import nn
 
+from megatron_longpo.config.names import LoraTarget
+from megatron_longpo.config.train import LoraConfig
 from megatron_longpo.errors import UserError
 from megatron_longpo.model.architectures import read_architecture
 from megatron_longpo.model.lora import (
     TARGETS,
     Adapter,
-    LoraSettings,
     adapters,
     adapters_off,
     attach_adapters,
@@ -25,7 +26,7 @@ from megatron_longpo.parallel.groups import Groups
 from tests.parity.cases import TinyModel
 from tests.parity.harness import Shelf
 
-SETTINGS = LoraSettings(rank=4, alpha=8.0, targets=tuple(TARGETS))
+ADAPTERS = LoraConfig(rank=4, alpha=8.0, targets=tuple(TARGETS))
 
 
 class Identity(nn.Module):
@@ -40,8 +41,12 @@ def gpt(shelf: Shelf, single_process: Groups) -> Any:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_()
-    attach_adapters(model, SETTINGS, seed=3, tensor_group=single_process.tensor)
+    attach_adapters(model, ADAPTERS, seed=3, tensor_group=single_process.tensor)
     return model
+
+
+def test_every_target_of_the_config_is_known() -> None:
+    assert set(TARGETS) == set(get_args(LoraTarget))
 
 
 def test_a_begins_as_pefts_and_differs_from_layer_to_layer() -> None:
@@ -113,7 +118,7 @@ def adapter_of(linear: Any) -> Adapter:
     group: Any = SimpleNamespace(size=lambda: 2, rank=lambda: 1)
     return Adapter(
         linear,
-        SETTINGS,
+        ADAPTERS,
         target="linear_qkv",
         layer=0,
         seed=1,

@@ -4,8 +4,9 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from megatron_longpo.model.architectures import Architecture, RopeSettings
+from megatron_longpo.model.architectures import Architecture
 from megatron_longpo.model.norm import RMSNorm
+from megatron_longpo.model.rope_config import RopeConfig
 from megatron_longpo.model.spec import transformer_config
 
 TINY = Architecture(
@@ -21,7 +22,7 @@ TINY = Architecture(
     tied_embeddings=False,
     qkv_bias=False,
     qk_norm=False,
-    rope=RopeSettings(theta=1e4, scaling=None, max_position_embeddings=64),
+    rope=RopeConfig(theta=1e4, scaling=None, max_position_embeddings=64),
 )
 
 

@@ -19,6 +19,18 @@ def test_a_world_of_one_has_every_group(single_process: Groups) -> None:
     assert dist.is_initialized()
 
 
+def test_megatrons_modules_get_the_same_groups(single_process: Groups) -> None:
+    theirs = groups.megatron_groups()
+    for name, ours in {
+        "tp": single_process.tensor,
+        "pp": single_process.pipeline,
+        "cp": single_process.context,
+        "dp": single_process.data,
+        "dp_cp": single_process.data_and_context,
+    }.items():
+        assert getattr(theirs, name) is ours, name
+
+
 def test_starting_again_only_seeds(single_process: Groups) -> None:
     def draw() -> torch.Tensor:
         with get_cuda_rng_tracker().fork():

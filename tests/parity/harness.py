@@ -26,10 +26,10 @@ from megatron_longpo.config.train import (
     resolve,
 )
 from megatron_longpo.data.rows.writing import write_rows_jsonl
-from megatron_longpo.engine.build import gather_parameters
 from megatron_longpo.engine.metrics import LOSS_KEYS, Metrics
 from megatron_longpo.parallel.groups import Groups, ParallelSizes
 from megatron_longpo.training import loop
+from megatron_longpo.training.data_parallel import gather_parameters
 from tests.oracle import OracleResult, oracle_step
 from tests.parity.cases import Case, TinyModel
 from tests.parity.gather import gathered

@@ -22,8 +22,8 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallelConfig
 
-from megatron_longpo.engine import build
 from megatron_longpo.parallel import groups
+from megatron_longpo.training import data_parallel
 from tests.parity.harness import Shelf, compare, oracle_for, run_case
 from tests.parity.rank_cases import rank_runs, step_runs
 from tests.parity.steps import compare_steps, oracle_steps, our_steps
@@ -65,7 +65,7 @@ def _num_groups() -> int:
 def small_buckets() -> Any:
     """DDP sends gradients and weights in many parts, as it does those of a large model."""
     config = functools.partial(DistributedDataParallelConfig, bucket_size=2_000)
-    return mock.patch.object(build, "DistributedDataParallelConfig", config)
+    return mock.patch.object(data_parallel, "DistributedDataParallelConfig", config)
 
 
 @contextmanager

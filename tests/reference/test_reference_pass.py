@@ -63,11 +63,13 @@ def test_cached_and_online_give_the_same_metrics(name: str, shelf: Shelf, tmp_pa
     # One model: no reference beside the policy, and none of its work counted.
     (model,) = run.model
     assert unwrap_model(model).reference is None
-    assert run.sources.reference is None
+    assert run.sources.online_arch is None
     steps = [row for row in metric_rows(tmp_path / "cached", with_times=True) if "loss" in row]
     assert all(math.isfinite(row["reference_logps/chosen"]) for row in steps)
     policy_alone = step_flops(run.pairs.sizes, run.sources.policy, None)
-    assert step_flops(run.pairs.sizes, run.sources.policy, run.sources.cached) == policy_alone
+    assert run.sources.reference is not None
+    arch = run.sources.reference.arch
+    assert step_flops(run.pairs.sizes, run.sources.policy, arch) == policy_alone
 
 
 def test_rows_that_are_dropped_or_cut_and_ids_that_repeat(shelf: Shelf, tmp_path: Path) -> None:
@@ -272,7 +274,7 @@ def test_it_goes_on_with_what_is_there(
     compute(config)
     assert sorted(chain(*scored[2:])) == sorted({*range(NUM_PAIRS)} - {*scored[1]})
     # A third time there is nothing to do, and no model is built.
-    monkeypatch.setattr(reference_pass.build, "build_reference", None)
+    monkeypatch.setattr(reference_pass.build, "build_alone", None)
     compute(config)
     run = loop.prepare(config)
     assert run.pairs.reference_logps is not None

@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from megatron_longpo.data.trees.forest import NO_PARENT
+from megatron_longpo.model.attention.blocks import Attended, Block
 from megatron_longpo.model.attention.kernels import CpuFlashKernel
 from megatron_longpo.parallel.groups import Groups
 from megatron_longpo.parallel.layout import lay_out
-from tests.model.attention.test_attention import make_forest
+from tests.model.attention.test_tree_attention import make_forest
 from tools import bench_bare, bench_head, bench_step
 from tools.bench_bare import Limit, blocks_of, fastest, linear_shapes, num_attended, sustained
 from tools.bench_models import SHAPES, PairShape, random_pair
@@ -52,12 +53,13 @@ class SlowKernel(CpuFlashKernel):
         self.seconds_a_pair = seconds_a_pair
         self.blocks: list[tuple[int, int, bool]] = []
 
-    def forward(self, query: Any, key: Any, value: Any, *, causal: bool, scale: float) -> Any:
-        self.blocks.append((len(query), len(key), causal))
+    def forward(self, block: Block) -> Attended:
+        query = block.query
+        self.blocks.append((len(query), len(block.key), block.causal))
         time.sleep(self.seconds_a_pair * num_attended(self.blocks[-1]))
-        return query, query.new_zeros(query.shape[1], len(query))
+        return Attended(query, query.new_zeros(query.shape[1], len(query)))
 
-    def backward(self, *args: Any, **settings: Any) -> Any:
+    def backward(self, *args: Any) -> Any:
         return ()
 
 

@@ -83,7 +83,7 @@ def test_work_is_counted_from_the_rows(shelf: Shelf, tmp_path: Path) -> None:
     assert row["reference_tokens"] == sum(
         len(chosen) + len(rejected) - shared(chosen, rejected) for chosen, rejected in turns
     )
-    flops = step_flops(run.pairs.sizes, run.sources.policy, run.sources.reference)
+    flops = step_flops(run.pairs.sizes, run.sources.policy, run.sources.online_arch)
     assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["step_time_s"])
     assert row["model_tflops_per_gpu"] == pytest.approx(flops / row["step_time_s"] / 1e12)
     # A process with torch in it has hundreds of MiB, and this machine not thousands of GiB.

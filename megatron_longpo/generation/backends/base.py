@@ -1,4 +1,4 @@
-"""What a backend is asked and what it gives, whatever model or server stands behind it."""
+"""Requests and completions, and the interface of all backends."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """A conversation that the model goes on with."""
+    """A conversation that the model continues."""
 
     messages: tuple[Message, ...]
     """Chat messages; the last one is the user's."""
     sampling: Sampling
     seed: int
-    """Of this request's samples; they do not depend on the requests beside it."""
+    """Of this request's samples, which do not depend on other requests."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Completion:
-    """What a model wrote, special tokens left out."""
+    """What a model wrote, without special tokens."""
 
     text: str
     finished: bool
-    """Whether the model ended by itself rather than at the most tokens allowed."""
+    """Whether the model ended by itself, before the most tokens allowed."""
 
 
 class BackendError(Exception):
-    """One request failed for good, after its retries; the text is the reason that is counted.
+    """One request failed after all its retries; the text is the reason that is counted.
 
-    It is returned in place of a completion, never raised: the document is put aside and the run
-    goes on.
+    It is returned instead of a completion, never raised: the document is put aside and the run
+    continues.
     """
 
 
@@ -54,7 +54,7 @@ class Backend(Protocol):
     context_length: int
     """Most tokens of a prompt and its answer together."""
     documents_at_once: int
-    """How many documents a caller should work on at the same time."""
+    """Documents that a caller should work on at the same time."""
 
     async def complete(self, requests: Sequence[Request]) -> list[Completion | BackendError]:
         """Answers one document's requests, in order.
@@ -63,8 +63,8 @@ class Backend(Protocol):
         same text.
 
         Raises:
-            UserError: nothing can be answered any more, as when a server stays away.
+            UserError: no more requests can be answered, as when a server stays unreachable.
         """
 
     async def close(self) -> None:
-        """Gives back what the backend holds; it answers nothing after that."""
+        """Frees what the backend holds; it answers nothing after that."""

@@ -1,4 +1,5 @@
-"""A step of writing as a CUDA graph, so that small models do not wait for kernel launches."""
+"""One step of the decoding loop as a CUDA graph, so that small models do not wait for kernel
+launches."""
 
 from __future__ import annotations
 
@@ -10,15 +11,15 @@ import torch
 from megatron_longpo.generation.backends.slots import SlotCache
 
 GRAPHS = 8
-"""Most lengths that graphs are captured for: attention goes over the next longer one."""
+"""Most lengths that graphs are captured for; a step attends the next longer one."""
 
 LEAST_LENGTH = 1024
 
 
 class GraphedSteps:
-    """`SlotCache.step`, captured the first time that a length is asked for and replayed then.
+    """Captures `SlotCache.step` the first time that a length is asked for, then replays it.
 
-    A model that cannot be captured is run as it is, after a warning.
+    A model that cannot be captured is run without graphs, after a warning.
     """
 
     def __init__(self, model: Any, slots: SlotCache) -> None:
@@ -29,7 +30,7 @@ class GraphedSteps:
         self._works = True
 
     def step(self, length: int) -> torch.Tensor:
-        """Logits [N, V], which the next step overwrites."""
+        """Returns logits [N, V], which the next step overwrites."""
         capacity = self._slots.shape.capacity
         unit = max(LEAST_LENGTH, -(-capacity // GRAPHS))
         length = min(-(-length // unit) * unit, capacity)

@@ -1,4 +1,4 @@
-"""Several servers that give the same model: which one is asked next, and when all are lost."""
+"""Several servers of the same model: chooses the next to ask, and stops the run if all are lost."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LONGEST_WAIT = 60.0
 
 
 def backoff(num_failures: int) -> float:
-    """Seconds to wait after so many failures in a row, scattered by a half each way."""
+    """Returns seconds to wait after a number of failures in a row, scattered by a half each way."""
     wait = min(FIRST_WAIT * 2 ** (num_failures - 1), LONGEST_WAIT)
     return wait * random.uniform(0.5, 1.5)
 
@@ -33,15 +33,15 @@ class Endpoint:
     num_waiting: int = 0
     """Requests under way there."""
     num_unreachable: int = 0
-    """How often in a row it could not be reached."""
+    """Failures to reach it in a row."""
     ready_at: float = 0.0
-    """`time.monotonic()` from which on it may be asked."""
+    """Earliest `time.monotonic()` at which it may be asked."""
 
     def answered(self) -> None:
         self.num_unreachable = 0
 
     def unreachable(self) -> None:
-        """Leaves it alone for a while; requests that fail together count once."""
+        """Pauses the endpoint; requests that fail together count once."""
         if self.ready_at <= time.monotonic():
             self.num_unreachable += 1
             self.pause(backoff(self.num_unreachable))
@@ -51,7 +51,7 @@ class Endpoint:
 
 
 class EndpointPool:
-    """Gives the endpoint that has least to do; stops the run where none is there for too long."""
+    """Gives the endpoint with the fewest requests; stops the run if none answers for too long."""
 
     def __init__(self, endpoints: Sequence[Endpoint], *, outage_seconds: float) -> None:
         self.endpoints = list(endpoints)
@@ -59,7 +59,7 @@ class EndpointPool:
         self._held_up_since: float | None = None
 
     async def next(self) -> Endpoint:
-        """The idlest endpoint that may be asked now; waits until there is one."""
+        """Returns the endpoint with the fewest requests that may be asked now; waits for one."""
         while True:
             now = time.monotonic()
             ready = [endpoint for endpoint in self.endpoints if endpoint.ready_at <= now]
@@ -71,11 +71,10 @@ class EndpointPool:
         self._held_up_since = None
 
     def held_up(self, reason: str) -> None:
-        """Notes that a request could not be served now, through no fault of its own.
+        """Notes that an endpoint could not serve a request now.
 
         Raises:
-            UserError: nothing was answered, and nothing is under way, for longer than the outage
-                allowed.
+            UserError: no request was answered or under way for longer than the outage allowed.
         """
         now = time.monotonic()
         if self._held_up_since is None:

@@ -1,4 +1,4 @@
-"""From the settings to what answers."""
+"""Makes the backend that a config asks for."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_longpo.generation.backends.base import Backend
 
 
 def make_backend(config: BackendConfig) -> Backend:
-    """The backend of the settings, ready to answer; raises `UserError` where it cannot."""
+    """Makes the backend of a config, ready to answer; raises `UserError` if it cannot be."""
     if config.backend == "transformers":
         if config.server.endpoints:
             raise UserError("backend (transformers): has no server.endpoints; set backend: server")

@@ -2,48 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import torch
 
 from megatron_longpo.generation.backends.base import Sampling
 
-
-def next_tokens(
-    logits_NV: torch.Tensor,
-    samplings: Sequence[Sampling],
-    generators: Sequence[torch.Generator],
-) -> list[int]:
-    """One token a row; a row's token depends on its logits and its own generator alone."""
-    sampled = {
-        row: (sampling, generators[row])
-        for row, sampling in enumerate(samplings)
-        if sampling.temperature > 0
-    }
-    tokens: list[int] = draw(logits_NV, sampled).tolist()
-    return tokens
+Sampler = tuple[Sampling, torch.Generator]
+"""How a request's tokens are drawn, and its own random numbers."""
 
 
-def draw(
-    logits_NV: torch.Tensor, sampled: dict[int, tuple[Sampling, torch.Generator]]
-) -> torch.Tensor:
-    """The next tokens [N], left on the device: greedy but for the rows in `sampled`."""
+def draw(logits_NV: torch.Tensor, samplers: Mapping[int, Sampler]) -> torch.Tensor:
+    """Returns the next tokens [N], left on the device: greedy but for the indices in `samplers`.
+
+    A token depends on its own logits and generator alone.
+    """
     tokens_N = logits_NV.argmax(dim=-1)
     alike: dict[tuple[float, float], list[int]] = {}
-    for row, (sampling, _) in sampled.items():
-        alike.setdefault((sampling.temperature, sampling.top_p), []).append(row)
-    for rows in alike.values():
-        probabilities_nV = nucleus(logits_NV[rows], sampled[rows[0]][0])
+    for index, (sampling, _) in samplers.items():
+        alike.setdefault((sampling.temperature, sampling.top_p), []).append(index)
+    for indices in alike.values():
+        probabilities_nV = nucleus(logits_NV[indices], samplers[indices[0]][0])
         drawn = [
-            torch.multinomial(probabilities_V, 1, generator=sampled[row][1])
-            for row, probabilities_V in zip(rows, probabilities_nV, strict=True)
+            torch.multinomial(probabilities_V, 1, generator=samplers[index][1])
+            for index, probabilities_V in zip(indices, probabilities_nV, strict=True)
         ]
-        tokens_N[rows] = torch.cat(drawn)
+        tokens_N[indices] = torch.cat(drawn)
     return tokens_N
 
 
 def nucleus(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """Probabilities [..., V] at a temperature, of the likeliest tokens that reach `top_p` together.
+    """Returns probabilities [..., V] at a temperature of the likeliest tokens that reach `top_p`
+    together, and 0 of others.
 
     They are not normalised again. The likeliest token always stays.
     """

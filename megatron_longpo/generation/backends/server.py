@@ -1,4 +1,4 @@
-"""Any OpenAI-compatible server: concurrent requests, retries, several endpoints."""
+"""The backend for OpenAI-compatible servers: concurrent requests, retries, several endpoints."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RETRIED = (408, 409, 429)
 
 
 class _Failed(Exception):
-    """One try failed in a way that another may not; the text is the reason that is counted."""
+    """One try failed, and another may succeed; the text is the reason that is counted."""
 
 
 class _HeldUp(Exception):
@@ -37,24 +37,24 @@ class ServerBackend:
     """Sends requests to the endpoints of `server`; at most `server.concurrency` at a time."""
 
     def __init__(self, config: BackendConfig) -> None:
-        settings = config.server
-        self._settings = settings
-        self._key = _api_key(settings)
-        urls = _checked_urls(settings)
+        server = config.server
+        self._config = server
+        self._key = _api_key(server)
+        urls = _checked_urls(server)
         self.tokenizer = load_tokenizer(config.model, chat_template=config.chat_template)
         self.context_length = config.context_length or _positions(config.model)
-        self.documents_at_once = settings.concurrency
+        self.documents_at_once = server.concurrency
         options: dict[str, Any] = {
             "api_key": self._key or "none",  # the client insists on one
             "max_retries": 0,  # ours go to other endpoints too
-            "timeout": openai.Timeout(settings.timeout_seconds, connect=CONNECT_SECONDS),
+            "timeout": openai.Timeout(server.timeout_seconds, connect=CONNECT_SECONDS),
         }
         self._model = self._served_model(urls, options)
         self._pool = EndpointPool(
             [Endpoint(url=url, client=openai.AsyncOpenAI(base_url=url, **options)) for url in urls],
-            outage_seconds=settings.outage_minutes * 60,
+            outage_seconds=server.outage_minutes * 60,
         )
-        self._slots = asyncio.Semaphore(settings.concurrency)
+        self._slots = asyncio.Semaphore(server.concurrency)
         self._told: set[str] = set()
 
     async def complete(self, requests: Sequence[Request]) -> list[Completion | BackendError]:
@@ -72,7 +72,7 @@ class ServerBackend:
     # ------------------------------------------------------------ one request
 
     async def _answer(self, request: Request) -> Completion | BackendError:
-        """Tries until there is an answer, a failure for good or no try left."""
+        """Tries until there is an answer, an error that no retry mends, or no try left."""
         num_failures = 0
         while True:
             try:
@@ -85,7 +85,7 @@ class ServerBackend:
                 self._pool.held_up(str(error))
             except _Failed as error:
                 num_failures += 1
-                if num_failures > self._settings.retries:
+                if num_failures > self._config.retries:
                     return BackendError(f"{error}, {num_failures} times")
                 await asyncio.sleep(backoff(num_failures))
             else:
@@ -96,7 +96,7 @@ class ServerBackend:
         endpoint.num_waiting += 1
         try:
             # Over the whole answer: the client's own limit begins anew with every byte.
-            async with asyncio.timeout(self._settings.timeout_seconds):
+            async with asyncio.timeout(self._config.timeout_seconds):
                 reply = await self._send(endpoint, request)
         except (TimeoutError, openai.APITimeoutError) as error:
             if _could_not_connect(error):
@@ -126,9 +126,9 @@ class ServerBackend:
             "top_p": sampling.top_p,
             "max_tokens": sampling.max_new_tokens,
             "seed": request.seed,
-            "extra_body": self._settings.extra_body,
+            "extra_body": self._config.extra_body,
         }
-        if self._settings.api == "chat":
+        if self._config.api == "chat":
             return await endpoint.client.chat.completions.create(
                 messages=list(request.messages), **options
             )
@@ -136,12 +136,12 @@ class ServerBackend:
         return await endpoint.client.completions.create(prompt=prompt, **options)
 
     def _read(self, reply: Any) -> Completion:
-        """The answer in a reply, of which no part can be relied on."""
+        """Reads the answer in a reply, any part of which may be missing."""
         choices = getattr(reply, "choices", None)
         if not isinstance(choices, list) or not choices:
             raise _Failed("server that sent no valid answer")
         choice = choices[0]
-        if self._settings.api == "chat":
+        if self._config.api == "chat":
             text = getattr(getattr(choice, "message", None), "content", None)
         else:
             text = getattr(choice, "text", None)
@@ -154,7 +154,7 @@ class ServerBackend:
         return Completion(text=text.strip(), finished=finished)
 
     def _of_status(self, error: openai.APIStatusError, endpoint: Endpoint) -> Exception:
-        """What an error status means for the request, or for the whole run."""
+        """Returns the error that a status means for the request, or for the whole run."""
         status, detail = error.status_code, self._clean(error.message)
         if status in (401, 403):
             return UserError(
@@ -175,21 +175,21 @@ class ServerBackend:
         self._tell(status, detail)
         return BackendError(f"server that answered {status}")
 
-    # ------------------------------------------------------------ what is said
+    # ------------------------------------------------------------ messages
 
     def _tell(self, status: int, detail: str) -> None:
-        """Says what the server sent with a status, once for each."""
+        """Prints what the server sent with a status, once for each status."""
         if str(status) not in self._told:
             self._told.add(str(status))
             print(f"warning: the server answered {status}: {detail}", file=sys.stderr)
 
     def _clean(self, text: object) -> str:
-        """One short line without the API key, which servers repeat in their refusals."""
+        """Returns one short line without the API key, which servers repeat in their refusals."""
         line = " ".join(str(text).split())
         return (line.replace(self._key, "***") if self._key else line)[:200]
 
     def _key_hint(self) -> str:
-        name = self._settings.api_key_env
+        name = self._config.api_key_env
         if self._key:
             return f"check the key in the environment variable {name}"
         return f"put a key into the environment variable {name} (server.api_key_env)"
@@ -197,9 +197,9 @@ class ServerBackend:
     # ------------------------------------------------------------ before work
 
     def _served_model(self, urls: Sequence[str], options: dict[str, Any]) -> str:
-        """Asks every endpoint for its models; the name to ask for.
+        """Asks every endpoint for its models; returns the name to use in requests.
 
-        Endpoints that cannot be reached are told of, and asked again later; one must be there.
+        Endpoints that cannot be reached are named in a warning and tried later; one must answer.
         """
         served: dict[str, list[str]] = {}
         missing: dict[str, str] = {}
@@ -226,8 +226,8 @@ class ServerBackend:
             )
         if missing:
             print(f"warning: server endpoints not reached, tried later: {told}", file=sys.stderr)
-        if self._settings.model is not None:
-            return self._settings.model
+        if self._config.model is not None:
+            return self._config.model
         names = sorted({name for models in served.values() for name in models})
         if len(names) != 1:
             listed = ", ".join(names[:5]) or "it names none"
@@ -235,18 +235,18 @@ class ServerBackend:
         return names[0]
 
 
-def _api_key(settings: ServerConfig) -> str | None:
-    name = settings.api_key_env
+def _api_key(server: ServerConfig) -> str | None:
+    name = server.api_key_env
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
         # Not repeated: it may be the key itself.
         raise UserError("server.api_key_env: must be the name of an environment variable")
     return os.environ.get(name) or None
 
 
-def _checked_urls(settings: ServerConfig) -> list[str]:
-    if not settings.endpoints:
+def _checked_urls(server: ServerConfig) -> list[str]:
+    if not server.endpoints:
         raise UserError("server.endpoints ([]): backend: server needs at least one URL")
-    for number, url in enumerate(settings.endpoints):
+    for number, url in enumerate(server.endpoints):
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise UserError(
@@ -257,11 +257,11 @@ def _checked_urls(settings: ServerConfig) -> list[str]:
                 f"server.endpoints[{number}] ({parts.hostname}): must hold no password or query; "
                 "give a key in the environment variable of server.api_key_env"
             )
-    return [url.rstrip("/") for url in dict.fromkeys(settings.endpoints)]
+    return [url.rstrip("/") for url in dict.fromkeys(server.endpoints)]
 
 
 def _positions(path: str) -> int:
-    """The context length in the model's config, without its weights."""
+    """Reads the context length in the model's config, without its weights."""
     from transformers import AutoConfig
 
     try:
@@ -274,13 +274,15 @@ def _positions(path: str) -> int:
 
 
 def _could_not_connect(error: BaseException) -> bool:
-    """Whether a request never reached a server. The client's HTTP library changes with its version,
-    so its exceptions are known by name."""
+    """Returns whether a request never reached a server.
+
+    The client's HTTP library changes with its version, so its exceptions are known by name.
+    """
     return type(error.__cause__).__name__ in ("ConnectError", "ConnectTimeout")
 
 
 def _retry_after(error: openai.APIStatusError) -> float | None:
-    """Seconds of the header Retry-After; None where it is missing or a date."""
+    """Reads the seconds of the header Retry-After; None if it is missing or a date."""
     try:
         return min(max(float(error.response.headers["retry-after"]), 0.0), 3600.0)
     except (KeyError, ValueError):

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_longpo.generation.documents.structure import INNER, Borders, Kind, find_borders
+from megatron_longpo.generation.documents.kinds import Kind
+from megatron_longpo.generation.documents.structure import INNER, Borders, find_borders
 from megatron_longpo.generation.documents.token_spans import TokenSpans
 
 _SENTENCE_END = re.compile(r"[.!?][\"')\]]*\s+|[\u3002\uff01\uff1f]")
@@ -25,7 +26,7 @@ class Chunk:
     end: int
     first_token: int
     last_token: int
-    """The document's tokens [first_token, last_token) that the chunk has a part in."""
+    """The document's tokens [first_token, last_token) overlap the chunk."""
 
     @property
     def num_tokens(self) -> int:
@@ -35,15 +36,15 @@ class Chunk:
 def chunk_document(
     text: str, *, tokens: TokenSpans, kind: Kind = "text", min_tokens: int, max_tokens: int
 ) -> list[Chunk]:
-    """Packs the blocks of a document greedily into chunks of `min_tokens` to `max_tokens`.
+    """Divides a document into chunks of `min_tokens` to `max_tokens`, each as long as possible.
 
     A chunk ends at the best border in its second half (a section rather than a paragraph), and of
-    those at the last. What is to stay whole (a code block, a LaTeX environment, a class) is moved
-    to the next chunk where it fits in there, and else divided at blank lines, lines, sentences,
-    words, characters. Packs under `min_tokens` are dropped.
+    equal ones at the last. A block that is kept whole (code, a LaTeX environment, a class) moves to
+    the next chunk if it fits into one, else it is divided at blank lines, lines, sentences, words,
+    characters. Chunks under `min_tokens` are dropped.
 
-    Tokens are counted where they stand in the document; a chunk by itself may have a few more or
-    fewer at its two ends.
+    Tokens are counted within the document; a chunk tokenised alone may have a few more or fewer at
+    its two ends.
     """
     chunks = []
     borders = find_borders(text, kind)
@@ -69,7 +70,7 @@ def chunk_document(
 def _parts(
     text: str, tokens: TokenSpans, borders: Borders, min_tokens: int, max_tokens: int
 ) -> Iterator[tuple[int, int]]:
-    """(start, end) of parts that join up to the text, none over `max_tokens`."""
+    """Yields (start, end) of parts that join up to the text, none over `max_tokens`."""
     is_outer = borders.ranks < INNER
     outer = Borders(positions=borders.positions[is_outer], ranks=borders.ranks[is_outer])
     enough = min(max_tokens, max(min_tokens, (max_tokens + 1) // 2))
@@ -94,7 +95,7 @@ def _parts(
 
 
 def _best_border(borders: Borders, least: int, most: int) -> int | None:
-    """The last of the best-ranked borders in [least, most]."""
+    """Returns the last of the best-ranked borders in [least, most]."""
     left = int(np.searchsorted(borders.positions, least, side="left"))
     right = int(np.searchsorted(borders.positions, most, side="right"))
     if left == right:
@@ -112,7 +113,7 @@ def _before_whole_block(
     most: int,
     max_tokens: int,
 ) -> int | None:
-    """The border before a block that goes over `most`, if it fits into a chunk of its own."""
+    """Returns the border before a block that reaches past `most`, if the block fits a chunk."""
     at = int(np.searchsorted(outer.positions, least, side="left"))
     if at == 0 or int(outer.positions[at - 1]) <= start:
         return None
@@ -123,7 +124,7 @@ def _before_whole_block(
 
 
 def _weak_border(text: str, least: int, most: int) -> int:
-    """The last end of a line in [least, most], else of a sentence, else of a word, else `most`."""
+    """Returns the last end of a line in [least, most], else of a sentence, a word, else `most`."""
     line = text.rfind("\n", least - 1, most)
     if line >= 0:
         return line + 1
@@ -134,7 +135,7 @@ def _weak_border(text: str, least: int, most: int) -> int:
 
 
 def _trimmed(text: str, start: int, end: int) -> tuple[int, int]:
-    """A span without white space at its ends; the indentation of a first line stays."""
+    """Takes white space off a span's ends; the indentation of a first line stays."""
     end = start + len(text[start:end].rstrip())
     if start == 0 or text[start - 1] == "\n":
         blank = _BLANK_LINES.match(text, start, end)

@@ -11,7 +11,7 @@ _NO_TEXT = re.compile(r"<\?xml.*?>|<(script|style|nav|head)\b.*?</\1\s*>", re.S 
 
 
 def require_markdownify() -> None:
-    """Raises `UserError` where the library is missing."""
+    """Raises `UserError` if the library is missing."""
     try:
         import markdownify  # noqa: F401
     except ImportError as error:
@@ -22,7 +22,7 @@ def require_markdownify() -> None:
 
 
 def html_to_markdown(page: str) -> str:
-    """The text of a page: headings as `#`, code in fences, without links, pictures and menus."""
+    """Converts a page to Markdown, without links, pictures and menus."""
     require_markdownify()
     from markdownify import ATX, markdownify
 

@@ -1,4 +1,4 @@
-"""Documents that are too short or too long, found without tokenising more than it takes."""
+"""Finds documents that are too short or too long, and tokenises no more than that requires."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class LengthBounds:
 
 
 def fit_document(text: str, spans_of: SpansOf, bounds: LengthBounds) -> tuple[str, TokenSpans]:
-    """The text within the bounds, cut at its end where need be, and where its tokens stand.
+    """Cuts a text at its end if it is too long; returns it with the places of its tokens.
 
     Raises:
         Dropped: a document that is too short, or too long and not to be cut.

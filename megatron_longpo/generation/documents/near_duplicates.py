@@ -16,7 +16,7 @@ from megatron_longpo.errors import UserError
 _WORDS_PER_SHINGLE = 5
 _NUM_HASHES = 128
 _LEAST_RECALL = 0.999
-"""Of pairs that are just alike enough, the share that is compared by their whole sketches."""
+"""Of pairs that are barely alike enough, the share that is compared by their whole sketches."""
 
 _SEED = 42
 _BATCH = 10_000
@@ -28,10 +28,10 @@ _WORD = re.compile(rf"[{SPACELESS}]|[^\W_]+")
 
 
 class NearDuplicates:
-    """Documents seen so far, in order; of those that are alike, the first is kept."""
+    """Compares each document with those before it; of those that are alike, the first is kept."""
 
     def __init__(self, similarity: float) -> None:
-        """`similarity`: Jaccard similarity of the sets of 5-grams from which on two are alike."""
+        """Takes the least Jaccard similarity of the sets of 5-grams at which two are alike."""
         try:
             import rensa
         except ImportError as error:
@@ -59,7 +59,7 @@ class NearDuplicates:
 
 
 def _num_bands(similarity: float) -> int:
-    """Two are compared where all hashes of a band agree; fewer bands compare fewer in vain."""
+    """Returns the fewest bands with enough recall; two are compared if a whole band agrees."""
     for num_bands in (1, 2, 4, 8, 16, 32, 64):
         missed = (1 - similarity ** (_NUM_HASHES // num_bands)) ** num_bands
         if 1 - missed >= _LEAST_RECALL:

@@ -1,4 +1,4 @@
-"""Documents: read one at a time, each with an id, and every one left out counted."""
+"""Reads documents one at a time, gives each an id, and counts those that are left out."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from typing import Literal
 from megatron_longpo.config.generate import GenerateConfig
 from megatron_longpo.data.progress import Dropped
 from megatron_longpo.errors import UserError
-from megatron_longpo.generation.documents.decoding import check_text, is_html
+from megatron_longpo.generation.documents.encodings import check_text, is_html
+from megatron_longpo.generation.documents.formats import Read, ReadOptions
 from megatron_longpo.generation.documents.html import html_to_markdown, require_markdownify
 from megatron_longpo.generation.documents.near_duplicates import NearDuplicates
-from megatron_longpo.generation.documents.sources import Read, ReadOptions, open_sources
+from megatron_longpo.generation.documents.sources import open_sources
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,7 +25,7 @@ class Document:
     """A text and where it came from."""
 
     id: str
-    """A hash of the text: the same text has the same id wherever it lies."""
+    """A hash of the text: the same text has the same id in any place."""
     text: str
     source: str
     place: int
@@ -36,8 +37,8 @@ class Document:
 class DocumentSet:
     """The documents under a path, read one at a time; what cannot be used is counted in `dropped`.
 
-    Every shard reads all of them, since which of two like documents comes first must not depend on
-    the shard. That takes some 10 ms each, and neither a tokenizer nor a model.
+    Every shard reads all of them, so that the first of two like documents is the same for all. That
+    takes some 10 ms each, and neither a tokenizer nor a model.
     """
 
     def __init__(
@@ -56,13 +57,13 @@ class DocumentSet:
             path: a file, a folder, a pattern such as `docs/**/*.md`, or a hub id.
             options: how texts are found.
             html: what happens to pages of HTML.
-            near_duplicates: similarity from which on a document counts as given twice; None = only
-                the same text does.
+            near_duplicates: least similarity at which a document counts as given twice; None =
+                only the same text does.
             limit: most places (files, lines, rows) that are read.
             shard: (i, n): of every n places the one at i, from 0, is this set's.
 
         Raises:
-            UserError: nothing there, or no such column.
+            UserError: the path holds nothing, or a file has no such column.
         """
         options = options or ReadOptions()
         self._sources, self._faults = open_sources(path, options)
@@ -85,7 +86,7 @@ class DocumentSet:
             require_markdownify()
 
     def __length_hint__(self) -> int:
-        """About how many places there are, for a progress bar; 0 where nothing says."""
+        """Returns about how many places there are, for a progress bar; 0 if unknown."""
         total = len(self._faults) + sum(source.size_hint() for source in self._sources)
         if self._limit is not None:
             total = min(total, self._limit) if total else self._limit
@@ -137,7 +138,7 @@ class DocumentSet:
 
 
 def open_documents(config: GenerateConfig, *, shard: tuple[int, int] = (0, 1)) -> DocumentSet:
-    """The documents that the settings ask for; raises `UserError` for settings that cannot be."""
+    """Opens the documents of a config; raises `UserError` for settings that are impossible."""
     if config.near_duplicates is not None and not 0 < config.near_duplicates <= 1:
         raise UserError(
             f"near_duplicates ({config.near_duplicates}): must be above 0 and at most 1, "

@@ -1,4 +1,4 @@
-"""What kind of text a document is, and where its structure allows it to be divided."""
+"""Where the structure of a document allows it to be divided."""
 
 from __future__ import annotations
 
@@ -6,35 +6,17 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import PurePath
-from typing import Literal, get_args
 
 import numpy as np
 
-Kind = Literal["text", "markdown", "rst", "latex", "code"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+from megatron_longpo.generation.documents.kinds import Kind
 
 PARAGRAPH = 20
 """Rank of a border between paragraphs; those of sections are smaller, the higher the section."""
 INNER = 30
-"""From this rank on, borders lie inside something that is kept whole where it fits: code blocks,
-LaTeX environments, classes."""
+"""From this rank on, borders divide something that is kept whole if it fits: code blocks, LaTeX
+environments, classes."""
 _INNER_BLANK = 31
-
-_SUFFIXES: dict[Kind, str] = {
-    "markdown": "md markdown mdown mkd mdx qmd rmd",
-    "rst": "rst rest",
-    "latex": "tex ltx latex",
-    "code": "py pyi pyx js jsx mjs ts tsx c h cc cpp cxx hh hpp hxx cu cuh java go rs rb php sh "
-    "bash zsh pl pm r jl scala kt kts swift cs lua hs ml mli clj ex exs erl el lisp vim sql f90 "
-    "f95 dart zig nim m mm proto cmake tf v sv",
-}
-_KIND_OF_SUFFIX = {
-    suffix: kind for kind, suffixes in _SUFFIXES.items() for suffix in suffixes.split()
-}
-
-_SNIFFED = 100_000
-"""Characters that `find_kind` looks at where the name says nothing."""
 
 _ATX_HEADING = re.compile(r" {0,3}(#{1,6})(?:[ \t]|$)")
 _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})(.*)")
@@ -54,34 +36,8 @@ _DECLARATION = re.compile(
     r"(?:def|class|func|fn|function|impl|struct|enum|union|interface|trait|namespace|module|mod|"
     r"type|template|sub|subroutine|procedure|protocol|extension|object|macro_rules!)\b(?!\s*[=:,.)])"
 )
-_CODE_LINE = (
-    r"^(?:(?:def|class|func|fn|function|impl|struct|interface)\b.*[:;{(]|#include\b.*|"
-    r"import [\w.{*].*[\w;]|from [\w.]+ import .*|use [\w:]+.*;|package [\w.]+;?)$"
-)
 _ATTACHED = re.compile(r"@|#|//|/\*|\*|--|;;")
-"""Decorators, attributes and comments: they belong to the declaration right below."""
-
-
-def find_kind(text: str, name: str = "") -> Kind:
-    """The kind of a text, by the ending of its file's name, else by what it begins with."""
-    suffix = PurePath(name).suffix.lower().removeprefix(".")
-    if suffix in _KIND_OF_SUFFIX:
-        return _KIND_OF_SUFFIX[suffix]
-    sample = text[:_SNIFFED]
-
-    def number(pattern: str) -> int:
-        return sum(1 for _ in re.finditer(pattern, sample, re.M))
-
-    if number(r"^\s*\\documentclass|^\\(?:chapter|section|subsection)\*?\{|^\\begin\{") >= 2:
-        return "latex"
-    num_lines = sample.count("\n") + 1
-    if sample.startswith("#!") or number(_CODE_LINE) > max(2, num_lines / 100):
-        return "code"
-    if number(r"^\.\. [\w-]+::|::$|:\w+:`") >= 2 and number(r"^\S.*\n([=~*^-])\1{3,}$") >= 1:
-        return "rst"
-    if number(r"^#{1,6} \S|^(?:```|~~~)|^[^\s].*\n={4,}$") >= 3:
-        return "markdown"
-    return "text"
+"""Decorators, attributes and comments, which belong to the declaration right below."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,7 +51,7 @@ class Borders:
 
 
 def find_borders(text: str, kind: Kind) -> Borders:
-    """The borders of a text, in time linear in its length."""
+    """Finds the borders of a text, in time linear in its length."""
     ranks: dict[int, int] = {}
     for position, rank in _FINDERS[kind](text):
         if 0 < position < len(text):
@@ -112,7 +68,7 @@ class _Line:
     start: int
     text: str
     after_blank: bool
-    """Whether a blank line, or nothing, is above."""
+    """Whether the line above is blank or there is none."""
 
     @property
     def is_indented(self) -> bool:
@@ -120,7 +76,7 @@ class _Line:
 
 
 def _lines(text: str) -> list[_Line]:
-    """The lines that are not blank, without their ends."""
+    """Returns the lines that are not blank, without their ends."""
     lines = []
     start, after_blank = 0, True
     while start < len(text):
@@ -201,7 +157,7 @@ def _rst(text: str) -> Iterator[tuple[int, int]]:
 
 
 def _rst_title(lines: list[_Line], index: int) -> tuple[tuple[str, bool], int] | None:
-    """(style, number of lines) of a title that begins at a line."""
+    """Returns (style, number of lines) of a title that begins at a line."""
     first = lines[index]
     over = _RST_LINE.match(first.text)
     below = lines[index + 1 : index + 3]
@@ -259,7 +215,7 @@ def _latex(text: str) -> Iterator[tuple[int, int]]:
 
 
 class _Regions:
-    """Spans of a text, asked for in any order."""
+    """Spans of a text, joined where they overlap."""
 
     def __init__(self, spans: list[tuple[int, int]]) -> None:
         starts: list[int] = []
@@ -273,7 +229,7 @@ class _Regions:
         self._starts, self._ends = np.array(starts), np.array(ends)
 
     def hold(self, position: int) -> bool:
-        """Whether a border here would divide a span."""
+        """Returns whether a border here would divide a span."""
         at = int(np.searchsorted(self._starts, position, side="left")) - 1
         return at >= 0 and position < int(self._ends[at])
 

@@ -1,4 +1,4 @@
-"""Where a document's tokens stand in its text: found once, then counting needs no tokenizer."""
+"""The places of a document's tokens in its text, found once; counting then needs no tokenizer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _PIECE = 1 << 20
 """Characters tokenised in one call: a list of all offsets of a huge text would fill the memory."""
 
 _PIECE_BORDER = re.compile(r"(?<=\S)(?=\s\S)|(?<=\n)(?=\S)")
-"""Where a text may be cut without another tokenisation: no run of white space is torn apart."""
+"""Where a text may be cut and still give the same tokens: never within white space."""
 
 SpansOf = Callable[[str], np.ndarray]
 """Characters [start, end) of each token of a text, integers of shape [num_tokens, 2]."""
@@ -34,17 +34,17 @@ class TokenSpans:
         return len(self.starts)
 
     def tokens_of(self, start: int, end: int) -> tuple[int, int]:
-        """The tokens [first, last) that any of the characters [start, end) belong to."""
+        """Returns the tokens [first, last) that any of the characters [start, end) belong to."""
         first = int(np.searchsorted(self.ends, start, side="right"))
         return first, max(first, int(np.searchsorted(self.starts, end, side="left")))
 
     def count(self, start: int, end: int) -> int:
-        """How many tokens the characters [start, end) belong to."""
+        """Returns how many tokens the characters [start, end) belong to."""
         first, last = self.tokens_of(start, end)
         return last - first
 
     def first(self, num_tokens: int) -> TokenSpans:
-        """The first tokens."""
+        """Returns the first tokens alone."""
         return TokenSpans(starts=self.starts[:num_tokens], ends=self.ends[:num_tokens])
 
 

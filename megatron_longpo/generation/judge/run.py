@@ -1,7 +1,7 @@
 """`longpo judge`: a model scores the answers of preference examples.
 
-Of each turn it is asked three things about the chunk: how well it supports the chosen answer, and
-twice which answer is better, with the two in either order, since judges favour a place.
+It answers three requests about each turn and its chunk: how well the chunk supports the chosen
+answer, and, once in each order, which answer is better, since judges favour a place.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from megatron_longpo.generation.shards.manifest import model_fingerprint
 
 @dataclass(kw_only=True)
 class JudgeSummary:
-    """What became of the examples."""
+    """The numbers of a run."""
 
     num_examples: int = 0
     num_turns: int = 0
@@ -64,7 +64,7 @@ class JudgeSummary:
 
 
 def run_judge(config: JudgeConfig) -> JudgeSummary:
-    """Writes the examples with their scores, and prints what became of them."""
+    """Writes the examples with their scores, and prints a summary."""
     refuse_existing(config.output, overwrite=config.overwrite, key="output")
     examples = ExampleFile(config.examples)
     output = Path(config.output)
@@ -85,7 +85,7 @@ def run_judge(config: JudgeConfig) -> JudgeSummary:
 
 
 def _judge_missing(config: JudgeConfig, examples: ExampleFile, file: ScoreFile) -> Counter[str]:
-    """Scores what has no scores yet; how many could not be scored, by reason."""
+    """Scores what has no scores yet; returns how many could not be scored, by reason."""
     missing = [index for index in range(len(examples)) if index not in file.scores]
     if not missing:
         return Counter()
@@ -151,7 +151,7 @@ class _Judging:
         room = self._backend.context_length - self._config.max_new_tokens
         tokenizer = self._backend.tokenizer
         if any(len(prompt_ids(tokenizer, request.messages)) > room for request in requests):
-            return TurnScores(support=None, better=None)  # nothing can be said of it
+            return TurnScores(support=None, better=None)  # the judge cannot read it
         replies: list[Completion] = []
         for reply in await self._backend.complete(requests):
             if isinstance(reply, BackendError):
@@ -177,10 +177,10 @@ class _Judging:
 def _kept(
     config: JudgeConfig, examples: ExampleFile, file: ScoreFile, summary: JudgeSummary
 ) -> Iterator[Example]:
-    """Examples with their scores, without turns below the thresholds; counts both.
+    """Yields examples with their scores, without turns below the thresholds; counts both.
 
     Raises:
-        UserError: at the end, where there was none.
+        UserError: at the end, if no example was left.
     """
     for index, example in enumerate(examples):
         summary.num_examples += 1
@@ -208,7 +208,7 @@ def _kept(
 
 
 def _fault(config: JudgeConfig, score: TurnScores) -> str | None:
-    """Why a turn is dropped, or None."""
+    """Returns why a turn is dropped, or None."""
     for name, value, least in (
         ("support", score.support, config.least_support),
         ("better", score.better, config.least_better),
@@ -223,7 +223,7 @@ def _fault(config: JudgeConfig, score: TurnScores) -> str | None:
 def _with_scores(
     example: Example, scores: Sequence[TurnScores], keep: Sequence[int], judge: str
 ) -> Example:
-    """The example with the turns in `keep`; lists of `meta` with an item a turn follow."""
+    """Returns the example with the turns in `keep`; lists of `meta` with an item a turn alike."""
     meta: dict[str, Any] = {
         key: [value[number] for number in keep]
         if isinstance(value, list) and len(value) == len(example.turns)
@@ -240,7 +240,7 @@ def _with_scores(
 
 
 def _fingerprint(config: JudgeConfig, examples: ExampleFile) -> str:
-    """A hash of the examples and of all settings that change a score."""
+    """Returns a hash of the examples and of all settings that change a score."""
     settings = {
         "examples": examples.fingerprint,
         "model": model_fingerprint(config.model),

@@ -1,4 +1,4 @@
-"""The scores of an unfinished judge run: a line an example, appended as they come."""
+"""The scores of an unfinished judge run, a line an example, appended as they come."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_longpo.generation.shards.locks import hold
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TurnScores:
-    """What the judge says of a turn; None where it said nothing that can be read."""
+    """The judge's scores of a turn; None if a reply could not be read."""
 
     support: int | None
     """How far the chunk supports the chosen answer, 1 to 5."""
@@ -27,14 +27,13 @@ class TurnScores:
 
 
 class ScoreFile:
-    """`output.scores`; `scores` has those of an earlier run too, by the example's index."""
+    """The file `output.scores`; `scores` also has an earlier run's, by the example's index."""
 
     def __init__(self, output: Path, fingerprint: str) -> None:
-        """Reads what is there; a last line cut short is taken off.
+        """Reads an earlier run's scores; an unfinished last line is removed.
 
         Raises:
-            UserError: scores of other examples or settings than `fingerprint` stands for, or a
-                damaged line.
+            UserError: the scores have another fingerprint, or a line is damaged.
         """
         self.path = output.with_name(output.name + ".scores")
         self._fingerprint = fingerprint
@@ -45,7 +44,7 @@ class ScoreFile:
     @classmethod
     @contextmanager
     def opened(cls, output: Path, fingerprint: str, *, overwrite: bool) -> Iterator[Self]:
-        """The file, which no other process writes until the block ends.
+        """Opens the file; no other process writes it until the block ends.
 
         Args:
             output: the examples file that it belongs to.
@@ -74,7 +73,7 @@ class ScoreFile:
                 with open(self.path, "ab") as file:
                     file.write(dump_line(line).encode("utf-8"))
             except OSError:
-                # A line half written, as where the disk is full, goes.
+                # A line may be half written, as on a full disk.
                 os.truncate(self.path, size)
                 raise
         self.scores[index] = list(scores)

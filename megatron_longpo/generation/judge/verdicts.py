@@ -1,4 +1,4 @@
-"""What a judge wrote, as numbers: a score of 1 to 5, or which of two answers is better."""
+"""Reads a judge's reply: a score of 1 to 5, or which of two answers is better."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _NEITHER = re.compile(r"\b(?:neither|tie|both|equal(?:ly)?|same)\b", re.IGNORECA
 
 
 def read_score(text: str) -> int | None:
-    """The score from 1 to 5 in a judge's reply, or None where it gives none or several."""
+    """Reads the score from 1 to 5 in a judge's reply; None if it gives none or several."""
     text = _SCALE.sub(" ", without_thinking(text))
     if labelled := _LABELLED_SCORE.search(text):
         return int(labelled.group(1))
@@ -42,7 +42,7 @@ def read_score(text: str) -> int | None:
 
 
 def read_preference(text: str) -> float | None:
-    """1 for answer A, 0 for B, 0.5 for neither; None where the reply does not say."""
+    """Reads 1 for answer A, 0 for B, 0.5 for neither; None if the reply does not tell."""
     text = without_thinking(text)
     values = {"A": 1.0, "B": 0.0, "C": 0.5}
     bare = re.sub(r"[\W_]", "", text)

@@ -1,4 +1,4 @@
-"""Facts that can be read off a chunk without a model, each with the question that asks for it."""
+"""Finds facts in a chunk without a model, each with the question that asks for it."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ Found = tuple[str, str, tuple[str, ...]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fact:
-    """A question with one answer, which stands in the chunk and nowhere else in the document."""
+    """A question with one answer, which is in the chunk and nowhere else in the document."""
 
     kind: str
     question: str
     answer: tuple[str, ...]
-    """Words that a right answer holds, all of them; empty where it cannot be told so simply."""
+    """Words that a right answer holds, all of them; empty if words do not decide."""
 
 
 def find_facts(chunk: str, document: str) -> list[Fact]:
-    """All facts of a chunk whose name occurs once in the document, in the order of their kinds."""
+    """Finds all facts of a chunk whose name occurs once in the document, in the order of kinds."""
     facts = []
     for kind, finder in FINDERS.items():
         for name, question, answer in finder(chunk):
@@ -39,9 +39,9 @@ def choose_fact(
     checkable: bool = False,
     kinds: Collection[str] | None = None,
 ) -> Fact | None:
-    """One fact of the chunk: a kind at random first, so that frequent kinds do not crowd out.
+    """Chooses a fact of the chunk: first a kind at random, so that frequent kinds do not prevail.
 
-    `checkable` leaves out facts whose answer cannot be told by its words; `kinds` are names in
+    `checkable` leaves out facts whose answer is not decided by its words; `kinds` are names in
     `FINDERS`, None = all.
     """
     facts = [
@@ -56,9 +56,9 @@ def choose_fact(
 
 
 def holds_fact(text: str, answer: tuple[str, ...]) -> bool:
-    """Whether a text holds every word of the answer, letter case and spacing aside.
+    """Returns whether a text holds every word of the answer, whatever the letter case and spacing.
 
-    A number counts by itself alone: 37 is not in 1837, nor in 37.5.
+    A number counts only as a whole: 37 is not in 1837, nor in 37.5.
     """
     return all(re.search(_pattern(word), text, re.IGNORECASE) for word in answer)
 
@@ -84,7 +84,7 @@ _CONSTANT = re.compile(
 
 
 def _parameters(text: str) -> list[tuple[str, str | None]]:
-    """(name, default) of each parameter; nothing where the list is no plain one."""
+    """Returns (name, default) of each parameter; nothing if the list is not a plain one."""
     parameters = []
     for part in text.rstrip().removesuffix(",").split(","):
         if part.strip() in ("*", "/"):

@@ -1,4 +1,4 @@
-"""Filters: which answers are not worth training on, each under a name that drops are counted by."""
+"""Filters: answers that are not worth training on. Drops are counted by a filter's name."""
 
 from __future__ import annotations
 
@@ -73,20 +73,20 @@ REFUSALS = (
 """Openings of an answer that answers nothing, in lower case."""
 
 REFUSAL_CHARS = 160
-"""A refusal opens an answer; further on, such words may belong to the subject."""
+"""A refusal opens an answer; later such words may belong to the subject."""
 
 MOST_REPEATED = {"chosen": 0.90, "rejected": 0.95}
 """Largest share of words that occurred before in the answer."""
 
 LOOP_WORDS = 4
 MOST_LOOPING = 0.5
-"""Largest share of runs of LOOP_WORDS words that occurred before in an answer. What is said twice
-stays below, what is said three times over is above; prose of any length is far below."""
+"""Largest share of runs of LOOP_WORDS words that occurred before in an answer. An answer that says
+all twice is below, one that says all three times is above; prose of any length is far below."""
 
 LEAST_WORDS = 2
 
 LEAST_LETTERS = 20
-"""In a shorter text no language is looked for."""
+"""The language of a shorter text is unknown."""
 
 LANGUAGE_CONFIDENCE = 0.8
 """Least probability at which a text's language counts as known."""
@@ -98,7 +98,7 @@ _THINKING = re.compile(r"</?(?:think|thinking|thought|reasoning)>|\[/?THINK\]")
 
 
 class Filters:
-    """The filters that are on."""
+    """Applies the filters that are on."""
 
     def __init__(self, names: Collection[FilterName] = DEFAULT_FILTERS) -> None:
         self.names = frozenset(names)
@@ -106,14 +106,14 @@ class Filters:
     def fault(
         self, answer: str, branch: str, *, finished: bool, question: str, context: str
     ) -> str | None:
-        """Why an answer is dropped, as `chosen answer: refusal`, or None where it is good.
+        """Returns why an answer is dropped, such as `chosen answer: refusal`, or None.
 
         Args:
             answer: what the model wrote.
             branch: `chosen` or `rejected`.
             finished: whether the model ended it by itself.
             question: what was asked, without the words that tie it to a text.
-            context: the chunk asked about, whose language the answer may have as well.
+            context: the chunk asked about; the answer may be in its language too.
         """
         checks: dict[FilterName, Callable[[], bool]] = {
             "empty": lambda: not answer.strip(),
@@ -131,7 +131,7 @@ class Filters:
         return None
 
     def pair_fault(self, chosen: str, rejected: str) -> str | None:
-        """Why two answers are no pair, or None."""
+        """Returns why two answers are no pair, or None."""
         if "same" in self.names and same_answer(chosen, rejected):
             return "rejected answer: same"
         return None
@@ -143,26 +143,26 @@ def is_refusal(answer: str) -> bool:
 
 
 def repeated_ratio(words: list[str]) -> float:
-    """The share of words that occurred before: 0 for all different, near 1 for one word over."""
+    """Returns the share of words that occurred before: 0 if all differ, near 1 for one word."""
     return 1 - len(set(words)) / len(words) if words else 0.0
 
 
 def is_loop(answer: str) -> bool:
-    """Whether most of an answer says again, word by word, what it has said; marks count too."""
+    """Returns whether most of an answer repeats earlier parts word by word; marks count too."""
     words = _SPACED.findall(answer.lower())
     runs = list(zip(*(words[start:] for start in range(LOOP_WORDS)), strict=False))
     return bool(runs) and 1 - len(set(runs)) / len(runs) > MOST_LOOPING
 
 
 def same_answer(chosen: str, rejected: str) -> bool:
-    """Whether two answers differ in nothing but spacing and letter case: no preference in them."""
+    """Returns whether two answers differ only in spacing and letter case."""
     return chosen.lower().split() == rejected.lower().split()
 
 
 def other_language(answer: str, question: str, context: str) -> bool:
-    """Whether an answer is in another language than its question and than the text it is about.
+    """Returns whether an answer is in another language than both its question and its text.
 
-    False where any of the languages cannot be told, as in code and in short texts.
+    False if one of the languages is unknown, as in code and in short texts.
     """
     spoken = language(answer)
     if spoken is None:
@@ -173,7 +173,7 @@ def other_language(answer: str, question: str, context: str) -> bool:
 
 
 def language(text: str) -> str | None:
-    """ISO 639-1 code of a text's language, code in it left out; None where it cannot be told."""
+    """Returns the ISO 639-1 code of a text's language, without code in it; None if unknown."""
     prose = _CODE.sub(" ", text)
     if sum(character.isalpha() for character in prose) < LEAST_LETTERS:
         return None

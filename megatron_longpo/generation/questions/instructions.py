@@ -1,4 +1,4 @@
-"""Where the questions about a document come from: the model, facts in its chunks, or a file."""
+"""The questions about a document: from the model, from facts in its chunks, or from a file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Instruction:
     kind: str
     """`model`, `file`, or the kind of the fact."""
     answer: tuple[str, ...] = ()
-    """Words that a right answer holds; empty where they are not known."""
+    """Words that a right answer holds; empty if unknown."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +42,7 @@ class Prepared:
 
 
 class Instructions:
-    """The source that `instructions` names."""
+    """Gives questions from the source that `instructions` names."""
 
     def __init__(self, config: GenerateConfig) -> None:
         self._config = config
@@ -56,7 +56,7 @@ class Instructions:
         _check_kinds(config)
 
     def prepare(self, document: str, spans: Sequence[Span], rng: random.Random) -> Prepared:
-        """Plants facts where they are to be planted; the document as it is else."""
+        """Plants a fact in each chunk if `instructions` is `planted`, else changes nothing."""
         facts: list[Fact | None] = [None] * len(spans)
         spans = tuple(spans)
         if self._config.instructions == "planted":
@@ -77,7 +77,7 @@ class Instructions:
     def choose(
         self, prepared: Prepared, index: int, document: Document, rng: random.Random
     ) -> Instruction | None:
-        """A question about chunk `index` that needs no model; None where there is none."""
+        """Chooses a question about chunk `index` without a model; None if there is none."""
         source = self._config.instructions
         if source in ("planted", "template"):
             fact = prepared.planted[index]
@@ -99,13 +99,13 @@ class Instructions:
         return Instruction(question=rng.choice(questions), kind="file") if questions else None
 
     def written(self, text: str, rng: random.Random) -> Instruction | None:
-        """One of the questions that the model wrote; None where they do not parse."""
+        """Chooses one of the questions that the model wrote; None if they do not parse."""
         questions = parse_questions(text, least=self._config.least_questions)
         return Instruction(question=rng.choice(questions), kind="model") if questions else None
 
 
 def read_instructions(path: str) -> tuple[list[str], dict[str, list[str]]]:
-    """Questions for every document, and those for single ones by document id.
+    """Reads a file of questions: those for every document, and those for single ones by id.
 
     A `.jsonl` file has objects with `question` and, for one document, `document_id`: its id, its
     path or its file name. Any other file has one question a line.

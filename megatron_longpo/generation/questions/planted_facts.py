@@ -1,4 +1,4 @@
-"""Facts that are made up, to be planted in a chunk: kinds, sentences, questions and names.
+"""Made-up facts to plant in a chunk: kinds, sentences, questions and names.
 
 Every kind belongs to training or to tests, and so does every name, so that an evaluation asks for
 nothing that a model was trained on: neither kinds, nor wordings, nor names.
@@ -249,7 +249,7 @@ _POOLS: dict[str, tuple[str, ...]] = {
 
 
 def made_up_fields(rng: random.Random, split: Split) -> dict[str, str]:
-    """One value for each field that the texts of a fact may have; names are of that split."""
+    """Draws a value for each field that the texts of a fact may have, with names of that split."""
 
     def pool(name: str) -> list[str]:
         return list(_POOLS[name][(0 if split == "train" else 1) :: 2])

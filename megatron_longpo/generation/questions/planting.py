@@ -1,4 +1,4 @@
-"""Puts a made-up fact into a chunk of a document, where a reader would not stumble."""
+"""Puts a made-up fact into a chunk of a document, between paragraphs or sentences."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_longpo.generation.questions.planted_facts import PLANTED_KINDS, Sp
 Span = tuple[int, int]
 
 ATTEMPTS = 100
-"""Facts made up, at most, until one has no name that the document has."""
+"""Most facts that are made up until one has no name that the document has."""
 
 _BORDERS = (
     (re.compile(r"(?:\n[ \t\r]*)+\n"), "\n\n"),  # before a paragraph
@@ -22,19 +22,19 @@ _BORDERS = (
     (re.compile(r"[.!?]\s+"), " "),  # before a sentence
     (re.compile(r"\s+"), " "),  # before a word
 )
-"""Where a sentence may be put in, and what goes after it; the best first."""
+"""Where a sentence may be inserted, and what follows it; the best first."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Planting:
-    """A document with a fact put in."""
+    """A document with a fact inserted."""
 
     document: str
     spans: tuple[Span, ...]
     """The spans that were given, in characters of the new document."""
     fact: Fact
     sentences: tuple[str, ...]
-    """What was put in."""
+    """What was inserted."""
 
 
 def plant(
@@ -46,10 +46,10 @@ def plant(
     split: Split = "train",
     kinds: Collection[str] | None = None,
 ) -> Planting | None:
-    """Plants one fact in the chunk `spans[index]`; None where the chunk has no place for it.
+    """Plants one fact in the chunk `spans[index]`; returns None if the chunk has no place for it.
 
-    The document's own text is unchanged, and `spans` hold what they held, but for the chunk, which
-    has the fact inside it. The same arguments give the same fact.
+    The document's own text is unchanged. The other spans hold the same text as before; the chunk's
+    also holds the fact. The same arguments give the same fact.
 
     Args:
         document: any text.
@@ -88,7 +88,7 @@ def plant(
 def _make_up(
     document: str, name: str, split: Split, rng: random.Random
 ) -> tuple[Fact, tuple[str, ...]] | None:
-    """A fact whose names and answer are not in the document, with its sentences."""
+    """Makes up a fact whose names and answer are not in the document, with its sentences."""
     kind = PLANTED_KINDS[name]
     wording = rng.choice(kind.statements)
     question = rng.choice(kind.questions)
@@ -112,10 +112,10 @@ def _make_up(
 def _places(
     document: str, span: Span, number: int, rng: random.Random
 ) -> list[tuple[int, str]] | None:
-    """As many places inside a chunk, each with what goes after the sentence put there.
+    """Chooses places inside a chunk, each with what follows the sentence inserted there.
 
-    Borders of paragraphs where there are enough of them, else of lines, sentences, words. Neither
-    end of the chunk is one, so a chunk without white space inside has none.
+    They are borders of paragraphs if there are enough, else of lines, sentences, words. Neither end
+    of the chunk is one, so a chunk without white space inside has none.
     """
     start, end = span
     for border, after in _BORDERS:

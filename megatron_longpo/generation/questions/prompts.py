@@ -31,8 +31,8 @@ PHRASINGS = (
 """Ways to tie a question to the text before it.
 
 Of 49 tried on SmolLM2-135M with planted facts in 14 chunks of prose of 700 to 1,400 tokens, these
-were among the best: each had 71 to 86 % right. Those that go on about the answer after the question
-("The answer is in the text above.") are taken up in place of it, and had 43 to 64 %."""
+were among the best: each had 71 to 86 % right. Those with a sentence about the answer after the
+question ("The answer is in the text above.") had 43 to 64 %: the model continues that sentence."""
 
 NUM_QUESTIONS = 4
 
@@ -41,7 +41,7 @@ QUESTION_REQUEST = (
     "Each must connect several parts of the text, need more than copying a sentence, and have one "
     "clear answer that the text gives. Write the questions only."
 )
-"""What the model is asked for after a chunk where it writes the questions itself."""
+"""What the model is asked for after a chunk if it writes the questions itself."""
 
 SUPPORT_REQUEST = (
     "A question about the text above and an answer to it follow.\n\n"
@@ -50,7 +50,7 @@ SUPPORT_REQUEST = (
     "contradicts it or says nothing of it, 2 = little of it is there, 3 = about half, 4 = most, "
     "5 = the text says all of it and it answers the question. Reply with the number only."
 )
-"""What a judge is asked after a chunk; see judge.py."""
+"""What a judge is asked after a chunk; see judge/run.py."""
 
 BETTER_REQUEST = (
     "A question about the text above and two answers to it follow.\n\n"
@@ -99,7 +99,7 @@ _QUOTES = {'"': '"', "\u201c": "\u201d", "'": "'", "\u00ab": "\u00bb", "*": "*",
 
 
 def phrase(question: str, rng: random.Random) -> str:
-    """The question tied to the text above it in one of `PHRASINGS`."""
+    """Ties a question to the text above it in one of `PHRASINGS`."""
     return rng.choice(PHRASINGS).replace("{question}", question)
 
 
@@ -110,16 +110,16 @@ def question_request(number: int = NUM_QUESTIONS) -> str:
 def parse_questions(
     text: str, *, expected: int = NUM_QUESTIONS, least: int | None = None
 ) -> list[str] | None:
-    """The questions in what a model wrote, or None where they are not as many as asked for.
+    """Reads the questions that a model wrote; returns None if they are not as many as asked for.
 
-    Read are JSON lists, lists with numbers, `Q1:` or bullets, and bare lines that end with a
-    question mark; thinking, introductions, headings and answers to one's own questions are passed
-    over, and a question may go over several lines.
+    Accepted are JSON lists, lists with numbers, `Q1:` or bullets, and bare lines that end with a
+    question mark. Thinking, introductions, headings and answers are skipped, and a question may
+    have several lines.
 
     Args:
         text: what the model wrote.
         expected: how many were asked for. The paper drops any other number.
-        least: take fewer as well, down to so many; of more than `expected`, take the first.
+        least: fewest that are accepted, if fewer than `expected` are; of more, take the first.
     """
     text = _FENCE.sub("", without_thinking(text)).strip()
     questions = _json_questions(text) or _listed_questions(text) or _line_questions(text)
@@ -131,12 +131,12 @@ def parse_questions(
 
 
 def without_thinking(text: str) -> str:
-    """What a model wrote, without thinking between tags, or up to the tag that ends it."""
+    """Removes thinking between tags, or up to the tag that ends it, from what a model wrote."""
     return _THINKING.sub("", text).strip()
 
 
 def is_question(text: str) -> bool:
-    """Whether a text asks something: by a question mark or a verb that asks, and by its length."""
+    """Returns whether a text asks something, by its question mark or verb and by its length."""
     first = re.match(r"\W*(\w+)", text)
     asks = any(mark in text for mark in _QUESTION_MARKS) or (
         first is not None and first.group(1).lower() in _ASKING_VERBS
@@ -147,7 +147,7 @@ def is_question(text: str) -> bool:
 
 
 def _json_questions(text: str) -> list[str]:
-    """Of a JSON list of texts or objects, or of an object that holds one."""
+    """Reads a JSON list of texts or objects, or an object that holds one."""
     start = min((i for i in (text.find("["), text.find("{")) if i >= 0), default=-1)
     if start < 0 or text[:start].count("\n") > 3:
         return []
@@ -170,7 +170,7 @@ def _json_questions(text: str) -> list[str]:
 
 
 def _listed_questions(text: str) -> list[str]:
-    """Of items with numbers, else with bullets; numbers count only where they run 1, 2, 3 ..."""
+    """Reads items with numbers, else with bullets; numbers count only if they run 1, 2, 3 ..."""
     marks = list(_ITEM.finditer(text))
     numbered = [mark for mark in marks if mark["bullet"] is None]
     run = _run_of_numbers(numbered)
@@ -181,7 +181,7 @@ def _listed_questions(text: str) -> list[str]:
 
 
 def _run_of_numbers(marks: list[re.Match[str]]) -> list[re.Match[str]]:
-    """The first items numbered 1, 2, 3 ...; another number among them is part of a question."""
+    """Returns the first items numbered 1, 2, 3 ...; any other number is part of a question."""
     run: list[re.Match[str]] = []
     for mark in marks:
         if int(mark["number"] or mark["named"]) == len(run) + 1:
@@ -190,7 +190,7 @@ def _run_of_numbers(marks: list[re.Match[str]]) -> list[re.Match[str]]:
 
 
 def _body(text: str) -> str:
-    """An item's question: its lines up to a blank one, an answer or the end of the question."""
+    """Returns an item's question: its lines up to a blank one, an answer or a question mark."""
     lines: list[str] = []
     for line in text.strip("\n").split("\n"):
         if _ANSWER.match(line) or (
@@ -203,7 +203,7 @@ def _body(text: str) -> str:
 
 
 def _line_questions(text: str) -> list[str]:
-    """Of lines that end with a question mark, without any mark before them."""
+    """Reads lines that end with a question mark."""
     return [
         _tidy(line)
         for line in text.splitlines()
@@ -212,7 +212,7 @@ def _line_questions(text: str) -> list[str]:
 
 
 def _tidy(text: str) -> str:
-    """Without labels, emphasis and quotation marks around the whole."""
+    """Removes labels, emphasis and quotation marks around the whole."""
     text = _LABEL.sub("", " ".join(text.split()))
     while len(text) > 1 and _QUOTES.get(text[0]) == text[-1] and text[0] not in text[1:-1]:
         text = text[1:-1].strip()

@@ -1,4 +1,4 @@
-"""Histograms of an examples file, as SVG that stands inside a page."""
+"""Histograms of an examples file, as SVG inside a page."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ COLOUR = "#3b6ea5"
 
 
 def histograms_svg(lengths: Sequence[ExampleLengths]) -> str:
-    """One figure with a panel a length; documents count once, everything else once a turn."""
+    """Draws a panel for each length; documents count once, everything else once a turn."""
     # Figure without pyplot: it draws without a display and leaves no global state.
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG

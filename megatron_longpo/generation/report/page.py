@@ -1,6 +1,6 @@
-"""The page beside an examples file: numbers, histograms, and examples to read.
+"""The HTML report beside an examples file: numbers, histograms, and examples to read.
 
-It stands alone: no script, nothing from the network, every text escaped.
+It is one file: no script, nothing from the network, every text escaped.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SHOWN_AROUND = 300
 SHOWN_OF_CHUNK = 1500
 """Characters of a chunk's beginning and end."""
 LEAST_LEFT_OUT = 200
-"""A shorter gap is shown."""
+"""Shorter gaps are shown."""
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1d2733; background: #fff;
@@ -54,7 +54,7 @@ def write_report(
     lengths: Sequence[ExampleLengths],
     samples: Sequence[Example],
 ) -> None:
-    """Writes the page, as a whole or not at all.
+    """Writes the report, as a whole or not at all.
 
     Args:
         path: of the page.
@@ -137,7 +137,7 @@ def _answer(branch: str, title: str, text: str) -> str:
 
 
 def _document(example: Example) -> str:
-    """The document with its chunks marked; what stands far from both ends and them is left out."""
+    """Marks the chunks in a document; leaves out what is far from them and from both ends."""
     text, spans = example.document, _spans(example.turns)
     shown = _shown(len(text), spans)
     borders = sorted({border for span in [*shown, *spans] for border in span})
@@ -165,7 +165,7 @@ def _spans(turns: Sequence[Turn]) -> list[tuple[int, int]]:
 
 
 def _shown(length: int, spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """[start, end) of what is shown, in order, with gaps of at least `LEAST_LEFT_OUT`."""
+    """Returns [start, end) of what is shown, in order, with gaps of at least `LEAST_LEFT_OUT`."""
     wanted = [(0, SHOWN_AT_ENDS), (length - SHOWN_AT_ENDS, length)]
     for start, end in spans:
         wanted.append((start - SHOWN_AROUND, min(start + SHOWN_OF_CHUNK, end)))

@@ -1,4 +1,4 @@
-"""What became of the documents, in numbers."""
+"""The numbers of a run: documents, examples, drops and lengths."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from megatron_longpo.generation.shards.files import End, Record
 
 @dataclass(kw_only=True)
 class GenerateSummary:
-    """What became of the documents of one shard, or of all."""
+    """The numbers of one shard, or of all."""
 
     num_documents: int = 0
-    """Documents read, with those that are none (binary, empty, twice)."""
+    """Documents read, also those dropped at once (binary, empty, twice)."""
     num_resumed: int = 0
     """Documents that an earlier run had finished."""
     num_examples: int = 0
@@ -55,7 +55,7 @@ class GenerateSummary:
 
 
 def summarise(records: Iterable[Record], ends: Iterable[End], *, seconds: float) -> GenerateSummary:
-    """The numbers of finished documents and of the shards that have seen all of theirs."""
+    """Sums up finished documents and the shards that have seen all of theirs."""
     summary = GenerateSummary(seconds=round(seconds, 1))
     lengths: list[ExampleLengths] = []
     for record in records:
@@ -76,7 +76,7 @@ def summarise(records: Iterable[Record], ends: Iterable[End], *, seconds: float)
 
 
 def counts_of(lengths: Iterable[ExampleLengths], name: str) -> list[float]:
-    """All values of one length, over documents and turns."""
+    """Returns all values of one length, over documents and turns."""
     values: list[float] = []
     for one in lengths:
         value = getattr(one, name)

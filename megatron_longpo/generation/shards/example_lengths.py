@@ -1,4 +1,4 @@
-"""How long an example's texts are, kept beside it so that reports need no tokenizer."""
+"""The lengths of an example's texts, kept beside it so that reports need no tokenizer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExampleLengths:
-    """Tokens of an example's texts; of those of turns, one for each turn in order."""
+    """Tokens of an example's texts; lists have an item for each turn, in order."""
 
     document: int
     chunk: list[int]
@@ -15,7 +15,7 @@ class ExampleLengths:
     chosen: list[int]
     rejected: list[int]
     position: list[float]
-    """Where a chunk's middle stands in its document: 0 = at its beginning, 1 = at its end."""
+    """Place of a chunk's middle in its document: 0 = at its beginning, 1 = at its end."""
     kind: list[str]
     """What kind of question was asked."""
 

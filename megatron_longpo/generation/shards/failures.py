@@ -1,20 +1,20 @@
-"""When a run over many documents is given up, since one after the other fails."""
+"""Stops a run over many documents if one after the other fails."""
 
 from __future__ import annotations
 
 from megatron_longpo.errors import UserError
 
 MOST_IN_A_ROW = 20
-"""Documents that may fail one after the other, at least, before the run is given up."""
+"""The run never stops before this many documents failed one after the other."""
 
-GO_ON = "what is finished is kept, and the same command goes on"
+RESUMES = "what is finished is kept, and the same command resumes"
 
 
 class FailuresInARow:
     """Counts failures since the last success."""
 
     def __init__(self, documents_at_once: int) -> None:
-        """Of documents under way at the same time, all may fail twice."""
+        """Allows that all documents under way at the same time fail twice."""
         self._most = max(MOST_IN_A_ROW, 2 * documents_at_once)
         self._number = 0
 
@@ -22,10 +22,10 @@ class FailuresInARow:
         self._number = 0
 
     def failed(self, source: str, reason: str) -> None:
-        """Raises `UserError` where it was one failure too many."""
+        """Counts a failure; raises `UserError` if it was one too many."""
         self._number += 1
         if self._number >= self._most:
             raise UserError(
                 f"{self._number} documents in a row failed, the last ({source}) with: {reason}; "
-                f"{GO_ON}"
+                f"{RESUMES}"
             )

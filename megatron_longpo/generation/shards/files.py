@@ -1,8 +1,8 @@
-"""Shard files: what one process has finished, a line a document, safe from SIGKILL at any moment.
+"""Shard files: the documents that one process has finished, a line each, safe from SIGKILL.
 
 A line holds everything about its document: the example or why there is none, and how long the
-texts are. It is written at once, and counts only with its line end, so a document is finished
-entirely or not at all. `fsync` follows at most `SYNC_SECONDS` later and at the end: a killed
+texts are. It is written at once and counts only with its line end, so a document is finished as a
+whole or not at all. `fsync` follows at most `SYNC_SECONDS` later and at the end: a killed
 process loses nothing that was finished, a machine that loses power at most those seconds.
 """
 
@@ -27,10 +27,10 @@ from megatron_longpo.generation.shards.example_lengths import ExampleLengths
 SYNC_SECONDS = 5.0
 
 KEPT = "what is finished is kept: free some space and give the same command again"
-"""What to do where the disk is full."""
+"""What to do if the disk is full."""
 
 _EXAMPLE_KEY = b',"example":'
-"""Stands once in a line before the example: inside a JSON string its quotes would be escaped."""
+"""Occurs once in a line, before the example: inside a JSON string its quotes would be escaped."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,7 +77,7 @@ class Record:
     dropped: dict[str, int] = field(default_factory=dict)
     """Why chunks and turns, or the whole document, gave nothing."""
     lengths: ExampleLengths | None = None
-    """None where the document gave no example."""
+    """None if the document gave no example."""
     seconds: float = 0.0
     """Time spent on the shard when this was finished, over all its runs."""
 
@@ -89,7 +89,7 @@ class End:
     num_places: int
     """Files, lines and rows that were read, those of all shards together."""
     dropped: dict[str, int]
-    """What of this shard's could not be used, by reason."""
+    """Documents of this shard that could not be used, by reason."""
     put_aside: dict[str, int]
     """Documents of this shard that a backend failed on, by reason; they are not finished."""
     seconds: float
@@ -98,16 +98,16 @@ class End:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Line:
-    """One line of a shard file, and where its example stands."""
+    """One line of a shard file, and the place of its example."""
 
     content: Record | End
     start: int
     end: int
-    """`[start, end)` in bytes is the example's JSON; empty where there is none."""
+    """`[start, end)` in bytes is the example's JSON; empty if there is none."""
 
 
 def read_lines(path: Path) -> Iterator[Line]:
-    """The lines of a shard file; nothing of a last line without its end. Missing file: no lines."""
+    """Reads a shard file, without a last line that has no end; a missing file has no lines."""
     if not path.exists():
         return
     offset = 0
@@ -140,7 +140,7 @@ def _parse(data: bytes, offset: int, source: str) -> Line:
 
 
 def dump_record(record: Record, example: Example | None) -> bytes:
-    """A record as a line, the example last, so that a reader may pass over it."""
+    """Returns a record as a line, the example last, so that a reader may skip it."""
     value: dict[str, Any] = asdict(record)
     if example is not None:
         value["example"] = example_columns(example)
@@ -148,7 +148,7 @@ def dump_record(record: Record, example: Example | None) -> bytes:
 
 
 class ShardWriter:
-    """Appends to a shard file; takes up what an earlier run left. Its lock must be held."""
+    """Appends to a shard file and resumes an earlier run's. The caller holds its lock."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -188,7 +188,7 @@ class ShardWriter:
             self._sync()
 
     def end(self, end: End) -> None:
-        """Says that every document was seen; a later run may still add to the file."""
+        """Appends that every document was seen; a later run may still add to the file."""
         self._write(dump_line(asdict(end)).encode("utf-8"))
         self._sync()
 
@@ -199,7 +199,7 @@ class ShardWriter:
                 while rest:
                     rest = rest[os.write(self._descriptor, rest) :]
             except BaseException:
-                # A line half written, as where the disk is full, goes.
+                # A line may be half written, as on a full disk.
                 os.ftruncate(self._descriptor, self._size)
                 raise
             self._size += len(line)
@@ -214,7 +214,7 @@ class ShardWriter:
 
 
 def _whole_lines(path: Path) -> int:
-    """Bytes up to the last line end."""
+    """Returns the number of bytes up to the last line end."""
     with open(path, "rb") as file:
         position = file.seek(0, os.SEEK_END)
         while position > 0:

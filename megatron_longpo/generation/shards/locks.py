@@ -1,4 +1,4 @@
-"""One writer a file: a lock that ends with its process, however that ends."""
+"""A lock that lets one process write, and ends with that process."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from megatron_longpo.errors import UserError
 def hold(path: Path, *, what: str, wait: bool = False) -> Iterator[None]:
     """Holds the lock file `path`, which names its holder's host and process.
 
-    `flock`: the kernel lets go of it when the process ends, also by SIGKILL. NFS passes it on to
-    the server, so it holds between machines, unless the file system is mounted with `nolock` or
+    `flock`: the kernel releases it when the process ends, also by SIGKILL. NFS passes it to the
+    server, so it holds between machines unless the file system is mounted with `nolock` or
     `local_lock`.
 
     Args:
-        path: made where it is not there; stays behind.
+        path: made if missing; not removed.
         what: what is locked, for the message.
         wait: wait for another holder rather than raise `UserError`.
     """

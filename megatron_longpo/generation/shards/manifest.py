@@ -1,4 +1,4 @@
-"""What an unfinished output was begun with: settings, model, number of shards."""
+"""The manifest of an unfinished output: the settings, model and number of shards it began with."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ WITHOUT_EFFECT = frozenset(
         "server.outage_minutes",
     }
 )
-"""Settings that change no example, rounding aside: a run may go on under other ones."""
+"""Settings that change no example, rounding aside: a run may resume with other values."""
 
 _SAMPLE_BYTES = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
-    """Written once, by the first shard that begins; every other and every later one compares."""
+    """What all shards have in common. The first writes it; every other run compares."""
 
     num_shards: int
     model: str
@@ -56,7 +56,7 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of what every example depends on."""
+        """Returns a hash of what every example depends on."""
         content = json.dumps([self.model, self.settings], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:12]
 
@@ -86,9 +86,9 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def create(folder: Path, manifest: Manifest) -> None:
-    """Writes the manifest of a new folder; where there is one, as `compare`.
+    """Writes the manifest of a new folder; compares with one that exists.
 
-    Shards begin at the same time: whoever is first writes it, whole or not at all.
+    Shards may begin at the same time: the first writes it, whole or not at all.
     """
     path = folder / MANIFEST_FILE
     own = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}")
@@ -108,7 +108,7 @@ def create(folder: Path, manifest: Manifest) -> None:
 
 
 def compare(folder: Path, manifest: Manifest) -> None:
-    """Raises `UserError` where a folder was begun with something else."""
+    """Raises `UserError` if a folder was begun with another manifest."""
     if not (folder / MANIFEST_FILE).exists():
         return
     begun = read_manifest(folder)
@@ -151,10 +151,10 @@ def _short(value: Any) -> str:
 
 
 def model_fingerprint(model: str) -> str:
-    """A hash that tells models apart; of a hub id, or a server's model, its name alone.
+    """Returns a hash that tells models apart.
 
-    Of a folder: its config, generation config, tokenizer and template, and of each file of weights
-    the size and a mebibyte from its beginning, middle and end.
+    It covers a folder's config, generation config, tokenizer and template, and of each file of
+    weights the size and a mebibyte from its beginning, middle and end; of a hub id the name alone.
     """
     folder = Path(model).expanduser()
     digest = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""How far generation is, how fast, and when it ends: a bar on a terminal, lines in a log."""
+"""Progress of generation, its rates and its end: a bar on a terminal, lines in a log."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from types import TracebackType
 from typing import Any, Self
 
 LOG_SECONDS = 30.0
-"""Between two lines, where there is no terminal."""
+"""Between two lines, if there is no terminal."""
 
 
 class GenerateProgress:
-    """Counts finished documents; rates and the end go by what this run has done."""
+    """Counts finished documents; rates and the end follow from what this run has done."""
 
     def __init__(self, *, description: str, total: int | None) -> None:
         self._description = description
         self._total = total
-        """Documents of this run's shard; None where nobody knows."""
+        """Documents of this run's shard; None if unknown."""
         self._done = self._done_before = self._turns = self._tokens = 0
         self._started = self._logged = time.monotonic()
         self._bar: Any = None
@@ -75,7 +75,10 @@ class GenerateProgress:
             )
 
     def rates(self) -> str:
-        """`12.0 documents and 40.1 turns a minute, 310 tokens/s, ends in 1:02:03 (at 21:40)`."""
+        """Returns the rates as text.
+
+        `12.0 documents and 40.1 turns a minute, 310 tokens/s, ends in 1:02:03 (at 21:40)`
+        """
         seconds = max(time.monotonic() - self._started, 1e-3)
         text = (
             f"{60 * self._done / seconds:.1f} documents and {60 * self._turns / seconds:.1f} turns "

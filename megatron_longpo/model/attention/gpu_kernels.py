@@ -1,7 +1,6 @@
-"""Attention kernels of GPUs, behind the interface of kernels.py; bf16 and fp16 only.
+"""Attention kernels of GPUs that come with torch or flash-attn; bf16 and fp16 only.
 
-These take one block a call; those of varlen_kernels.py take many. None repeats key/value heads: all
-of them share a key/value head among its query heads.
+None repeats key/value heads: each shares a key/value head among its query heads.
 """
 
 from __future__ import annotations
@@ -13,66 +12,75 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_longpo.model.attention.blocks import Attended, Block, Gradients, block_ends
 from megatron_longpo.model.attention.kernels import BlockByBlock
 
 SMALLEST_CUDNN_BLOCK = 128
-"""Fewer queries or keys than this go to the flash kernel: torch has cuDNN compile a plan for
-every new shape, and a branch's own block has a new one in every pair."""
+"""Blocks with fewer queries or keys than this go to the flash kernel: torch has cuDNN compile a
+plan for every new shape, and a branch's own block has a new one in every pair."""
 
 
-class FlashKernel(BlockByBlock):
-    """FlashAttention 2 as torch ships it, the kernel behind `scaled_dot_product_attention`."""
+class FlashKernel:
+    """FlashAttention 2 as torch ships it, behind `scaled_dot_product_attention`.
 
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    `torch.nn.attention.varlen` calls the same operator. If
+    `torch.nn.attention.activate_flash_attention_impl` has put a newer FlashAttention behind it,
+    that one runs.
+    """
+
+    def forward(self, block: Block) -> Attended:
+        """Returns output and log-sum-exp, in one call for all blocks."""
         output, logsumexp, *_ = torch.ops.aten._flash_attention_forward(
-            query[None],
-            key[None],
-            value[None],
-            None,
-            None,
-            query.shape[0],
-            key.shape[0],
+            _batched(block.query, block),
+            _batched(block.key, block),
+            _batched(block.value, block),
+            *_operator_lengths(block),
             0.0,
-            causal,
+            block.causal,
             False,
-            scale=scale,
+            scale=block.scale,
         )
-        return output.squeeze(0), logsumexp.squeeze(0)
+        if block.is_one:
+            return Attended(output.squeeze(0), logsumexp.squeeze(0))
+        return Attended(output, logsumexp)
 
-    def backward(
-        self,
-        output_grad: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        output: Tensor,
-        logsumexp: Tensor,
-        *,
-        causal: bool,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        no_dropout = no_dropout_state(torch.uint64, query.device)
+    def backward(self, block: Block, attended: Attended, output_grad: Tensor) -> Gradients:
+        """Returns the gradients of query, key and value, in one call for all blocks."""
+        no_dropout = no_dropout_state(torch.uint64, block.query.device)
         query_grad, key_grad, value_grad = torch.ops.aten._flash_attention_backward(
-            output_grad[None],
-            query[None],
-            key[None],
-            value[None],
-            output[None],
+            _batched(output_grad, block),
+            _batched(block.query, block),
+            _batched(block.key, block),
+            _batched(block.value, block),
+            _batched(attended.output, block),
             # The kernel reads it without regard to strides.
-            logsumexp.contiguous()[None],
-            None,
-            None,
-            query.shape[0],
-            key.shape[0],
+            _batched(attended.logsumexp.contiguous(), block),
+            *_operator_lengths(block),
             0.0,
-            causal,
+            block.causal,
             no_dropout,
             no_dropout,
-            scale=scale,
+            scale=block.scale,
         )
-        return query_grad.squeeze(0), key_grad.squeeze(0), value_grad.squeeze(0)
+        if block.is_one:
+            return query_grad.squeeze(0), key_grad.squeeze(0), value_grad.squeeze(0)
+        return query_grad, key_grad, value_grad
+
+
+def _batched(tensor: Tensor, block: Block) -> Tensor:
+    """[t,...] -> [1,t,...] for one block; the operator takes several as they are."""
+    return tensor[None] if block.is_one else tensor
+
+
+def _operator_lengths(block: Block) -> tuple[Tensor | None, Tensor | None, int, int]:
+    """Ends of the blocks, which the operator wants of several alone, and the longest lengths."""
+    device = block.query.device
+    return (
+        None if block.is_one else block_ends(block.query_lengths, device),
+        None if block.is_one else block_ends(block.key_lengths, device),
+        max(block.query_lengths),
+        max(block.key_lengths),
+    )
 
 
 class CudnnKernel(BlockByBlock):
@@ -83,42 +91,33 @@ class CudnnKernel(BlockByBlock):
         # torch has changed between [1,H,q] and [1,H,q,1]; backward wants what forward gives.
         self._logsumexp_dims = 4
 
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        if min(len(query), len(key)) < SMALLEST_CUDNN_BLOCK:
-            return self._small.forward(query, key, value, causal=causal, scale=scale)
+    def forward_one(self, block: Block) -> Attended:
+        """Returns output and log-sum-exp of one block."""
+        query = block.query
+        if min(len(query), len(block.key)) < SMALLEST_CUDNN_BLOCK:
+            return self._small.forward(block)
         output, logsumexp, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
             _heads_first(query),
-            _heads_first(key),
-            _heads_first(value),
+            _heads_first(block.key),
+            _heads_first(block.value),
             None,
             True,
             0.0,
-            causal,
+            block.causal,
             False,
-            scale=scale,
+            scale=block.scale,
         )
         self._logsumexp_dims = logsumexp.dim()
-        return output.squeeze(0).transpose(0, 1), logsumexp.reshape(query.shape[1], len(query))
+        return Attended(
+            output.squeeze(0).transpose(0, 1), logsumexp.reshape(query.shape[1], len(query))
+        )
 
-    def backward(
-        self,
-        output_grad: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        output: Tensor,
-        logsumexp: Tensor,
-        *,
-        causal: bool,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        if min(len(query), len(key)) < SMALLEST_CUDNN_BLOCK:
-            return self._small.backward(
-                output_grad, query, key, value, output, logsumexp, causal=causal, scale=scale
-            )
-        statistics = logsumexp.contiguous()[None]
+    def backward_one(self, block: Block, attended: Attended, output_grad: Tensor) -> Gradients:
+        """Returns the gradients of one block."""
+        query = block.query
+        if min(len(query), len(block.key)) < SMALLEST_CUDNN_BLOCK:
+            return self._small.backward(block, attended, output_grad)
+        statistics = attended.logsumexp.contiguous()[None]
         if self._logsumexp_dims == 4:
             statistics = statistics.unsqueeze(-1)
         no_dropout = no_dropout_state(torch.int64, query.device, size=())
@@ -127,20 +126,20 @@ class CudnnKernel(BlockByBlock):
         gradients = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
             _heads_first(output_grad.contiguous()),
             _heads_first(query),
-            _heads_first(key),
-            _heads_first(value),
-            _heads_first(output.contiguous()),
+            _heads_first(block.key),
+            _heads_first(block.value),
+            _heads_first(attended.output.contiguous()),
             statistics,
             no_dropout,
             no_dropout,
             None,
             None,
             None,
-            query.shape[0],
-            key.shape[0],
+            len(query),
+            len(block.key),
             0.0,
-            causal,
-            scale=scale,
+            block.causal,
+            scale=block.scale,
         )
         query_grad, key_grad, value_grad = (
             gradient.squeeze(0).transpose(0, 1) for gradient in gradients
@@ -154,56 +153,47 @@ class FlashAttnKernel(BlockByBlock):
     def __init__(self) -> None:
         self._package: Any = importlib.import_module("flash_attn.flash_attn_interface")
 
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def forward_one(self, block: Block) -> Attended:
+        """Returns output and log-sum-exp of one block."""
         output, logsumexp, *_ = self._package._flash_attn_forward(
-            query[None],
-            key[None],
-            value[None],
-            dropout_p=0.0,
-            softmax_scale=scale,
-            causal=causal,
-            window_size_left=-1,
-            window_size_right=-1,
-            softcap=0.0,
-            alibi_slopes=None,
+            block.query[None],
+            block.key[None],
+            block.value[None],
             return_softmax=False,
+            **self._options(block),
         )
-        return output.squeeze(0), logsumexp.squeeze(0)
+        return Attended(output.squeeze(0), logsumexp.squeeze(0))
 
-    def backward(
-        self,
-        output_grad: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        output: Tensor,
-        logsumexp: Tensor,
-        *,
-        causal: bool,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        gradients = [torch.empty_like(tensor.contiguous()) for tensor in (query, key, value)]
+    def backward_one(self, block: Block, attended: Attended, output_grad: Tensor) -> Gradients:
+        """Returns the gradients of one block."""
+        inputs = (block.query, block.key, block.value)
+        query_grad, key_grad, value_grad = (torch.empty_like(x.contiguous()) for x in inputs)
         self._package._flash_attn_backward(
             output_grad.contiguous()[None],
-            query[None],
-            key[None],
-            value[None],
-            output.contiguous()[None],
-            logsumexp.contiguous()[None],
-            *(gradient[None] for gradient in gradients),
-            dropout_p=0.0,
-            softmax_scale=scale,
-            causal=causal,
-            window_size_left=-1,
-            window_size_right=-1,
-            softcap=0.0,
-            alibi_slopes=None,
+            block.query[None],
+            block.key[None],
+            block.value[None],
+            attended.output.contiguous()[None],
+            attended.logsumexp.contiguous()[None],
+            query_grad[None],
+            key_grad[None],
+            value_grad[None],
             deterministic=False,
+            **self._options(block),
         )
-        query_grad, key_grad, value_grad = gradients
         return query_grad, key_grad, value_grad
+
+    @staticmethod
+    def _options(block: Block) -> dict[str, Any]:
+        return {
+            "dropout_p": 0.0,
+            "softmax_scale": block.scale,
+            "causal": block.causal,
+            "window_size_left": -1,
+            "window_size_right": -1,
+            "softcap": 0.0,
+            "alibi_slopes": None,
+        }
 
 
 def _heads_first(tensor: Tensor) -> Tensor:
@@ -215,5 +205,5 @@ def _heads_first(tensor: Tensor) -> Tensor:
 def no_dropout_state(
     dtype: torch.dtype, device: torch.device, *, size: tuple[int, ...] = (2,)
 ) -> Tensor:
-    """Zeros: the random numbers of a dropout that there is none of; only read."""
+    """Returns zeros for the random state that a kernel without dropout takes and never uses."""
     return torch.zeros(size, dtype=dtype, device=device)

@@ -1,9 +1,12 @@
-"""Which attention kernel runs: the one that a setting names, or the fastest of this machine.
+"""Which attention kernel runs: the one that the config names, or the fastest of this machine.
 
 A kernel is taken only after a trial: a small causal block, a rectangle and two blocks at once,
 forward and backward, against plain matrix products. A package that is installed and does not fit
-the driver, the GPU or torch is thus named before training, and never trained with. One that picks
-by block (long_blocks.py) is taken if both that it picks from are.
+the driver, the GPU or torch is thus named before training, and never trained with. The kernel of
+long_blocks.py, which picks one of two for each block, is taken if both pass.
+
+To add a kernel: write its file, add its name to `AttentionKernel` in config/names.py and its
+`_Candidate` here, and put it into `_preferred` where `auto` shall try it.
 """
 
 from __future__ import annotations
@@ -16,29 +19,30 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_longpo.config.names import AttentionKernel as KernelName
 from megatron_longpo.errors import UserError
+from megatron_longpo.model.attention.blocks import Block, causal_blocks, one_block
+from megatron_longpo.model.attention.fa4_kernel import FlashAttention4Kernel
 from megatron_longpo.model.attention.gpu_kernels import CudnnKernel, FlashAttnKernel, FlashKernel
 from megatron_longpo.model.attention.kernels import AttentionKernel, CpuFlashKernel, MathKernel
 from megatron_longpo.model.attention.long_blocks import SHORTEST_LONG_BLOCK, LongBlockKernel
-from megatron_longpo.model.attention.varlen_kernels import TransformerEngineKernel, VarlenKernel
-from megatron_longpo.parallel.context import QueryKeyValue
+from megatron_longpo.model.attention.te_kernel import TransformerEngineKernel
 
 HOPPER = (9, 0)
 """Compute capability from which cuDNN's attention is the faster one."""
 
-LARGEST_HEAD = {"te": 128, "cudnn": 128, "flash_attn": 256, "varlen": 256, "sdpa": 256}
-"""Largest head that each kernel has a backward for."""
-
-TRIAL_LENGTHS = ((192, 192, True), (160, 256, False))
-"""(queries, keys, causal); not below what `CudnnKernel` leaves to another kernel."""
+TRIAL_LENGTHS = ((192, 192, True), (160, 256, False), (2048, 2048, True))
+"""Blocks of the trial: (queries, keys, causal). `CudnnKernel` leaves smaller ones to another, and
+`FlashAttention4Kernel` calls the last in another way."""
 TRIAL_BLOCKS = (130, 192)
-"""Causal blocks of one call."""
+"""Lengths of the trial's causal blocks that are one call."""
 TRIAL_TOLERANCE = 2e-2
+"""Largest relative error of a kernel that passes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Workload:
-    """What the kernel will be asked for."""
+    """What a kernel will run on."""
 
     device: torch.device
     dtype: torch.dtype
@@ -47,53 +51,77 @@ class Workload:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KernelChoice:
-    """The kernel, and what the start of a run says about it."""
+    """The kernel that runs."""
 
-    setting: str
+    setting: KernelName
     """The value of `model.attention_kernel` that would force it."""
     kernel: AttentionKernel
     line: str
+    """What the start of a run prints about it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Candidate:
+    """A kernel that may run on a GPU."""
+
     title: str
     make: Callable[[], AttentionKernel]
+    largest_head: int
+    """Size of the largest head that it has a backward for."""
     package: str | None = None
+    """The package that it needs beside torch."""
+    extra: str = "gpu"
+    """The extra of setup.py that has the package."""
 
 
-_CANDIDATES = {
+_CANDIDATES: dict[KernelName, _Candidate] = {
+    "fa4": _Candidate(
+        title="FlashAttention 4",
+        make=FlashAttention4Kernel,
+        largest_head=256,
+        package="flash_attn.cute",
+        extra="fa4",
+    ),
     "te": _Candidate(
         title="cuDNN through Transformer Engine",
         make=TransformerEngineKernel,
+        largest_head=128,
         package="transformer_engine",
     ),
-    "cudnn": _Candidate(title="cuDNN through torch", make=CudnnKernel),
+    "cudnn": _Candidate(title="cuDNN through torch", make=CudnnKernel, largest_head=128),
     "flash_attn": _Candidate(
-        title="package flash-attn", make=FlashAttnKernel, package="flash_attn"
+        title="package flash-attn",
+        make=FlashAttnKernel,
+        largest_head=256,
+        package="flash_attn.flash_attn_interface",
     ),
-    "varlen": _Candidate(title="torch.nn.attention.varlen", make=VarlenKernel),
-    "sdpa": _Candidate(title="FlashAttention 2 in torch", make=FlashKernel),
+    "varlen": _Candidate(title="torch.nn.attention.varlen", make=FlashKernel, largest_head=256),
+    "sdpa": _Candidate(title="FlashAttention 2 in torch", make=FlashKernel, largest_head=256),
 }
 
-LONG_AND_OTHER = "cudnn+te"
-"""The setting of `LongBlockKernel`: the kernel of long causal blocks, and that of all others."""
+LONG_AND_OTHER: KernelName = "cudnn+te"
+"""The setting of `LongBlockKernel`, which takes the first kernel for long causal blocks and the
+second for all others."""
+_LONG: KernelName = "cudnn"
+_OTHER: KernelName = "te"
 
-_TITLES = {name: candidate.title for name, candidate in _CANDIDATES.items()} | {
+_TITLES: dict[KernelName, str] = {
+    **{name: candidate.title for name, candidate in _CANDIDATES.items()},
     LONG_AND_OTHER: (
         f"cuDNN through torch for causal blocks of {SHORTEST_LONG_BLOCK} tokens and more, "
         "through Transformer Engine for all others"
-    )
+    ),
 }
+"""Every kernel that `model.attention_kernel` may name, by what the start of a run calls it."""
 
 
 def choose_kernel(
-    setting: str, *, device: torch.device, dtype: torch.dtype, head_dim: int
+    setting: KernelName, *, device: torch.device, dtype: torch.dtype, head_dim: int
 ) -> KernelChoice:
-    """Returns the kernel that `model.attention_kernel` names, or the best of this machine.
+    """Returns the kernel that `model.attention_kernel` names; of `auto` this machine's fastest.
 
     Raises:
-        UserError: if the named kernel is not to be had; it says why.
+        UserError: if the named kernel is not available; the message says why.
     """
     workload = Workload(device=device, dtype=dtype, head_dim=head_dim)
     plain = _plain_choice(workload)
@@ -104,7 +132,7 @@ def choose_kernel(
         if kernel is None:
             raise UserError(f"model.attention_kernel ({setting}): {obstacle}; use auto")
         return _choice(setting, kernel, rejected={})
-    rejected: dict[str, str] = {}
+    rejected: dict[KernelName, str] = {}
     for name in _preferred(torch.cuda.get_device_capability(device)):
         kernel, obstacle = _obtain(name, workload)
         if kernel is not None:
@@ -115,7 +143,7 @@ def choose_kernel(
 
 
 def _plain_choice(workload: Workload) -> KernelChoice | None:
-    """Where there is nothing to choose: no GPU, or fp32 on one."""
+    """Returns the only kernel without a GPU, and for fp32 on one; else None."""
     if workload.device.type == "cpu":
         line = "attention: sdpa (torch's flash kernel for CPUs; there is no GPU)"
         return KernelChoice(setting="sdpa", kernel=CpuFlashKernel(), line=line)
@@ -125,19 +153,19 @@ def _plain_choice(workload: Workload) -> KernelChoice | None:
     return None
 
 
-def _preferred(capability: tuple[int, int]) -> tuple[str, ...]:
-    """`auto`'s order, the fastest first."""
+def _preferred(capability: tuple[int, int]) -> tuple[KernelName, ...]:
+    """Returns the kernels that `auto` tries, the fastest first."""
     if capability >= HOPPER:
-        return (LONG_AND_OTHER, "te", "cudnn", "sdpa")
+        return ("fa4", LONG_AND_OTHER, "te", "cudnn", "sdpa")
     return ("sdpa", "te", "cudnn")
 
 
-def _obtain(name: str, workload: Workload) -> tuple[AttentionKernel | None, str]:
-    """The kernel, or None and why not."""
+def _obtain(name: KernelName, workload: Workload) -> tuple[AttentionKernel | None, str]:
+    """Returns the kernel, or None and the reason."""
     if name != LONG_AND_OTHER:
         return _obtain_one(name, workload)
     parts = []
-    for part in LONG_AND_OTHER.split("+"):
+    for part in (_LONG, _OTHER):
         kernel, obstacle = _obtain_one(part, workload)
         if kernel is None:
             return None, f"no {part}, since {obstacle}"
@@ -146,18 +174,20 @@ def _obtain(name: str, workload: Workload) -> tuple[AttentionKernel | None, str]
     return LongBlockKernel(long=long, other=other), ""
 
 
-def _obtain_one(name: str, workload: Workload) -> tuple[AttentionKernel | None, str]:
+def _obtain_one(name: KernelName, workload: Workload) -> tuple[AttentionKernel | None, str]:
     candidate = _CANDIDATES[name]
     if workload.device.type == "cpu":
         return None, "it needs a GPU"
-    if candidate.package is not None and importlib.util.find_spec(candidate.package) is None:
-        return None, f"the package {candidate.package} is not installed (the gpu extra has it)"
+    if candidate.package is not None and not _is_installed(candidate.package):
+        return None, (
+            f"the package {candidate.package} is not installed (the {candidate.extra} extra has it)"
+        )
     if workload.dtype == torch.float32:
         return None, "it takes bf16, and model.dtype is fp32"
-    if workload.head_dim > LARGEST_HEAD[name] or workload.head_dim % 8:
+    if workload.head_dim > candidate.largest_head or workload.head_dim % 8:
         return None, (
-            f"it takes heads of up to {LARGEST_HEAD[name]} in steps of 8, and the model's are of "
-            f"{workload.head_dim}"
+            f"it takes heads of up to {candidate.largest_head} in steps of 8, and the model's are "
+            f"of {workload.head_dim}"
         )
     try:
         kernel = candidate.make()
@@ -169,8 +199,19 @@ def _obtain_one(name: str, workload: Workload) -> tuple[AttentionKernel | None, 
     return kernel, ""
 
 
+def _is_installed(package: str) -> bool:
+    """Returns whether a package is there; flash-attn and flash-attn-4 share a folder."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ImportError:  # of the folder around it
+        return False
+
+
 def trial_error(kernel: AttentionKernel, workload: Workload) -> float:
-    """The largest relative error of a small run against `MathKernel`; NaN counts as infinite."""
+    """Returns the largest relative error of a small run against `MathKernel`.
+
+    NaN counts as infinite.
+    """
     generator = torch.Generator(device=workload.device).manual_seed(0)
     exact, scale = MathKernel(), workload.head_dim**-0.5
 
@@ -188,31 +229,23 @@ def trial_error(kernel: AttentionKernel, workload: Workload) -> float:
     errors = []
     for queries, keys, causal in TRIAL_LENGTHS:
         tensors = random(queries, 4), random(keys, 2), random(keys, 2)
-        run = functools.partial(_run_block, tensors, random(queries, 4), causal=causal, scale=scale)
-        errors.append(error(run))
+        block = one_block(*tensors, causal=causal, scale=scale)
+        errors.append(error(functools.partial(_run, block, random(queries, 4))))
     tokens = sum(TRIAL_BLOCKS)
     tensors = random(tokens, 4), random(tokens, 2), random(tokens, 2)
-    errors.append(error(functools.partial(_run_blocks, tensors, random(tokens, 4), scale=scale)))
+    blocks = causal_blocks(*tensors, TRIAL_BLOCKS, scale=scale)
+    errors.append(error(functools.partial(_run, blocks, random(tokens, 4))))
     return max(errors)
 
 
-def _run_block(
-    tensors: QueryKeyValue, grad: Tensor, kernel: AttentionKernel, *, causal: bool, scale: float
-) -> tuple[Tensor, ...]:
-    output, logsumexp = kernel.forward(*tensors, causal=causal, scale=scale)
-    grads = kernel.backward(grad, *tensors, output, logsumexp, causal=causal, scale=scale)
-    return output, logsumexp, *grads
+def _run(block: Block, output_grad: Tensor, kernel: AttentionKernel) -> tuple[Tensor, ...]:
+    attended = kernel.forward(block)
+    return *attended, *kernel.backward(block, attended, output_grad)
 
 
-def _run_blocks(
-    tensors: QueryKeyValue, grad: Tensor, kernel: AttentionKernel, *, scale: float
-) -> tuple[Tensor, ...]:
-    output, logsumexp = kernel.forward_blocks(*tensors, TRIAL_BLOCKS, scale=scale)
-    grads = kernel.backward_blocks(grad, *tensors, output, logsumexp, TRIAL_BLOCKS, scale=scale)
-    return output, logsumexp, *grads
-
-
-def _choice(name: str, kernel: AttentionKernel, *, rejected: dict[str, str]) -> KernelChoice:
+def _choice(
+    name: KernelName, kernel: AttentionKernel, *, rejected: dict[KernelName, str]
+) -> KernelChoice:
     line = f"attention: {name} ({_TITLES[name]})"
     for other, reason in rejected.items():
         line += f"; not {other}: {reason}"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_longpo.model.attention.blocks import Attended, Block, Gradients, one_block
 from megatron_longpo.model.attention.kernels import AttentionKernel, BlockByBlock, padded
 
 SHORTEST_LONG_BLOCK = 25_600
@@ -43,81 +44,55 @@ class LongBlockKernel(BlockByBlock):
         self.shortest = shortest
         self.steps = steps
 
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        tokens = len(query)
-        if not causal or tokens < self.shortest:
-            return self.other.forward(query, key, value, causal=causal, scale=scale)
-        length = rounded(tokens, self.steps)
-        output, logsumexp = self.long.forward(
-            _lengthened(query, length),
-            _lengthened(key, length),
-            _lengthened(value, length),
-            causal=True,
-            scale=scale,
-        )
-        return output[:tokens], logsumexp[:, :tokens]
+    def forward(self, block: Block) -> Attended:
+        """Returns output and log-sum-exp; blocks none of which is long go to `other` together."""
+        return super().forward(block) if self._has_long(block) else self.other.forward(block)
 
-    def backward(
-        self,
-        output_grad: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        output: Tensor,
-        logsumexp: Tensor,
-        *,
-        causal: bool,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        tokens = len(query)
-        if not causal or tokens < self.shortest:
-            return self.other.backward(
-                output_grad, query, key, value, output, logsumexp, causal=causal, scale=scale
-            )
+    def backward(self, block: Block, attended: Attended, output_grad: Tensor) -> Gradients:
+        """Returns the gradients of query, key and value, likewise."""
+        if self._has_long(block):
+            return super().backward(block, attended, output_grad)
+        return self.other.backward(block, attended, output_grad)
+
+    def forward_one(self, block: Block) -> Attended:
+        """Returns output and log-sum-exp of one block."""
+        if not self._has_long(block):
+            return self.other.forward(block)
+        tokens = len(block.query)
+        attended = self.long.forward(_lengthened_block(block, rounded(tokens, self.steps)))
+        return attended.rows(slice(0, tokens))
+
+    def backward_one(self, block: Block, attended: Attended, output_grad: Tensor) -> Gradients:
+        """Returns the gradients of one block."""
+        if not self._has_long(block):
+            return self.other.backward(block, attended, output_grad)
+        tokens = len(block.query)
         length = rounded(tokens, self.steps)
+        lengthened = Attended(
+            _lengthened(attended.output, length),
+            F.pad(attended.logsumexp, (0, length - tokens), value=UNSEEN),
+        )
         query_grad, key_grad, value_grad = self.long.backward(
-            padded(output_grad, length),
-            _lengthened(query, length),
-            _lengthened(key, length),
-            _lengthened(value, length),
-            _lengthened(output, length),
-            F.pad(logsumexp, (0, length - tokens), value=UNSEEN),
-            causal=True,
-            scale=scale,
+            _lengthened_block(block, length), lengthened, padded(output_grad, length)
         )
         return query_grad[:tokens], key_grad[:tokens], value_grad[:tokens]
 
-    def forward_blocks(
-        self, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], *, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        if max(lengths) < self.shortest:
-            return self.other.forward_blocks(query, key, value, lengths, scale=scale)
-        return super().forward_blocks(query, key, value, lengths, scale=scale)
-
-    def backward_blocks(
-        self,
-        output_grad: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        output: Tensor,
-        logsumexp: Tensor,
-        lengths: tuple[int, ...],
-        *,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        tensors = (output_grad, query, key, value, output, logsumexp)
-        if max(lengths) < self.shortest:
-            return self.other.backward_blocks(*tensors, lengths, scale=scale)
-        return super().backward_blocks(*tensors, lengths, scale=scale)
+    def _has_long(self, block: Block) -> bool:
+        return block.causal and max(block.query_lengths) >= self.shortest
 
 
 def rounded(length: int, steps: int = STEPS) -> int:
-    """The next multiple of the largest power of two that is at most a `steps`-th of `length`."""
+    """Rounds `length` up to a multiple of the largest power of two up to its `steps`-th part."""
     step = 1 << max(0, (length // steps).bit_length() - 1)
     return -(-length // step) * step
+
+
+def _lengthened_block(block: Block, length: int) -> Block:
+    """One causal block with what follows it in memory, `length` tokens in all."""
+    query, key, value = (
+        _lengthened(tensor, length) for tensor in (block.query, block.key, block.value)
+    )
+    return one_block(query, key, value, causal=True, scale=block.scale)
 
 
 def _lengthened(tensor: Tensor, length: int) -> Tensor:

@@ -15,12 +15,10 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from megatron_longpo.model.activation_offload import ActivationOffload, Offloaded
+from megatron_longpo.model.attention.blocks import Attended, Block, causal_blocks, one_block
 from megatron_longpo.model.attention.kernels import AttentionKernel, padded
+from megatron_longpo.parallel.attention_plan import AttentionPlan, Span
 from megatron_longpo.parallel.context import ContextExchange, QueryKeyValue
-from megatron_longpo.parallel.layout import AttentionPlan, Span
-
-Attended = tuple[Tensor, Tensor]
-"""This rank's output [t,H,D], and the log-sum-exp of its kernels' scores."""
 
 
 class TreeAttention(nn.Module):
@@ -31,8 +29,8 @@ class TreeAttention(nn.Module):
     read.
 
     With `keeps_results`, a layer that is recomputed in backward gets its attention's results from
-    memory: they are small beside what computing them again would cost in a long row. `offload`
-    has the output until then, where there is one.
+    memory: they are small beside what computing them again would cost in a long row. If `offload`
+    is given, it stores the output until backward.
     """
 
     def __init__(
@@ -98,7 +96,7 @@ class TreeAttention(nn.Module):
         if self.offload is not None:
             output = self.offload.fetch(output)
         assert isinstance(output, Tensor)
-        return output, logsumexp
+        return Attended(output, logsumexp)
 
 
 class _TreeAttentionFunction(torch.autograd.Function):
@@ -115,7 +113,7 @@ class _TreeAttentionFunction(torch.autograd.Function):
         exchange: ContextExchange,
         scale: float,
         kept: Attended | None,
-    ) -> Attended:
+    ) -> tuple[Tensor, Tensor]:
         # Values come as a view of the projection that queries and keys were copied from: kept as
         # they are, they would keep all of it.
         local = (query.contiguous(), key.contiguous(), value.contiguous())
@@ -153,7 +151,7 @@ class _TreeAttentionFunction(torch.autograd.Function):
 
 def attend(
     entered: QueryKeyValue, plan: AttentionPlan, kernel: AttentionKernel, *, scale: float
-) -> tuple[Tensor, Tensor]:
+) -> Attended:
     """Runs a plan block by block.
 
     Args:
@@ -167,28 +165,24 @@ def attend(
     """
     query, key, value = entered
     if not plan.pieces:
-        return torch.zeros_like(query), query.new_zeros(
-            query.shape[1::-1], dtype=torch.promote_types(query.dtype, torch.float32)
+        accumulator = torch.promote_types(query.dtype, torch.float32)
+        return Attended(
+            torch.zeros_like(query), query.new_zeros(query.shape[1::-1], dtype=accumulator)
         )
     num_queries, own = sum(plan.lengths), plan.own_keys
-    output, logsumexp = kernel.forward_blocks(
+    blocks = causal_blocks(
         _at(query, slice(0, num_queries)),
         _at(key, own),
         _at(value, own),
         plan.lengths,
         scale=scale,
     )
+    output, logsumexp = kernel.forward(blocks)
     for piece in plan.pieces:
         if not piece.context:
             continue
         parts = [
-            kernel.forward(
-                _rows(query, piece.queries),
-                _rows(key, keys),
-                _rows(value, keys),
-                causal=False,
-                scale=scale,
-            )
+            kernel.forward(_rectangle(entered, piece.queries, keys, scale=scale))
             for keys in piece.context
         ]
         rows = slice(piece.queries.start, piece.queries.stop)
@@ -196,7 +190,7 @@ def attend(
     padding = len(query) - num_queries
     if padding:
         output, logsumexp = padded(output, len(query)), F.pad(logsumexp, (0, padding))
-    return output, logsumexp
+    return Attended(output, logsumexp)
 
 
 def attend_backward(
@@ -223,15 +217,11 @@ def attend_backward(
         return torch.zeros_like(query), key_grad, value_grad
     num_queries, own = sum(plan.lengths), plan.own_keys
     queries = slice(0, num_queries)
-    query_grad, *key_and_value_grads = kernel.backward_blocks(
-        _at(output_grad, queries),
-        _at(query, queries),
-        _at(key, own),
-        _at(value, own),
-        _at(output, queries),
-        logsumexp[:, queries],
-        plan.lengths,
-        scale=scale,
+    blocks = causal_blocks(
+        _at(query, queries), _at(key, own), _at(value, own), plan.lengths, scale=scale
+    )
+    query_grad, *key_and_value_grads = kernel.backward(
+        blocks, Attended(_at(output, queries), logsumexp[:, queries]), _at(output_grad, queries)
     )
     query_grad = padded(query_grad, len(query))
     contexts = [(piece.queries, piece.context) for piece in plan.pieces if piece.context]
@@ -241,27 +231,31 @@ def attend_backward(
         is_exact = num_queries == len(key) and not contexts
     accumulator = query.dtype if is_exact else logsumexp.dtype
     key_grad, value_grad = (
-        _placed(gradient, own, len(key), dtype=accumulator) for gradient in key_and_value_grads
+        _over_all_keys(gradient, own, len(key), dtype=accumulator)
+        for gradient in key_and_value_grads
     )
     for span, context in contexts:
         rows = _rows(query_grad, span)
         total = rows.to(accumulator)
         for keys in context:
             gradients = kernel.backward(
+                _rectangle(entered, span, keys, scale=scale),
+                Attended(output, logsumexp).rows(slice(span.start, span.stop)),
                 _rows(output_grad, span),
-                _rows(query, span),
-                _rows(key, keys),
-                _rows(value, keys),
-                _rows(output, span),
-                logsumexp[:, span.start : span.stop],
-                causal=False,
-                scale=scale,
             )
             total += gradients[0]
             _rows(key_grad, keys).add_(gradients[1])
             _rows(value_grad, keys).add_(gradients[2])
         rows.copy_(total)
     return query_grad, key_grad, value_grad
+
+
+def _rectangle(entered: QueryKeyValue, queries: Span, keys: Span, *, scale: float) -> Block:
+    """The block in which these queries attend all of these keys."""
+    query, key, value = entered
+    return one_block(
+        _rows(query, queries), _rows(key, keys), _rows(value, keys), causal=False, scale=scale
+    )
 
 
 def _rows(tensor: Tensor, span: Span) -> Tensor:
@@ -274,16 +268,18 @@ def _at(tensor: Tensor, rows: slice | Tensor) -> Tensor:
     return tensor if is_whole else tensor[rows]
 
 
-def _placed(gradient: Tensor, own: slice | Tensor, num_keys: int, *, dtype: torch.dtype) -> Tensor:
+def _over_all_keys(
+    gradient: Tensor, own: slice | Tensor, num_keys: int, *, dtype: torch.dtype
+) -> Tensor:
     """[n,G,D], of the keys `own` -> [k,G,D], 0 for all others."""
     if len(gradient) == num_keys and isinstance(own, slice):
         return gradient.to(dtype)
-    placed = gradient.new_zeros(num_keys, *gradient.shape[1:], dtype=dtype)
-    placed[own] = gradient.to(dtype)
-    return placed
+    whole = gradient.new_zeros(num_keys, *gradient.shape[1:], dtype=dtype)
+    whole[own] = gradient.to(dtype)
+    return whole
 
 
-def _merge_(output: Tensor, logsumexp: Tensor, parts: list[tuple[Tensor, Tensor]]) -> None:
+def _merge_(output: Tensor, logsumexp: Tensor, parts: list[Attended]) -> None:
     """Joins `parts`, which are over other keys, to an output [q,H,D] and log-sum-exp [H,q].
 
     Each is weighted by its share of the softmax denominator: of two, by a sigmoid. Outputs are

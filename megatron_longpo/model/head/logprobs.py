@@ -23,7 +23,7 @@ from torch.distributed import ProcessGroup, ReduceOp
 from torch.profiler import record_function
 
 from megatron_longpo.model.head.logit_rows import logits_gradient_, row_statistics
-from megatron_longpo.parallel.layout import to_device
+from megatron_longpo.parallel.transfer import to_device
 
 CHUNK_BYTES = 1280 * 2**20
 """Room for one chunk's logits, of which there is one copy: gradients overwrite them. Fewer chunks

@@ -15,12 +15,10 @@ import torch
 from megatron_longpo.config.backends import BackendConfig
 from megatron_longpo.data.text.chat import prompt_ids
 from megatron_longpo.errors import UserError
-from megatron_longpo.generation.backends import rows as rows_module
-from megatron_longpo.generation.backends import together
-from megatron_longpo.generation.backends import transformers as backend_module
+from megatron_longpo.generation.backends import prefill, running, slots
 from megatron_longpo.generation.backends.base import BackendError, Completion, Request, Sampling
 from megatron_longpo.generation.backends.factory import make_backend
-from megatron_longpo.generation.backends.sampling import next_tokens, nucleus
+from megatron_longpo.generation.backends.sampling import draw, nucleus
 from megatron_longpo.generation.backends.transformers import TransformersBackend
 
 WORDS = [
@@ -53,10 +51,14 @@ def complete(
     return asyncio.run(backend.complete(requests))
 
 
+def make_blocks_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (prefill, running, slots):
+        monkeypatch.setattr(module, "BLOCK", 32)
+
+
 @pytest.fixture
 def backend(model: str, monkeypatch: pytest.MonkeyPatch) -> TransformersBackend:
-    for module in (backend_module, rows_module, together):
-        monkeypatch.setattr(module, "BLOCK", 32)
+    make_blocks_small(monkeypatch)
     return TransformersBackend(config(model))
 
 
@@ -105,13 +107,14 @@ def test_a_shared_prefix_is_read_once(
     backend: TransformersBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[int] = []
-    forward = backend._forward
+    for module in (prefill, slots):
+        forward = module.forward
 
-    def counted(ids: list[int], *rest: Any, **more: Any) -> torch.Tensor:
-        read.append(len(ids))
-        return forward(ids, *rest, **more)
+        def counted(*args: Any, forward: Any = forward, **more: Any) -> torch.Tensor:
+            read.append(len(args[2]))  # model, cache, ids
+            return forward(*args, **more)
 
-    monkeypatch.setattr(backend, "_forward", counted)
+        monkeypatch.setattr(module, "forward", counted)
     sampling = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=1)
     requests = [request(one.messages[0]["content"], sampling) for one in SHARED]
     lengths = [len(prompt_ids(backend.tokenizer, one.messages)) for one in requests]
@@ -123,16 +126,21 @@ def test_a_shared_prefix_is_read_once(
     assert sum(read) < 4 * 150  # whole blocks of the prefix are there from the call before
 
 
-def test_kept_keys_change_no_bit(model: str, backend: TransformersBackend) -> None:
+def test_kept_keys_change_no_bit(
+    model: str, backend: TransformersBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def logits(after: list[list[Request]]) -> torch.Tensor:
         fresh = TransformersBackend(config(model))
         for requests in after:
             complete(fresh, requests)
         seen = []
-        forward = fresh._forward
-        fresh._forward = lambda *a, **k: seen.append(forward(*a, **k)) or seen[-1]
-        complete(fresh, SHARED)
-        return torch.cat(seen[-4:])
+        step = slots.SlotCache.step
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                slots.SlotCache, "step", lambda *a, **k: seen.append(step(*a, **k)) or seen[-1]
+            )
+            complete(fresh, SHARED)
+        return torch.cat(seen)
 
     alone = logits([])
     assert torch.equal(alone, logits([SHARED[:2]]))
@@ -149,14 +157,14 @@ def test_samples_do_not_depend_on_neighbours_or_batches(
     together = complete(backend, requests)
     assert together == [complete(backend, [one])[0] for one in requests]
     assert together == complete(backend, requests[::-1])[::-1]
-    two = rows_module.capacity([backend._row(one) for one in requests[:2]])
+    two = running.capacity([backend._running(one) for one in requests[:2]])
     for bounds, sizes in (
         ({"batch_size": 3}, [3, 1]),
         ({"batch_tokens": 10}, [1, 1, 1, 1]),
         ({"batch_tokens": two}, [2, 1, 1]),
     ):
         small = TransformersBackend(config(model, **bounds))
-        batches = small._batches([small._row(one) for one in requests])
+        batches = small._batches([small._running(one) for one in requests])
         assert [len(batch) for batch in batches] == sizes
         assert together == complete(small, requests)
     again = [request(requests[0].messages[0]["content"], SAMPLED, seed) for seed in range(6)]
@@ -173,11 +181,11 @@ def test_answers_end_by_themselves_or_at_the_most_tokens(
         )
         for n in lengths
     ]
-    (rows,) = backend._batches([backend._row(one) for one in requests])
-    asyncio.run(backend._write(rows))
-    assert [len(row.written) for row in rows] == list(lengths)
-    assert not any(row.finished for row in rows)
-    monkeypatch.setattr(backend, "_eos_ids", frozenset({rows[2].written[3]}))
+    (batch,) = backend._batches([backend._running(one) for one in requests])
+    asyncio.run(backend._loop.write(batch))
+    assert [len(one.written) for one in batch] == list(lengths)
+    assert not any(one.finished for one in batch)
+    monkeypatch.setattr(backend._loop, "_eos_ids", frozenset({batch[2].written[3]}))
     answers = complete(backend, requests)
     assert [answer.finished for answer in answers] == [False, True, True]
 
@@ -195,15 +203,15 @@ def test_short_memory_halves_a_batch_once(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     whole = complete(backend, SHARED)
-    write = backend._write
+    write = backend._loop.write
     most = 2
 
-    async def short(rows: list[Any]) -> None:
-        await write(rows)  # memory ends late: what was written is to be forgotten
-        if len(rows) > most:
+    async def short(batch: list[Any]) -> None:
+        await write(batch)  # memory ends late: what was written is to be forgotten
+        if len(batch) > most:
             raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(backend, "_write", short)
+    monkeypatch.setattr(backend._loop, "write", short)
     assert complete(backend, SHARED) == whole
     assert "4 requests of" in capsys.readouterr().err
     most = 1
@@ -234,10 +242,10 @@ def test_samples_follow_the_probabilities() -> None:
     logits = torch.tensor([[0.5, 0.3, 0.2, 0.0]]).log()
     sampling = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=1)
     generator = torch.Generator().manual_seed(0)
-    drawn = [next_tokens(logits, [sampling], [generator])[0] for _ in range(2000)]
+    drawn = [int(draw(logits, {0: (sampling, generator)})) for _ in range(2000)]
     shares = [drawn.count(token) / 2000 for token in range(4)]
     assert shares == pytest.approx([0.5, 0.3, 0.2, 0.0], abs=0.04)
-    assert next_tokens(logits, [GREEDY], [generator]) == [0]
+    assert draw(logits, {}).tolist() == [0]
 
 
 # ---------------------------------------------------------------- models that cannot be used

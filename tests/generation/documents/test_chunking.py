@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_longpo.generation.documents.chunking import Chunk, chunk_document
-from megatron_longpo.generation.documents.structure import KINDS, Kind
+from megatron_longpo.generation.documents.kinds import KINDS, Kind
 from megatron_longpo.generation.documents.token_spans import TokenSpans, find_token_spans
 from tests import small_tokenizers as small
 

@@ -160,7 +160,7 @@ def test_a_signal_ends_the_command_with_75(
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 75, errors
     assert errors.splitlines()[-1].startswith("longpo: ")
-    assert "the same command goes on" in errors.splitlines()[-1]
+    assert "the same command resumes" in errors.splitlines()[-1]
     assert shard.read_bytes().endswith(b"\n")
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_longpo.model.attention.blocks import Attended, one_block
 from megatron_longpo.model.attention.kernels import AttentionKernel, CpuFlashKernel, MathKernel
 from tests.model.attention.dense_attention import block_mask, dense_attention, dense_gradients
 
@@ -46,14 +47,16 @@ def check_kernel(
     expected, expected_logsumexp = dense_attention(exact, mask, SCALE)
     expected_grads = dense_gradients(exact, mask, SCALE, grad.cpu().double())
 
-    output, logsumexp = kernel.forward(query, key, value, causal=causal, scale=SCALE)
+    block = one_block(query, key, value, causal=causal, scale=SCALE)
+    attended = kernel.forward(block)
+    output, logsumexp = attended
     assert output.dtype == inputs[0].dtype and output.shape == inputs[0].shape
     assert logsumexp.dtype in (torch.float32, torch.float64)
     torch.testing.assert_close(output.cpu().double(), expected, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(
         logsumexp.cpu().double(), expected_logsumexp, rtol=tolerance, atol=tolerance
     )
-    grads = kernel.backward(grad, query, key, value, output, logsumexp, causal=causal, scale=SCALE)
+    grads = kernel.backward(block, attended, grad)
     for actual, expected_grad, of in zip(grads, expected_grads, inputs, strict=True):
         assert actual.dtype == of.dtype and actual.shape == of.shape
         room = tolerance * max(1.0, float(expected_grad.abs().max()))
@@ -88,9 +91,10 @@ def test_tensors_may_be_slices_of_larger_ones(kernel: AttentionKernel) -> None:
 def test_steep_scores_stay_finite(kernel: AttentionKernel) -> None:
     (query, key, value), grad = random_block(6, 6, 2, 2, 8, dtype=torch.float32)
     query, key = 100 * query, 100 * key
-    output, logsumexp = kernel.forward(query, key, value, causal=True, scale=SCALE)
-    grads = kernel.backward(grad, query, key, value, output, logsumexp, causal=True, scale=SCALE)
-    for tensor in (output, logsumexp, *grads):
+    block = one_block(query, key, value, causal=True, scale=SCALE)
+    attended = kernel.forward(block)
+    grads = kernel.backward(block, attended, grad)
+    for tensor in (*attended, *grads):
         assert torch.isfinite(tensor).all()
 
 
@@ -98,13 +102,12 @@ def test_one_blocks_gradient_is_its_share_of_the_whole() -> None:
     """With output and log-sum-exp over all keys, each block's gradients are those of the whole."""
     (query, key, value), grad = random_block(4, 11, 4, 2, 8, dtype=torch.float64)
     mask = block_mask(4, 11, causal=False)
-    output, logsumexp = dense_attention([query, key, value], mask, SCALE)
+    attended = Attended(*dense_attention([query, key, value], mask, SCALE))
     expected = dense_gradients([query, key, value], mask, SCALE, grad)
     kernel, whole_query_grad = CpuFlashKernel(), torch.zeros_like(query)
     for keys in (slice(0, 3), slice(3, 11)):
-        query_grad, key_grad, value_grad = kernel.backward(
-            grad, query, key[keys], value[keys], output, logsumexp, causal=False, scale=SCALE
-        )
+        block = one_block(query, key[keys], value[keys], causal=False, scale=SCALE)
+        query_grad, key_grad, value_grad = kernel.backward(block, attended, grad)
         whole_query_grad += query_grad
         torch.testing.assert_close(key_grad, expected[1][keys])
         torch.testing.assert_close(value_grad, expected[2][keys])

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_longpo.data.trees.forest import NO_PARENT
+from megatron_longpo.model.attention.blocks import Attended, Block, one_block
 from megatron_longpo.model.attention.kernels import AttentionKernel, CpuFlashKernel, MathKernel
 from megatron_longpo.model.attention.long_blocks import (
     SHORTEST_LONG_BLOCK,
@@ -16,8 +17,8 @@ from megatron_longpo.model.attention.long_blocks import (
 from megatron_longpo.model.attention.tree_attention import attend, attend_backward
 from megatron_longpo.parallel.layout import lay_out
 from tests.model.attention.dense_attention import dense_attention, dense_gradients
-from tests.model.attention.test_attention import make_forest, tree_mask
 from tests.model.attention.test_kernels import check_kernel, random_block
+from tests.model.attention.test_tree_attention import make_forest, tree_mask
 
 
 class WatchedKernel(CpuFlashKernel):
@@ -26,11 +27,9 @@ class WatchedKernel(CpuFlashKernel):
     def __init__(self) -> None:
         self.queries: list[Tensor] = []
 
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        self.queries.append(query)
-        return super().forward(query, key, value, causal=causal, scale=scale)
+    def forward(self, block: Block) -> Attended:
+        self.queries.append(block.query)
+        return super().forward(block)
 
 
 def by_length(long: AttentionKernel, other: AttentionKernel) -> LongBlockKernel:
@@ -74,7 +73,7 @@ def test_rows_that_follow_are_used_where_they_lie() -> None:
     (query, key, value), _ = random_block(100, 100, 2, 2, 8, dtype=torch.float32)
 
     def forward(queries: slice, keys: slice, *, causal: bool) -> None:
-        kernel.forward(query[queries], key[keys], value[keys], causal=causal, scale=1.0)
+        kernel.forward(one_block(query[queries], key[keys], value[keys], causal=causal, scale=1.0))
 
     forward(slice(10, 51), slice(10, 51), causal=True)
     forward(slice(59, 100), slice(59, 100), causal=True)

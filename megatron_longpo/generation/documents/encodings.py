@@ -1,4 +1,4 @@
-"""Bytes to text: encodings, and what is no text at all."""
+"""Bytes to text: encodings, binary files and HTML."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SAMPLE = 1 << 16
 """Bytes or characters that a guess looks at."""
 
 _MOST_CONTROL = 0.01
-"""Share of control characters from which on something is no text."""
+"""Largest share of control characters in a text."""
 
 _CONTROL = re.compile(r"[\0-\x06\x0e-\x1a\x1c-\x1f\x7f\ufffd]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -30,10 +30,10 @@ _CHARS_PER_END_TAG = 200
 
 
 def decode_text(data: bytes, *, encoding: str | None = None) -> str:
-    """The text of a file's bytes.
+    """Decodes a file's bytes.
 
-    Without `encoding` it is UTF-8, or what a byte-order mark says, or what charset-normalizer finds
-    in the lines that are not ASCII.
+    Without `encoding` they are UTF-8, or what a byte-order mark says, or what charset-normalizer
+    finds in the lines that are not ASCII.
 
     Raises:
         Dropped: bytes that are no text, or not in `encoding`.
@@ -61,7 +61,7 @@ def decode_text(data: bytes, *, encoding: str | None = None) -> str:
 
 
 def _guess(data: bytes) -> str | None:
-    """The encoding that fits the first lines that are not ASCII."""
+    """Returns the encoding that fits the first lines that are not ASCII."""
     from charset_normalizer import from_bytes
 
     sample = bytearray()
@@ -75,12 +75,12 @@ def _guess(data: bytes) -> str | None:
     if best is None:
         return None
     equal = [m.encoding for m in found if (m.chaos, m.coherence) == (best.chaos, best.coherence)]
-    # Of encodings that fit as well, the one that most such files are in.
+    # Of encodings that fit equally well, the most frequent.
     return "cp1252" if "cp1252" in equal else best.encoding
 
 
 def check_text(text: str) -> None:
-    """Raises `Dropped` where a text is empty or no text."""
+    """Raises `Dropped` if a text is empty or binary."""
     if not text.strip():
         raise Dropped("empty document")
     sample = text[:_SAMPLE]
@@ -91,7 +91,7 @@ def check_text(text: str) -> None:
 
 
 def is_html(text: str) -> bool:
-    """Whether a text is a page of HTML: it begins like one, or has many end tags."""
+    """Returns whether a text is a page of HTML: it begins like one, or has many end tags."""
     sample = text[:_SAMPLE]
     if _HTML_START.match(sample.lower()):
         return True

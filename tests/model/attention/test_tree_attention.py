@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_longpo.data.trees.forest import NO_PARENT, Forest
+from megatron_longpo.model.attention.blocks import Attended, Block, Gradients
 from megatron_longpo.model.attention.kernels import CpuFlashKernel
 from megatron_longpo.model.attention.tree_attention import TreeAttention, attend, attend_backward
 from megatron_longpo.parallel.context import NoExchange
@@ -129,9 +130,9 @@ class CountingKernel(CpuFlashKernel):
 
     calls = 0
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def forward(self, block: Block) -> Attended:
         self.calls += 1
-        return super().forward(*args, **kwargs)
+        return super().forward(block)
 
 
 @pytest.mark.parametrize("keeps_results", [False, True])
@@ -208,25 +209,17 @@ class UnseenKernel(CpuFlashKernel):
         self.seen = seen
         self.calls = 0
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def forward(self, block: Block) -> Attended:
         before = len(self.seen.names)
-        result = super().forward(*args, **kwargs)
+        result = self.forward_one(block)
         self._forget(before)
         return result
 
-    def backward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, block: Block, attended: Attended, output_grad: Tensor) -> Gradients:
         before = len(self.seen.names)
-        result = super().backward(*args, **kwargs)
+        result = self.backward_one(block, attended, output_grad)
         self._forget(before)
         return result
-
-    def forward_blocks(
-        self, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], *, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        return self.forward(query, key, value, causal=True, scale=scale)
-
-    def backward_blocks(self, *args: Any, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-        return self.backward(*args[:-1], causal=True, scale=scale)
 
     def _forget(self, before: int) -> None:
         del self.seen.names[before:]

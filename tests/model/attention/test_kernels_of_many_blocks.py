@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 from megatron_longpo.data.trees.forest import NO_PARENT
+from megatron_longpo.model.attention import fa4_kernel
+from megatron_longpo.model.attention.blocks import Attended, block_ends, one_block
+from megatron_longpo.model.attention.fa4_kernel import FlashAttention4Kernel
+from megatron_longpo.model.attention.gpu_kernels import FlashKernel
 from megatron_longpo.model.attention.kernel_choice import TRIAL_TOLERANCE, Workload, trial_error
 from megatron_longpo.model.attention.kernels import AttentionKernel, CpuFlashKernel
+from megatron_longpo.model.attention.te_kernel import TransformerEngineKernel
 from megatron_longpo.model.attention.tree_attention import attend, attend_backward
-from megatron_longpo.model.attention.varlen_kernels import (
-    TransformerEngineKernel,
-    VarlenKernel,
-    _ends,
-)
 from megatron_longpo.parallel.layout import lay_out
 from tests.model.attention.dense_attention import dense_attention, dense_gradients
-from tests.model.attention.test_attention import make_forest, tree_mask
 from tests.model.attention.test_kernels import random_block
+from tests.model.attention.test_tree_attention import make_forest, tree_mask
 
 CPU = torch.device("cpu")
 WORKLOAD = Workload(device=CPU, dtype=torch.bfloat16, head_dim=16)
@@ -53,7 +53,7 @@ class Sequences:
         logsumexp = query.new_zeros(query.shape[1::-1], dtype=accumulator)
         for queries, keys in self.spans(*ends, longest):
             output[queries], logsumexp[:, queries] = self.exact.forward(
-                query[queries], key[keys], value[keys], causal=causal, scale=scale
+                one_block(query[queries], key[keys], value[keys], causal=causal, scale=scale)
             )
         return output, logsumexp
 
@@ -64,14 +64,9 @@ class Sequences:
         gradients = tuple(torch.full_like(tensor, torch.nan) for tensor in (query, key, value))
         for queries, keys in self.spans(*ends, longest):
             parts = self.exact.backward(
+                one_block(query[queries], key[keys], value[keys], causal=causal, scale=scale),
+                Attended(output, logsumexp).rows(queries),
                 grad[queries],
-                query[queries],
-                key[keys],
-                value[keys],
-                output[queries],
-                logsumexp[:, queries],
-                causal=causal,
-                scale=scale,
             )
             for gradient, rows, part in zip(gradients, (queries, keys, keys), parts, strict=True):
                 gradient[rows] = part
@@ -130,17 +125,72 @@ class TransformerEngine:
         return *gradients, None, None
 
 
+class FlashAttention4:
+    """`flash_attn.cute.interface`: [1,t,heads,D] without lengths, [t,heads,D] with them."""
+
+    def __init__(self, sequences: Sequences) -> None:
+        self.sequences = sequences
+
+    def _flash_attn_fwd(
+        self, *tensors: Tensor, softmax_scale: float, causal: bool, return_lse: bool, **of: Any
+    ) -> Any:
+        assert return_lse
+        if not of:
+            flat = [tensor.squeeze(0) for tensor in tensors]
+            longest = (len(flat[0]), len(flat[1]))
+            output, logsumexp = self.sequences.forward(
+                flat, whole(longest), longest, causal=causal, scale=softmax_scale
+            )
+            return output[None], logsumexp[None], None, None, None
+        output, logsumexp = self.sequences.forward(
+            tensors, *self.read(of), causal=causal, scale=softmax_scale
+        )
+        return output, logsumexp, None, None, None
+
+    def _flash_attn_bwd(self, *arguments: Any, **of: Any) -> Any:
+        *tensors, scale, causal = arguments
+        query, key, value, output, grad, logsumexp = tensors
+        assert logsumexp.is_contiguous()
+        ordered = [grad, query, key, value, output, logsumexp]
+        if of:
+            return self.sequences.backward(ordered, *self.read(of), causal=causal, scale=scale)
+        flat = [tensor.squeeze(0) for tensor in ordered]
+        longest = (len(flat[1]), len(flat[2]))
+        gradients = self.sequences.backward(
+            flat, whole(longest), longest, causal=causal, scale=scale
+        )
+        return tuple(gradient[None] for gradient in gradients)
+
+    @staticmethod
+    def read(of: dict[str, Any]) -> tuple[Any, Any]:
+        """Ends and longest lengths."""
+        ends = (of.pop("cu_seqlens_q"), of.pop("cu_seqlens_k"))
+        longest = (of.pop("max_seqlen_q"), of.pop("max_seqlen_k"))
+        assert not of
+        return ends, longest
+
+
+def whole(lengths: tuple[int, int]) -> list[Tensor]:
+    """Ends of one sequence of queries and one of keys."""
+    return [torch.tensor([0, length], dtype=torch.int32) for length in lengths]
+
+
 @pytest.fixture
 def sequences() -> Sequences:
     return Sequences()
 
 
-@pytest.fixture(params=["te", "older te", "varlen"])
+@pytest.fixture(params=["te", "older te", "flash", "fa4"])
 def kernel(
     request: pytest.FixtureRequest, sequences: Sequences, monkeypatch: pytest.MonkeyPatch
 ) -> AttentionKernel:
-    _ends.cache_clear()
-    if request.param != "varlen":
+    block_ends.cache_clear()
+    if request.param == "fa4":
+        monkeypatch.setattr("importlib.import_module", lambda name: FlashAttention4(sequences))
+        # Long enough for some blocks of these tests, too long for others.
+        monkeypatch.setattr(fa4_kernel, "SHORTEST_DENSE_BLOCK", 150)
+        return FlashAttention4Kernel()
+    if request.param != "flash":
         package = TransformerEngine(sequences, packs=request.param == "te")
         monkeypatch.setattr("importlib.import_module", lambda name: package)
         return TransformerEngineKernel()
@@ -149,16 +199,28 @@ def kernel(
         *ends_and_longest, dropout, causal, returns_mask = rest
         assert dropout == 0 and not returns_mask
         ends, longest = ends_and_longest[:2], ends_and_longest[2:]
+        if ends[0] is None:
+            output, logsumexp = sequences.forward(
+                (q[0], k[0], v[0]), whole(longest), longest, causal=causal, scale=scale
+            )
+            return output[None], logsumexp[None]
         return *sequences.forward((q, k, v), ends, longest, causal=causal, scale=scale), None
 
     def backward(*arguments: Any, scale: float) -> Any:
         tensors, ends, longest = arguments[:6], arguments[6:8], arguments[8:10]
         assert tensors[5].is_contiguous() and arguments[10] == 0
-        return sequences.backward(tensors, ends, longest, causal=arguments[11], scale=scale)
+        causal = arguments[11]
+        if ends[0] is None:
+            tensors = tuple(tensor[0] for tensor in tensors)
+            gradients = sequences.backward(
+                tensors, whole(longest), longest, causal=causal, scale=scale
+            )
+            return tuple(gradient[None] for gradient in gradients)
+        return sequences.backward(tensors, ends, longest, causal=causal, scale=scale)
 
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", forward)
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", backward)
-    return VarlenKernel()
+    return FlashKernel()
 
 
 def test_it_passes_the_trial(kernel: AttentionKernel) -> None:
@@ -201,5 +263,5 @@ def test_all_blocks_of_a_forest_are_one_call(
 
 
 def test_lengths_are_made_into_tensors_once() -> None:
-    assert _ends((3, 4), CPU).tolist() == [0, 3, 7]
-    assert _ends((3, 4), CPU) is _ends((3, 4), CPU)
+    assert block_ends((3, 4), CPU).tolist() == [0, 3, 7]
+    assert block_ends((3, 4), CPU) is block_ends((3, 4), CPU)

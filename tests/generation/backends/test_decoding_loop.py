@@ -11,14 +11,18 @@ import torch
 
 from megatron_longpo.errors import StopRequested, UserError
 from megatron_longpo.generation import generate
-from megatron_longpo.generation.backends import rows as rows_module
-from megatron_longpo.generation.backends import together as together_module
-from megatron_longpo.generation.backends import transformers as backend_module
+from megatron_longpo.generation.backends import decoding_loop
 from megatron_longpo.generation.backends.base import BackendError, Completion, Request, Sampling
 from megatron_longpo.generation.backends.factory import make_backend
 from megatron_longpo.generation.backends.slots import SlotCache, SlotShape
 from megatron_longpo.generation.backends.transformers import TransformersBackend
-from tests.generation.backends.test_transformers import config, copy_of, request, text
+from tests.generation.backends.test_transformers import (
+    config,
+    copy_of,
+    make_blocks_small,
+    request,
+    text,
+)
 from tests.generation.scripted import settings
 
 Answers = list[Completion | BackendError]
@@ -49,8 +53,7 @@ DOCUMENTS = [document(number) for number in range(6)]
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (backend_module, rows_module, together_module):
-        monkeypatch.setattr(module, "BLOCK", 32)
+    make_blocks_small(monkeypatch)
 
 
 @pytest.fixture
@@ -97,18 +100,18 @@ def test_documents_that_come_and_go_change_no_text(
     steps: int,
     most_masked: int,
 ) -> None:
-    monkeypatch.setattr(together_module, "MOST_MASKED", most_masked)
+    monkeypatch.setattr(decoding_loop, "MOST_MASKED", most_masked)
     backend = TransformersBackend(config(model, documents_at_once=3))
-    assert backend.documents_at_once == 3 and backend._together is not None
-    backend._together._steps = steps
+    assert backend.documents_at_once == 3
+    backend._loop._steps = steps
     under_way: list[int] = []
-    write_some = backend._together._write_some
+    write_some = backend._loop._write_some
 
     def counted() -> None:
-        under_way.append(len(backend._together._active))
+        under_way.append(len(backend._loop._active))
         write_some()
 
-    monkeypatch.setattr(backend._together, "_write_some", counted)
+    monkeypatch.setattr(backend._loop, "_write_some", counted)
     assert answer_all(backend) == expected
     assert {1, 2} <= set(under_way)
     assert answer_all(backend) == expected  # the same slots, used before
@@ -119,12 +122,12 @@ def test_rows_are_written_in_one_pass(
     model: str, small_blocks: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backend = TransformersBackend(config(model, documents_at_once=4))
-    backend._eos_ids = frozenset({-1})
+    backend._loop._eos_ids = frozenset({-1})
     widths: list[int] = []
     step = SlotCache.step
 
-    def counted(self: SlotCache, *rest: Any) -> torch.Tensor:
-        logits = step(self, *rest)
+    def counted(self: SlotCache, *rest: Any, **more: Any) -> torch.Tensor:
+        logits = step(self, *rest, **more)
         widths.append(len(logits))
         return logits
 
@@ -158,9 +161,9 @@ def test_short_memory_halves_the_documents(
     step = SlotCache.step
     most = 2
 
-    def short(self: SlotCache, *rest: Any) -> torch.Tensor:
-        logits = step(self, *rest)
-        if self.shape.num_slots * self.shape.num_rows > most:
+    def short(self: SlotCache, *rest: Any, **more: Any) -> torch.Tensor:
+        logits = step(self, *rest, **more)
+        if self.shape.num_slots * self.shape.num_requests > most:
             raise torch.OutOfMemoryError
         return logits
 
@@ -198,7 +201,7 @@ def test_what_goes_wrong_is_told_to_all_who_wait(
 ) -> None:
     backend = TransformersBackend(config(model, documents_at_once=2))
 
-    def broken(*_: Any) -> torch.Tensor:
+    def broken(*_: Any, **__: Any) -> torch.Tensor:
         raise RuntimeError("the model broke")
 
     monkeypatch.setattr(SlotCache, "step", broken)
