@@ -17,22 +17,19 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-SHOWN = {
-    "loss": "loss",
-    "preference_loss": "preference",
-    "nll_loss": "nll",
-    "answer_nll_loss": "answer nll",
+from megatron_longpo.engine.metric_names import loss_parts
+
+SHOWN_BEHIND = {
     "rewards/accuracies": "accuracy",
     "rewards/margins": "margin",
     "grad_norm": "grad norm",
     "learning_rate": "lr",
     "tokens_per_second": "tokens/s",
 }
-"""Metrics of a line, with the words that it uses."""
-
+"""Metrics that follow the loss and its parts in a line, with the words that it uses."""
 
 SUITE_KEYS = ("eval/retrieval/", "eval/ends/", "eval/nll/", "eval/retention/")
-"""What the settings `evaluation` add to a line."""
+"""Prefixes of the numbers that the section `evaluation` adds to a line."""
 
 
 class RunConsole:
@@ -74,19 +71,16 @@ class RunConsole:
                 self._progress.stop()
 
     def say_step(self, metrics: Mapping[str, Any], *, num_steps: int) -> None:
-        numbers = "  ".join(
-            f"{word} {metrics[key]:.4g}"
-            for key, word in SHOWN.items()
-            if metrics.get(key) is not None
-        )
+        numbers = "  ".join(f"{word} {value:.4g}" for word, value in _shown(metrics))
         self.say(f"step {metrics['step']}/{num_steps}  {numbers}")
 
     def say_evaluation(self, metrics: Mapping[str, Any]) -> None:
-        numbers = "  ".join(
-            f"{word} {metrics['eval/' + key]:.6g}"
-            for key, word in SHOWN.items()
-            if metrics.get("eval/" + key) is not None
-        )
+        scored = {
+            key.removeprefix("eval/"): value
+            for key, value in metrics.items()
+            if key.startswith("eval/")
+        }
+        numbers = "  ".join(f"{word} {value:.6g}" for word, value in _shown(scored))
         measured = "  ".join(
             f"{key.removeprefix('eval/')} {value:.4g}"
             for key, value in metrics.items()
@@ -95,6 +89,16 @@ class RunConsole:
         )
         numbers = "  ".join(filter(None, [numbers, measured]))
         self.say(f"evaluation at step {metrics['step']}  {numbers}")
+
+
+def _shown(metrics: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """Returns the words and values of a line: the loss, its parts, and the rest of `SHOWN_BEHIND`.
+
+    A part of the loss is whatever the objective gives under a name that ends in `_loss`.
+    """
+    parts = {key: key.removesuffix("_loss").replace("_", " ") for key in loss_parts(metrics)}
+    words = {"loss": "loss", **parts, **SHOWN_BEHIND}
+    return [(word, metrics[key]) for key, word in words.items() if metrics.get(key) is not None]
 
 
 def quiet_libraries() -> None:

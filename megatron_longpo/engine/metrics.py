@@ -14,22 +14,8 @@ import torch
 
 from megatron_longpo.config.train import LoggingConfig
 from megatron_longpo.data.jsonl import write_whole
+from megatron_longpo.engine.metric_names import LOSS_KEYS
 from megatron_longpo.errors import UserError
-
-LOSS_KEYS = (
-    "loss",
-    "preference_loss",
-    "nll_loss",
-    "logps/chosen",
-    "logps/rejected",
-    "reference_logps/chosen",
-    "reference_logps/rejected",
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/accuracies",
-    "rewards/margins",
-)
-"""Means over a global batch's pairs; null where the objective has no such number."""
 
 EVALUATION_NAME = "evaluation.jsonl"
 """Of every evaluation one record: `step`, and what `evaluation.results` names."""

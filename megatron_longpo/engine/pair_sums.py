@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_longpo.config.names import ROW_NAMES, RowName
 from megatron_longpo.data.trees.forest import Term
-from megatron_longpo.objectives import ROWS, PairLogps, Row
+from megatron_longpo.objectives import PairLogps
 from megatron_longpo.parallel.collectives import sum_over
 from megatron_longpo.parallel.layout import RankEdges, RankPack
 
@@ -64,8 +65,8 @@ def sum_pairs(scores: Tensor, pack: RankPack, *, context_group: ProcessGroup) ->
     )
 
 
-def _by_row(by_term: Mapping[Term, Tensor]) -> dict[Row, Tensor]:
-    return {row: by_term[Term.of_row(row)] for row in ROWS if Term.of_row(row) in by_term}
+def _by_row(by_term: Mapping[Term, Tensor]) -> dict[RowName, Tensor]:
+    return {row: by_term[Term.of_row(row)] for row in ROW_NAMES if Term.of_row(row) in by_term}
 
 
 def _turn_sums(logps: Tensor, edges: RankEdges, terms: Sequence[Term], shape: torch.Size) -> Tensor:

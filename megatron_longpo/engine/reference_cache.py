@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_longpo.data.trees.forest import Row
+from megatron_longpo.config.names import RowName
 from megatron_longpo.data.trees.reference_logps import ReferenceLogps, joined
 from megatron_longpo.engine.reference_fingerprint import ReferenceFingerprint, differences
 from megatron_longpo.errors import UserError
@@ -39,7 +39,7 @@ class CacheHeader:
     """`cache.json`."""
 
     fingerprint: ReferenceFingerprint
-    rows: tuple[Row, ...]
+    rows: tuple[RowName, ...]
     """Which of a pair's rows are scored."""
 
     @property
@@ -56,7 +56,7 @@ def part_paths(folder: Path) -> list[Path]:
     return sorted(folder.glob("part-*.npz"))
 
 
-def read_part(path: Path, rows: Sequence[Row]) -> ReferenceLogps:
+def read_part(path: Path, rows: Sequence[RowName]) -> ReferenceLogps:
     """Reads one part; a `UserError` where it is damaged."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
@@ -85,7 +85,7 @@ def read_part(path: Path, rows: Sequence[Row]) -> ReferenceLogps:
 
 
 def find_logps(
-    cache_path: Path, fingerprint: ReferenceFingerprint, rows: Sequence[Row], *, data_key: str
+    cache_path: Path, fingerprint: ReferenceFingerprint, rows: Sequence[RowName], *, data_key: str
 ) -> ReferenceLogps:
     """The cached sums of a data set.
 
@@ -124,7 +124,7 @@ def find_logps(
     return max(caches, key=len)
 
 
-def _read(folder: Path, rows: Sequence[Row]) -> ReferenceLogps:
+def _read(folder: Path, rows: Sequence[RowName]) -> ReferenceLogps:
     empty = ReferenceLogps(
         indices=np.empty(0, dtype=np.int64),
         ids=np.empty(0, dtype=np.str_),

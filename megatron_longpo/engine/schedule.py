@@ -14,8 +14,9 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from megatron_longpo.config.names import RowName
 from megatron_longpo.engine.pair_sums import sum_pairs
-from megatron_longpo.objectives import LossOutput, Objective, PairLogps, Row
+from megatron_longpo.objectives import LossOutput, Objective, PairLogps
 from megatron_longpo.parallel.groups import Groups
 from megatron_longpo.parallel.layout import RankPack
 
@@ -148,34 +149,23 @@ def _loss(
 
 
 def _metric_sums(
-    output: LossOutput, logps: PairLogps, weights: Tensor, compared: tuple[Row, Row] | None
+    output: LossOutput, logps: PairLogps, weights: Tensor, compared: tuple[RowName, RowName] | None
 ) -> dict[str, Tensor]:
     """Sums over the microbatch's pairs, fp64 scalars, of everything the objective has."""
-    chosen, rejected = output.chosen_rewards_N, output.rejected_rewards_N
-    margins = None if chosen is None or rejected is None else chosen - rejected
-    per_pair = {
+    values_N = {
         "loss": output.loss_N,
-        "preference_loss": output.preference_loss_N,
-        "nll_loss": output.nll_loss_N,
-        "answer_nll_loss": output.answer_nll_loss_N,
-        "alignment_loss": output.alignment_loss_N,
-        "divergence_loss": output.divergence_loss_N,
-        "rewards/chosen": chosen,
-        "rewards/rejected": rejected,
-        "rewards/margins": margins,
-        "rewards/accuracies": None if margins is None else margins > 0,
+        **output.metrics,
         "pairs": torch.ones_like(weights),
         **_logps_by_name("logps", logps.policy, compared),
         **_logps_by_name("reference_logps", logps.reference, compared),
     }
-    values_N = {name: values for name, values in per_pair.items() if values is not None}
     stacked = torch.stack([values.detach().double() for values in values_N.values()])
     sums = torch.where(weights > 0, stacked, 0.0).sum(dim=1)
     return dict(zip(values_N, sums.unbind(), strict=True))
 
 
 def _logps_by_name(
-    kind: str, logps: Mapping[Row, Tensor], compared: tuple[Row, Row] | None
+    kind: str, logps: Mapping[RowName, Tensor], compared: tuple[RowName, RowName] | None
 ) -> dict[str, Tensor]:
     """Sums over a pair's turns, [N] each, by name: `chosen` and `rejected` are what is compared.
 

@@ -1,7 +1,7 @@
 """Objectives: pure tensor functions from log-prob sums to a loss a pair.
 
-This package imports torch and nothing else of ours, so a new objective can be read and tested
-without a model. docs/objectives.md tells how to add one.
+This package imports torch, and of ours the names in config/names.py, so a new objective can be read
+and tested without a model. docs/objectives.md tells how to add one.
 """
 
 from __future__ import annotations
@@ -18,16 +18,14 @@ from .orpo import ORPO
 from .sft import SFT, ConstrainedSFT
 from .simpo import SimPO
 from .solopo import SoLoDPO, SoLoORPO, SoLoSimPO
-from .types import ROWS, LossOutput, Needs, Objective, PairLogps, Row
+from .types import LossOutput, Needs, Objective, PairLogps
 
 __all__ = [
     "OBJECTIVES",
-    "ROWS",
     "LossOutput",
     "Needs",
     "Objective",
     "PairLogps",
-    "Row",
     "build_objective",
 ]
 

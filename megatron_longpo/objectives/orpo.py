@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_longpo.config.names import RowName, Turns
+
 from .preference import Comparison, LongPreference, logistic_loss
 from .turns import token_mean
-from .types import PairLogps, Row, Turns
+from .types import PairLogps
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,7 +28,7 @@ class ORPO(LongPreference):
         return odds_comparison(chosen_NU, rejected_NU)
 
 
-def log_odds(logps: PairLogps, row: Row, *, turns: Turns) -> Tensor:
+def log_odds(logps: PairLogps, row: RowName, *, turns: Turns) -> Tensor:
     """Log-odds of an answer by its mean log-prob a token, `-> [N, U]`, in nats.
 
     A unit without tokens has p = 1; like an answer that is certain, it gets the largest odds that

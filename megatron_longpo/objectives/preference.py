@@ -6,24 +6,15 @@ Letters: N pairs, T turns, U units: a pair's conversation or its turns, see `tur
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_longpo.config.names import NllScope, NllTokens, RowName, Turns
+
 from .turns import mean_over_tokens, mean_over_units, sum_over_units, token_mean
-from .types import (
-    Branch,
-    Context,
-    LossOutput,
-    Needs,
-    NllScope,
-    NllTokens,
-    Objective,
-    PairLogps,
-    Row,
-    Turns,
-)
+from .types import Branch, Context, LossOutput, Needs, Objective, PairLogps
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,34 +50,32 @@ class Preference(Objective):
 
     @property
     @abstractmethod
-    def compared(self) -> tuple[Row, Row]: ...
+    def compared(self) -> tuple[RowName, RowName]: ...
 
     @abstractmethod
     def compare(self, logps: PairLogps) -> Comparison: ...
 
     def __call__(self, logps: PairLogps) -> LossOutput:
-        """`PairLogps -> LossOutput`; an NLL is None where its weight is 0."""
+        """Returns the loss of each pair; an NLL whose weight is 0 is left out."""
         comparison = self.compare(logps)
         preference_N = mean_over_units(comparison.losses_NU, logps.turn_mask_NT, self.turns)
-        output = LossOutput(
-            loss_N=self.preference_weight * preference_N,
-            preference_loss_N=preference_N.detach(),
-            chosen_rewards_N=self._total(comparison.chosen_rewards_NU, logps),
-            rejected_rewards_N=self._total(comparison.rejected_rewards_NU, logps),
-        )
+        loss_N = self.preference_weight * preference_N
+        metrics = {
+            "preference_loss": preference_N.detach(),
+            **reward_metrics(
+                self._total(comparison.chosen_rewards_NU, logps),
+                self._total(comparison.rejected_rewards_NU, logps),
+            ),
+        }
         if self.nll_weight:
             nll_N = mean_over_tokens(logps.nll_sum_N, logps.nll_count_N)
-            output = replace(
-                output, loss_N=output.loss_N + self.nll_weight * nll_N, nll_loss_N=nll_N.detach()
-            )
+            loss_N = loss_N + self.nll_weight * nll_N
+            metrics["nll_loss"] = nll_N.detach()
         if self.answer_nll_weight:
-            nll_N = self._answer_nll(logps)
-            output = replace(
-                output,
-                loss_N=output.loss_N + self.answer_nll_weight * nll_N,
-                answer_nll_loss_N=nll_N.detach(),
-            )
-        return output
+            answer_nll_N = self._answer_nll(logps)
+            loss_N = loss_N + self.answer_nll_weight * answer_nll_N
+            metrics["answer_nll_loss"] = answer_nll_N.detach()
+        return LossOutput(loss_N=loss_N, metrics=metrics)
 
     def _answer_nll(self, logps: PairLogps) -> Tensor:
         """`-> [N]`: of the chosen row that is compared."""
@@ -113,7 +102,7 @@ class LongPreference(Preference):
         return self.nll_scope if self.nll_weight else None
 
     @property
-    def compared(self) -> tuple[Row, Row]:
+    def compared(self) -> tuple[RowName, RowName]:
         return "long_chosen", "long_rejected"
 
 
@@ -133,14 +122,25 @@ class ReferencedPreference(LongPreference):
         )
 
     @property
-    def reference_rows(self) -> tuple[Row, Row]:
+    def reference_rows(self) -> tuple[RowName, RowName]:
         context = self.reference_context
         return context_row(context, "chosen"), context_row(context, "rejected")
 
 
-def context_row(context: Context, branch: Branch) -> Row:
+def reward_metrics(chosen_N: Tensor, rejected_N: Tensor) -> dict[str, Tensor]:
+    """Returns the metrics of rewards, detached and summed over a pair's turns, each `[N]`."""
+    margins_N = chosen_N - rejected_N
+    return {
+        "rewards/chosen": chosen_N,
+        "rewards/rejected": rejected_N,
+        "rewards/margins": margins_N,
+        "rewards/accuracies": margins_N > 0,
+    }
+
+
+def context_row(context: Context, branch: Branch) -> RowName:
     """The answer of a branch under a context."""
-    rows: dict[tuple[Context, Branch], Row] = {
+    rows: dict[tuple[Context, Branch], RowName] = {
         ("short", "chosen"): "short_chosen",
         ("short", "rejected"): "short_rejected",
         ("long", "chosen"): "long_chosen",
@@ -149,7 +149,7 @@ def context_row(context: Context, branch: Branch) -> Row:
     return rows[context, branch]
 
 
-def log_ratio(logps: PairLogps, row: Row, reference_row: Row) -> Tensor:
+def log_ratio(logps: PairLogps, row: RowName, reference_row: RowName) -> Tensor:
     """log pi_theta(y | row) - log pi_ref(y | reference_row) of each turn's answer.
 
     `-> [N, T]`, meaningless where the turn is absent. Without a reference its log-prob counts as 0.

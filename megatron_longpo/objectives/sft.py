@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_longpo.config.names import NllScope, NllTokens
+
 from .preference import context_row
 from .turns import mean_over_tokens
-from .types import Branch, Context, LossOutput, Needs, NllScope, NllTokens, Objective, PairLogps
+from .types import Branch, Context, LossOutput, Needs, Objective, PairLogps
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,9 +29,9 @@ class SFT(Objective):
         return Needs(nll=tokens)
 
     def __call__(self, logps: PairLogps) -> LossOutput:
-        """`PairLogps -> LossOutput`; only the two NLL fields are read."""
+        """Returns the loss of each pair; of `logps` only the NLL fields are read."""
         nll_N = mean_over_tokens(logps.nll_sum_N, logps.nll_count_N)
-        return LossOutput(loss_N=self.nll_weight * nll_N, nll_loss_N=nll_N.detach())
+        return LossOutput(loss_N=self.nll_weight * nll_N, metrics={"nll_loss": nll_N.detach()})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,15 +61,12 @@ class ConstrainedSFT(Objective):
         )
 
     def __call__(self, logps: PairLogps) -> LossOutput:
-        """`PairLogps -> LossOutput`; NLL is None where its weight is 0."""
+        """Returns the loss of each pair; an NLL whose weight is 0 is left out."""
         divergence_N = mean_over_tokens(logps.divergence_sum_N, logps.divergence_count_N)
         loss_N = self.divergence_weight * divergence_N
-        nll_N = None
+        metrics = {"divergence_loss": divergence_N.detach()}
         if self.nll_weight:
             nll_N = mean_over_tokens(logps.nll_sum_N, logps.nll_count_N)
             loss_N = loss_N + self.nll_weight * nll_N
-        return LossOutput(
-            loss_N=loss_N,
-            nll_loss_N=None if nll_N is None else nll_N.detach(),
-            divergence_loss_N=divergence_N.detach(),
-        )
+            metrics["nll_loss"] = nll_N.detach()
+        return LossOutput(loss_N=loss_N, metrics=metrics)

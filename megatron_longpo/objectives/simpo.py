@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from megatron_longpo.config.names import RowName, Turns
+
 from .preference import Comparison, LongPreference, logistic_loss
 from .turns import token_mean
-from .types import PairLogps, Row, Turns
+from .types import PairLogps
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,7 +35,7 @@ class SimPO(LongPreference):
         )
 
 
-def mean_logp_reward(logps: PairLogps, row: Row, *, beta: float, turns: Turns) -> Tensor:
+def mean_logp_reward(logps: PairLogps, row: RowName, *, beta: float, turns: Turns) -> Tensor:
     """beta * mean log-prob of a token, `-> [N, U]`."""
     return beta * token_mean(logps.policy[row], logps.token_counts[row], logps.turn_mask_NT, turns)
 

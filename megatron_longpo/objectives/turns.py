@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .types import Turns
+from megatron_longpo.config.names import Turns
 
 
 def per_unit(values_NT: Tensor, turn_mask_NT: Tensor, turns: Turns) -> Tensor:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_longpo.config.names import RowName
 from megatron_longpo.config.train import TrainConfig, check_world
 from megatron_longpo.data.trees.catalog import PairCatalog
 from megatron_longpo.data.trees.packing import PairSize
@@ -33,7 +34,6 @@ from megatron_longpo.engine.row_reader import RowReader
 from megatron_longpo.engine.schedule import score_microbatches
 from megatron_longpo.engine.sources import make_objective, read_models
 from megatron_longpo.errors import StopRequested
-from megatron_longpo.objectives import Row
 from megatron_longpo.parallel import groups as process_groups
 from megatron_longpo.parallel.collectives import from_main_rank, on_any_rank
 from megatron_longpo.parallel.groups import Groups
@@ -217,7 +217,7 @@ def score_part(
 def _part(
     catalog: PairCatalog,
     pairs: Sequence[int],
-    names: tuple[Row, ...],
+    names: tuple[RowName, ...],
     sums_NRT: np.ndarray,
     num_turns_N: np.ndarray,
 ) -> ReferenceLogps:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from megatron_longpo.config.train import LoggingConfig, WandbConfig
+from megatron_longpo.engine.metric_names import LOSS_KEYS
 from megatron_longpo.engine.metrics import (
-    LOSS_KEYS,
     MetricsWriter,
     check_trackers,
     keep_rows_until,

@@ -15,7 +15,7 @@ import yaml
 from checkpoints_convert.megatron_to_hf import run_export
 from megatron_longpo.config.convert import ExportConfig
 from megatron_longpo.config.train import ParallelConfig
-from megatron_longpo.engine.metrics import LOSS_KEYS
+from megatron_longpo.engine.metric_names import LOSS_KEYS
 from megatron_longpo.engine.run_folder import settings
 from megatron_longpo.training import loop
 from tests.parity.cases import LORA, TinyModel
