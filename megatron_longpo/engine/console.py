@@ -1,4 +1,4 @@
-"""What a run tells the person who watches it: progress bars in a terminal, plain lines in a log."""
+"""Progress bars in a terminal and plain lines in a log, for the person who watches a run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SUITE_KEYS = ("eval/retrieval/", "eval/ends/", "eval/nll/", "eval/retention/")
 
 
 class RunConsole:
-    """Speaks on the main rank and is silent on the others."""
+    """Prints on the main rank; the other ranks print nothing."""
 
     def __init__(self, *, is_main: bool) -> None:
         self._console = Console(quiet=not is_main, highlight=False, soft_wrap=True)
@@ -50,12 +50,13 @@ class RunConsole:
         quiet_libraries()
 
     def say(self, text: str) -> None:
+        """Prints one line."""
         self._console.print(text, markup=False)
 
     def track(self, items: Iterable[Any], *, what: str, total: int, done: int = 0) -> Iterator[Any]:
-        """Yields `items` under a progress bar, where there is a terminal to show one.
+        """Yields `items` under a progress bar if the output is a terminal.
 
-        Bars may be shown inside another's loop, as evaluation is inside training.
+        Bars may be nested: evaluation shows its own inside training's.
         """
         is_outermost = not self._progress.tasks
         task = self._progress.add_task(what, total=total, completed=done)
@@ -71,10 +72,12 @@ class RunConsole:
                 self._progress.stop()
 
     def say_step(self, metrics: Mapping[str, Any], *, num_steps: int) -> None:
+        """Prints the line of an optimizer step."""
         numbers = "  ".join(f"{word} {value:.4g}" for word, value in _shown(metrics))
         self.say(f"step {metrics['step']}/{num_steps}  {numbers}")
 
     def say_evaluation(self, metrics: Mapping[str, Any]) -> None:
+        """Prints the line of an evaluation."""
         scored = {
             key.removeprefix("eval/"): value
             for key, value in metrics.items()
@@ -84,7 +87,7 @@ class RunConsole:
         measured = "  ".join(
             f"{key.removeprefix('eval/')} {value:.4g}"
             for key, value in metrics.items()
-            # One kind of retrieval by itself is a level deeper, and in the files.
+            # Numbers of a single kind of retrieval are a level deeper, and only in the files.
             if key.startswith(SUITE_KEYS) and key.count("/") == 2 and value is not None
         )
         numbers = "  ".join(filter(None, [numbers, measured]))
@@ -102,9 +105,9 @@ def _shown(metrics: Mapping[str, Any]) -> list[tuple[str, float]]:
 
 
 def quiet_libraries() -> None:
-    """Keeps Megatron's start-up remarks, which no user can act on, out of the log."""
+    """Hides start-up warnings of Megatron and torch that no user can act on."""
     logging.getLogger("megatron").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"megatron\..*")
     warnings.filterwarnings("ignore", module=r"torch\..*")
-    # The same remarks, where they reach torch through the shim.
+    # The same warnings, raised through our CPU shim.
     warnings.filterwarnings("ignore", module=r"megatron_longpo\.parallel\.cpu")

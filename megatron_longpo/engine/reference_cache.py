@@ -40,10 +40,11 @@ class CacheHeader:
 
     fingerprint: ReferenceFingerprint
     rows: tuple[RowName, ...]
-    """Which of a pair's rows are scored."""
+    """The rows of a pair that are scored."""
 
     @property
     def folder_name(self) -> str:
+        """16 hexadecimal digits, different for caches that must not share a folder."""
         named = json.dumps([FORMAT, self.fingerprint.short, self.rows])
         return hashlib.blake2b(named.encode(), digest_size=8).hexdigest()
 
@@ -53,11 +54,16 @@ class CacheHeader:
 
 
 def part_paths(folder: Path) -> list[Path]:
+    """Returns the parts of a cache in the order they were written."""
     return sorted(folder.glob("part-*.npz"))
 
 
 def read_part(path: Path, rows: Sequence[RowName]) -> ReferenceLogps:
-    """Reads one part; a `UserError` where it is damaged."""
+    """Reads one part.
+
+    Raises:
+        UserError: if it is damaged.
+    """
     try:
         with np.load(path, allow_pickle=False) as arrays:
             part = ReferenceLogps(
@@ -87,16 +93,16 @@ def read_part(path: Path, rows: Sequence[RowName]) -> ReferenceLogps:
 def find_logps(
     cache_path: Path, fingerprint: ReferenceFingerprint, rows: Sequence[RowName], *, data_key: str
 ) -> ReferenceLogps:
-    """The cached sums of a data set.
+    """Returns the cached sums of a data set.
 
     Args:
         cache_path: `reference.cache_path`.
         fingerprint: of the reference and of the data set's rows.
-        rows: the rows of a pair that are needed; a cache of more serves too.
+        rows: the rows of a pair that are needed; a cache with more rows serves too.
         data_key: `data.path` or `data.eval_path`, for messages.
 
     Raises:
-        UserError: if there is none, naming what the nearest one differs in.
+        UserError: if there is none; it names what differs in the most similar cache.
     """
     where = f"reference.cache_path ({cache_path})"
     found = _headers(cache_path)
@@ -136,7 +142,7 @@ def _read(folder: Path, rows: Sequence[RowName]) -> ReferenceLogps:
 
 
 def _headers(cache_path: Path) -> dict[Path, CacheHeader]:
-    """The caches of a folder. One whose header a crash has torn is none until it is made again."""
+    """Returns the caches of a folder by path; one whose header cannot be read is left out."""
     found = {}
     for path in sorted(cache_path.glob(f"*/{HEADER_NAME}")):
         try:

@@ -1,4 +1,4 @@
-"""`longpo report`: the curves and the numbers of one or several runs, from metrics.jsonl."""
+"""`longpo report`: plots metrics.jsonl of one or several runs and prints a summary."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class ReportConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """The rows of one metrics.jsonl, training and evaluation apart."""
+    """The rows of one metrics.jsonl, split into training and evaluation."""
 
     name: str
     folder: Path
@@ -64,14 +64,14 @@ class Run:
         return [*self.training, *self.evaluation]
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
-        """Steps and values of a key, from evaluation rows where it starts with `eval/`."""
+        """Returns steps and values of a key; keys with `eval/` come from evaluation rows."""
         rows = self.evaluation if key.startswith("eval/") else self.training
         points = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), (int, float))]
         return [step for step, _ in points], [value for _, value in points]
 
 
 def run_report(config: ReportConfig) -> None:
-    """Plots the runs into one PNG and prints a summary."""
+    """Plots all runs into one PNG and prints a summary."""
     if not config.runs:
         raise UserError("runs is empty. Give at least one folder that a training run logged to")
     runs = [read_run(path) for path in config.runs]
@@ -84,7 +84,7 @@ def run_report(config: ReportConfig) -> None:
 
 
 def read_run(path: str) -> Run:
-    """Reads `<path>/metrics.jsonl`; a half-written last line of a live run is left out."""
+    """Reads `<path>/metrics.jsonl`; leaves out a half-written last line of a live run."""
     file = Path(path)
     if file.is_dir():
         file = file / METRICS_FILE
@@ -115,7 +115,7 @@ def read_run(path: str) -> Run:
 
 
 def plot(runs: Sequence[Run], output: Path) -> None:
-    """Draws a panel a metric, a line a run; evaluations are dots in the panel of their metric."""
+    """Draws one panel a metric and one line a run, with dots for evaluations."""
     # Figure without pyplot: it draws without a display and leaves no global state.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -162,7 +162,7 @@ def _draw_panel(axes: Axes, runs: Sequence[Run], key: str) -> None:
 
 
 def print_summary(runs: Sequence[Run]) -> None:
-    """Prints first and last value of each metric, training and evaluation, a table a run."""
+    """Prints a table for each run with the first and last value of each metric."""
     from rich.console import Console
     from rich.table import Table
 

@@ -18,9 +18,9 @@ class OPSDL(Objective):
         KL( pi_theta(. | long document, y_<t) || pi_ref(. | short chunk, y_<t) )
 
     Source: OPSDL (arXiv 2604.17535), the reverse KL of each token, here of the whole next-token
-    distributions. The paper's student writes y under the long document while it learns; rows
-    hold what the model wrote there before training, which is their rejected answer. No answer is
-    preferred: the teacher says of each token what it would have written.
+    distributions. The paper's student writes y under the long document during training. Here y is
+    the rejected answer of the row, which the model wrote under the long document before training.
+    No answer is preferred: each token is compared with the teacher's distribution.
     """
 
     divergence_weight: float

@@ -1,4 +1,4 @@
-"""What the objectives that compare a chosen with a rejected answer have in common.
+"""The common part of objectives that compare a chosen with a rejected answer.
 
 Letters: N pairs, T turns, U units: a pair's conversation or its turns, see `turns.py`.
 """
@@ -19,7 +19,7 @@ from .types import Branch, Context, LossOutput, Needs, Objective, PairLogps
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """A preference, unit by unit."""
+    """A preference by unit: its loss, and the numbers that it compares."""
 
     losses_NU: Tensor
     """[N, U] float, with gradient, unweighted."""
@@ -33,13 +33,13 @@ class Preference(Objective):
     """L_n = nll_weight * NLL_n + preference_weight * mean over units of the comparison's loss
           + answer_nll_weight * mean over the chosen answers' tokens of -log pi_theta.
 
-    `preference_weight: 0` leaves NLL alone to train; the preference loss and the rewards are
-    still reported. `nll_weight: 0` drops the NLL term from the work and from the report.
+    With `preference_weight: 0` only NLL trains; the preference loss and the rewards are still
+    reported. With `nll_weight: 0` the NLL term is neither computed nor reported.
 
-    A preference is over differences, and may lower what both answers have in common, such as the
-    token that ends them (likelihood displacement, arXiv 2410.08847). NLL of a whole long row hardly
-    holds against it, since answers are few of its tokens; `answer_nll_weight` does (the NLL term of
-    arXiv 2404.19733, over all turns' tokens).
+    A preference compares differences, and may make less likely what both answers have in common,
+    such as the token that ends them (likelihood displacement, arXiv 2410.08847). NLL of a whole
+    long row hardly prevents it, since few of its tokens are answers; `answer_nll_weight` does (the
+    NLL term of arXiv 2404.19733, over all turns' tokens).
     """
 
     preference_weight: float
@@ -78,7 +78,7 @@ class Preference(Objective):
         return LossOutput(loss_N=loss_N, metrics=metrics)
 
     def _answer_nll(self, logps: PairLogps) -> Tensor:
-        """`-> [N]`: of the chosen row that is compared."""
+        """Returns the mean NLL of an answer token, `-> [N]`, in the chosen row that is compared."""
         chosen, _ = self.compared
         mean_N1 = token_mean(
             logps.policy[chosen], logps.token_counts[chosen], logps.turn_mask_NT, "summed"
@@ -108,7 +108,10 @@ class LongPreference(Preference):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReferencedPreference(LongPreference):
-    """The same, relative to a reference that reads one context or the other."""
+    """A preference between answers to the long document, relative to a reference.
+
+    The reference reads the short or the long context.
+    """
 
     beta: float
     reference_context: Context
@@ -139,7 +142,7 @@ def reward_metrics(chosen_N: Tensor, rejected_N: Tensor) -> dict[str, Tensor]:
 
 
 def context_row(context: Context, branch: Branch) -> RowName:
-    """The answer of a branch under a context."""
+    """Returns the name of a branch's answer under a context."""
     rows: dict[tuple[Context, Branch], RowName] = {
         ("short", "chosen"): "short_chosen",
         ("short", "rejected"): "short_rejected",
@@ -150,9 +153,9 @@ def context_row(context: Context, branch: Branch) -> RowName:
 
 
 def log_ratio(logps: PairLogps, row: RowName, reference_row: RowName) -> Tensor:
-    """log pi_theta(y | row) - log pi_ref(y | reference_row) of each turn's answer.
+    """Returns log pi_theta(y | row) - log pi_ref(y | reference_row) of each turn's answer.
 
-    `-> [N, T]`, meaningless where the turn is absent. Without a reference its log-prob counts as 0.
+    `-> [N, T]`, meaningless if the turn is absent. Without a reference its log-prob counts as 0.
     """
     policy_NT = logps.policy[row]
     if reference_row not in logps.reference:
@@ -161,11 +164,11 @@ def log_ratio(logps: PairLogps, row: RowName, reference_row: RowName) -> Tensor:
 
 
 def logistic_loss(z: Tensor, *, beta: float, label_smoothing: float) -> Tensor:
-    """l(z) = -(1 - eps) * log sigmoid(beta z) - eps * log sigmoid(-beta z), element by element.
+    """Returns l(z) = -(1 - eps) * log sigmoid(beta z) - eps * log sigmoid(-beta z), elementwise.
 
     eps = `label_smoothing` is the chance that a pair's labels are swapped (conservative DPO;
     a note by E. Mitchell on arXiv 2305.18290). With eps = 0 it is Equation 7 of that paper.
-    `logsigmoid` stays finite, and so does its gradient, where `sigmoid` has rounded to 0.
+    `logsigmoid` and its gradient stay finite where `sigmoid` rounds to 0.
     """
     loss = -(1.0 - label_smoothing) * F.logsigmoid(beta * z)
     if label_smoothing:

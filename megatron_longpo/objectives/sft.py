@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on one branch, alone or held to the short-context model."""
+"""Supervised fine-tuning on one branch, with or without a KL to the short-context model."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ class ConstrainedSFT(Objective):
             KL( pi_theta(. | long document, y_<t) || pi_ref(. | short chunk, y_<t) )
 
     Source: the SFT baseline with the short-to-long constraint of LongPO (arXiv 2502.13922). The
-    paper states the constraint as that KL in the objective which LongPO's loss is derived from,
-    and gives no formula for SFT. So it is added to the NLL as it stands, of whole next-token
-    distributions: exact where a log-ratio of the sampled tokens would be an estimate that is
-    negative half of the time and that an answer written by the reference cannot give.
+    paper states the constraint as that KL, in the objective that LongPO's loss is derived from, and
+    gives no formula for SFT. So the KL of whole next-token distributions is added to the NLL. It is
+    exact; a log-ratio of the answer's tokens would only estimate it, would be negative half of the
+    time, and would need answers that the policy sampled.
     """
 
     nll_weight: float

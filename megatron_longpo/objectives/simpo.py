@@ -36,14 +36,14 @@ class SimPO(LongPreference):
 
 
 def mean_logp_reward(logps: PairLogps, row: RowName, *, beta: float, turns: Turns) -> Tensor:
-    """beta * mean log-prob of a token, `-> [N, U]`."""
+    """Returns beta * mean log-prob of a token, `-> [N, U]`."""
     return beta * token_mean(logps.policy[row], logps.token_counts[row], logps.turn_mask_NT, turns)
 
 
 def margin_comparison(
     chosen_NU: Tensor, rejected_NU: Tensor, *, gamma: float, label_smoothing: float
 ) -> Comparison:
-    """The logistic loss of rewards that are to differ by gamma."""
+    """Returns the logistic loss of rewards whose target difference is gamma."""
     return Comparison(
         losses_NU=logistic_loss(
             chosen_NU - rejected_NU - gamma, beta=1.0, label_smoothing=label_smoothing

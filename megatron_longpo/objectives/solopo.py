@@ -1,4 +1,4 @@
-"""SoLoPO: learn the preference on short chunks, and carry the chosen answer's reward over."""
+"""SoLoPO: learn the preference on short chunks, and align the long chosen answer's reward."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ class SoLoPO(Preference):
 
     Source: SoLoPO (arXiv 2505.11166), `alignment_weight` its alpha. The policy reads the short
     rows with gradient, under its own RoPE. Only the chosen answer's reward is aligned. Each
-    flavour brings its reward r and its loss; an NLL term is of the chosen answers in the short
-    rows.
+    flavour has its own reward r and loss. An NLL term uses the chosen answers in the short rows.
     """
 
     alignment_weight: float
@@ -34,7 +33,7 @@ class SoLoPO(Preference):
 
     @property
     def rows(self) -> tuple[RowName, ...]:
-        """What the policy reads, and the reference of the flavour that has one."""
+        """Rows that the policy reads, and the reference too if the flavour has one."""
         return *self.compared, "long_chosen"
 
     @property
@@ -47,7 +46,7 @@ class SoLoPO(Preference):
 
     @abstractmethod
     def reward(self, logps: PairLogps, row: RowName) -> Tensor:
-        """r of a row's answers, `-> [N, U]`, with gradient."""
+        """Returns r of a row's answers, `-> [N, U]`, with gradient."""
 
     def __call__(self, logps: PairLogps) -> LossOutput:
         """Returns the loss of each pair; an NLL whose weight is 0 is left out."""

@@ -1,7 +1,7 @@
-"""What an objective is given, what it gives back, and what it asks for.
+"""The input of an objective, its output, and what it needs from pack and head.
 
 Letters: N = pairs of a microbatch, T = most turns among them. Log-probs are sums over answer
-tokens, in nats, in the float type that is handed over (float64 in training).
+tokens, in nats, in the float type of the input (float64 in training).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Context = Literal["short", "long"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PairLogps:
-    """Everything a loss is a function of. The log-prob head makes it, once a microbatch."""
+    """The input of a loss. The log-prob head makes it, once a microbatch."""
 
     policy: Mapping[RowName, Tensor]
     """For each row of `Needs.policy` [N, T] float, with gradient: sum over the answer tokens of
@@ -32,7 +32,7 @@ class PairLogps:
     token_counts: Mapping[RowName, Tensor]
     """For each row of `Needs.policy` [N, T] int64: the answer tokens that the sum is over."""
     turn_mask_NT: Tensor
-    """[N, T] bool, True where the pair has that turn. What stands elsewhere is never read."""
+    """[N, T] bool, True where the pair has that turn. Values elsewhere are never read."""
     nll_sum_N: Tensor
     """[N] float, with gradient: sum of -log pi_theta over the tokens of `Needs.nll`."""
     nll_count_N: Tensor
@@ -67,18 +67,18 @@ class LossOutput:
     """[N] float, with gradient: the weighted sum of the parts."""
     metrics: Mapping[str, Tensor]
     """Name in metrics.jsonl -> [N], detached. Parts of the loss end in `_loss` and are unweighted;
-    the console and `longpo report` show them without being told. A name that the objective does not
-    give is null in metrics.jsonl where contract section 5 lists it, and absent otherwise."""
+    the console and `longpo report` show them. A name that the objective does not give is null in
+    metrics.jsonl if contract section 5 lists it, and absent otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Needs:
-    """What the pack and the log-prob head have to provide for an objective."""
+    """Log-probs and divergences that the pack and the log-prob head provide for an objective."""
 
     policy: tuple[RowName, ...] = ()
     """Rows whose per-turn log-probs of the policy enter the loss or its metrics, with gradient."""
     reference: tuple[RowName, ...] = ()
-    """Rows whose per-turn log-probs of the reference are used where there is one."""
+    """Rows whose per-turn log-probs of the reference are used, if there is a reference."""
     nll: NllTokens | None = None
     """Tokens of the NLL term; None = no such term."""
     divergence: tuple[RowName, RowName] | None = None
@@ -88,7 +88,7 @@ class Needs:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Objective(ABC):
-    """Settings of `objective.*` that the loss uses, callable on `PairLogps`."""
+    """A loss with its keys of the section `objective`, callable on `PairLogps`."""
 
     @property
     @abstractmethod

@@ -21,7 +21,7 @@ from megatron_longpo.errors import UserError
 
 def writer(folder: Path, *, resumed_step: int = 0, **settings: Any) -> MetricsWriter:
     config = LoggingConfig(**{"dir": str(folder), "tensorboard": False, **settings})
-    return MetricsWriter(config, resumed_step=resumed_step, settings={"model": {"hf_path": "x"}})
+    return MetricsWriter(config, resumed_step=resumed_step, run_config={"model": {"hf_path": "x"}})
 
 
 def lines(folder: Path) -> list[str]:
