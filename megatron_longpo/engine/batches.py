@@ -1,4 +1,4 @@
-"""From pair indices to the microbatches that this rank runs."""
+"""Deals pairs into microbatches over ranks, and lays out this rank's tokens of them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from megatron_longpo.parallel.layout import RankPack, lay_out_pack
 
 MICROBATCHES_A_PART = 4
 """For each data-parallel rank and pipeline stage: enough to balance the ranks and to fill the
-pipeline, few enough that a stop or a crash costs a minute."""
+pipeline, and few enough that a stop or a crash loses a minute of work."""
 
 
 class PairSource(Protocol):
-    """What dealing and packing ask of a catalog."""
+    """A catalog of pairs, as dealing and packing use it."""
 
     def sizes_of(self, pairs: Sequence[int]) -> list[PairSize]: ...
 
@@ -44,7 +44,7 @@ def rank_packs(
 def rank_microbatches(
     catalog: PairSource, pairs: Sequence[int], groups: Groups, *, budget_tokens: int
 ) -> list[Microbatch]:
-    """This rank's share of a global batch, as indices into `pairs`."""
+    """Returns this rank's share of a global batch; its pairs are indices into `pairs`."""
     dealt = deal(
         catalog.sizes_of(pairs),
         num_ranks=groups.data.size(),
@@ -76,13 +76,13 @@ def lay_out_microbatch(
 def split_parts(
     pairs: Sequence[int], tokens: Sequence[int], groups: Groups, *, budget_tokens: int
 ) -> list[list[int]]:
-    """Cuts pairs that are only scored into consecutive parts of some microbatches a rank."""
+    """Cuts pairs that are only scored into consecutive parts, each a few microbatches a rank."""
     num_ranks = groups.data.size() * groups.pipeline.size()
     return cut(pairs, tokens, part_tokens=MICROBATCHES_A_PART * num_ranks * budget_tokens)
 
 
 def cut(pairs: Sequence[int], tokens: Sequence[int], *, part_tokens: int) -> list[list[int]]:
-    """Cuts pairs into consecutive parts that each reach `part_tokens`, but for the last."""
+    """Cuts pairs into consecutive parts; all but the last have at least `part_tokens` tokens."""
     parts: list[list[int]] = []
     room = 0
     for pair, size in zip(pairs, tokens, strict=True):
@@ -97,6 +97,6 @@ def cut(pairs: Sequence[int], tokens: Sequence[int], *, part_tokens: int) -> lis
 def read_ahead(
     catalog: PairCatalog, pairs: Sequence[int], groups: Groups, *, budget_tokens: int
 ) -> None:
-    """Reads what `rank_packs` will need for these pairs, so that it finds it in memory."""
+    """Reads the rows that `rank_packs` will need for these pairs into memory."""
     share = rank_microbatches(catalog, pairs, groups, budget_tokens=budget_tokens)
     catalog.read_ahead([pairs[index] for microbatch in share for index in microbatch.pairs])

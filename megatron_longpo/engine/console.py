@@ -1,4 +1,4 @@
-"""What a run tells the person who watches it: progress bars in a terminal, plain lines in a log."""
+"""Progress bars in a terminal and plain lines in a log, for the person who watches a run."""
 
 from __future__ import annotations
 
@@ -17,26 +17,23 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-SHOWN = {
-    "loss": "loss",
-    "preference_loss": "preference",
-    "nll_loss": "nll",
-    "answer_nll_loss": "answer nll",
+from megatron_longpo.engine.metric_names import loss_parts
+
+SHOWN_BEHIND = {
     "rewards/accuracies": "accuracy",
     "rewards/margins": "margin",
     "grad_norm": "grad norm",
     "learning_rate": "lr",
     "tokens_per_second": "tokens/s",
 }
-"""Metrics of a line, with the words that it uses."""
-
+"""Metrics that follow the loss and its parts in a line, with the words that it uses."""
 
 SUITE_KEYS = ("eval/retrieval/", "eval/ends/", "eval/nll/", "eval/retention/")
-"""What the settings `evaluation` add to a line."""
+"""Prefixes of the numbers that the section `evaluation` adds to a line."""
 
 
 class RunConsole:
-    """Speaks on the main rank and is silent on the others."""
+    """Prints on the main rank; the other ranks print nothing."""
 
     def __init__(self, *, is_main: bool) -> None:
         self._console = Console(quiet=not is_main, highlight=False, soft_wrap=True)
@@ -53,12 +50,13 @@ class RunConsole:
         quiet_libraries()
 
     def say(self, text: str) -> None:
+        """Prints one line."""
         self._console.print(text, markup=False)
 
     def track(self, items: Iterable[Any], *, what: str, total: int, done: int = 0) -> Iterator[Any]:
-        """Yields `items` under a progress bar, where there is a terminal to show one.
+        """Yields `items` under a progress bar if the output is a terminal.
 
-        Bars may be shown inside another's loop, as evaluation is inside training.
+        Bars may be nested: evaluation shows its own inside training's.
         """
         is_outermost = not self._progress.tasks
         task = self._progress.add_task(what, total=total, completed=done)
@@ -74,33 +72,42 @@ class RunConsole:
                 self._progress.stop()
 
     def say_step(self, metrics: Mapping[str, Any], *, num_steps: int) -> None:
-        numbers = "  ".join(
-            f"{word} {metrics[key]:.4g}"
-            for key, word in SHOWN.items()
-            if metrics.get(key) is not None
-        )
+        """Prints the line of an optimizer step."""
+        numbers = "  ".join(f"{word} {value:.4g}" for word, value in _shown(metrics))
         self.say(f"step {metrics['step']}/{num_steps}  {numbers}")
 
     def say_evaluation(self, metrics: Mapping[str, Any]) -> None:
-        numbers = "  ".join(
-            f"{word} {metrics['eval/' + key]:.6g}"
-            for key, word in SHOWN.items()
-            if metrics.get("eval/" + key) is not None
-        )
+        """Prints the line of an evaluation."""
+        scored = {
+            key.removeprefix("eval/"): value
+            for key, value in metrics.items()
+            if key.startswith("eval/")
+        }
+        numbers = "  ".join(f"{word} {value:.6g}" for word, value in _shown(scored))
         measured = "  ".join(
             f"{key.removeprefix('eval/')} {value:.4g}"
             for key, value in metrics.items()
-            # One kind of retrieval by itself is a level deeper, and in the files.
+            # Numbers of a single kind of retrieval are a level deeper, and only in the files.
             if key.startswith(SUITE_KEYS) and key.count("/") == 2 and value is not None
         )
         numbers = "  ".join(filter(None, [numbers, measured]))
         self.say(f"evaluation at step {metrics['step']}  {numbers}")
 
 
+def _shown(metrics: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """Returns the words and values of a line: the loss, its parts, and the rest of `SHOWN_BEHIND`.
+
+    A part of the loss is whatever the objective gives under a name that ends in `_loss`.
+    """
+    parts = {key: key.removesuffix("_loss").replace("_", " ") for key in loss_parts(metrics)}
+    words = {"loss": "loss", **parts, **SHOWN_BEHIND}
+    return [(word, metrics[key]) for key, word in words.items() if metrics.get(key) is not None]
+
+
 def quiet_libraries() -> None:
-    """Keeps Megatron's start-up remarks, which no user can act on, out of the log."""
+    """Hides start-up warnings of Megatron and torch that no user can act on."""
     logging.getLogger("megatron").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"megatron\..*")
     warnings.filterwarnings("ignore", module=r"torch\..*")
-    # The same remarks, where they reach torch through the shim.
+    # The same warnings, raised through our CPU shim.
     warnings.filterwarnings("ignore", module=r"megatron_longpo\.parallel\.cpu")

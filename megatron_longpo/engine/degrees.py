@@ -1,4 +1,4 @@
-"""From the settings `parallel` and the models to degrees: what fits, how layers and heads split."""
+"""Computes parallel degrees, and the split of layers and heads, from config and models."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_longpo.parallel.stages import Split
 def parallel_sizes(
     parallel: ParallelConfig, architectures: Sequence[Architecture]
 ) -> ParallelSizes:
-    """The degrees for a run that builds these models."""
+    """Returns the degrees for a run that builds these models."""
     return ParallelSizes(
         tensor=parallel.tensor,
         pipeline=parallel.pipeline,
@@ -29,14 +29,14 @@ def parallel_sizes(
 
 
 def check_split(parallel: ParallelConfig, architectures: Sequence[Architecture]) -> None:
-    """Refuses parallel sizes that one of the models cannot be split by."""
+    """Raises a UserError for parallel sizes that one of the models cannot be split by."""
     for arch in architectures:
         check_tensor_size(arch, parallel.tensor)
     context_inner(parallel, architectures)
 
 
 def check_every_rank_has_layers(parallel: ParallelConfig, split: Split) -> None:
-    """Refuses embedding or loss stages on a rank of their own where adapters alone train."""
+    """Raises a UserError for a pipeline rank without layers, which would train no adapter."""
     pipeline = parallel.pipeline
     for rank in range(pipeline):
         if not sum(split[rank::pipeline]):
@@ -47,7 +47,7 @@ def check_every_rank_has_layers(parallel: ParallelConfig, split: Split) -> None:
 
 
 def stage_split(parallel: ParallelConfig, policy: Architecture) -> Split:
-    """The policy's layers on each pipeline stage; another model's are split like them."""
+    """Returns the policy's layers on each pipeline stage; other models are split like it."""
     return check_stages(
         policy,
         pipeline=parallel.pipeline,
@@ -57,10 +57,10 @@ def stage_split(parallel: ParallelConfig, policy: Architecture) -> Split:
 
 
 def context_inner(parallel: ParallelConfig, architectures: Sequence[Architecture]) -> int:
-    """How many neighbouring context-parallel ranks scatter heads among themselves.
+    """Returns how many neighbouring context-parallel ranks scatter heads among themselves.
 
     Raises:
-        UserError: if the heads of one of the models cannot be shared out so.
+        UserError: if the heads of one of the models cannot be divided so.
     """
     if parallel.context_comm == "all_gather":
         return 1
@@ -79,5 +79,5 @@ def context_inner(parallel: ParallelConfig, architectures: Sequence[Architecture
 
 
 def heads_per_rank(arch: Architecture, tensor: int) -> tuple[int, int]:
-    """Heads and key/value heads of one tensor-parallel rank; one of those at least."""
+    """Returns heads and key/value heads of one tensor-parallel rank, at least one of each."""
     return arch.num_heads // tensor, max(1, arch.num_kv_heads // tensor)

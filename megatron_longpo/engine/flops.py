@@ -1,6 +1,6 @@
 """Floating-point operations of a step, as contract.md section 5 counts them.
 
-What the model needs, not what the machine did: recomputation and padding are left out.
+Recomputation and padding are not counted: the numbers are what the model needs.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ def step_flops(
     *,
     lora: LoraConfig | None = None,
 ) -> float:
-    """Operations of one global batch, over all GPUs: policy both ways, reference forward.
+    """Returns the operations of one global batch over all GPUs.
 
-    With adapters no gradient of the frozen matrices is formed, which is a third less for them.
+    The policy runs forward and backward, the reference forward. With adapters no gradient of the
+    frozen matrices is computed, which saves a third of their operations.
     """
     total = 0.0
     for size in sizes:
@@ -42,14 +43,14 @@ def step_flops(
 
 
 def layer_parameters(arch: Architecture) -> int:
-    """Parameters of one layer's matrices: q, k, v, output, gate, up and down projection."""
+    """Returns the number of parameters in a layer's matrices: q, k, v, output, gate, up, down."""
     attention_width = arch.num_heads * arch.head_dim
     kv_width = arch.num_kv_heads * arch.head_dim
     return arch.hidden_size * (2 * attention_width + 2 * kv_width + 3 * arch.ffn_hidden_size)
 
 
 def adapter_parameters(arch: Architecture, lora: LoraConfig) -> int:
-    """Parameters of one layer's adapters."""
+    """Returns the number of parameters in one layer's adapters."""
     attention_width = arch.num_heads * arch.head_dim
     kv_width = arch.num_kv_heads * arch.head_dim
     inputs_and_outputs = {

@@ -1,4 +1,4 @@
-"""metrics.jsonl, tensorboard and wandb: what a run says about each step."""
+"""Writes the metrics of each step to metrics.jsonl, tensorboard and wandb."""
 
 from __future__ import annotations
 
@@ -14,33 +14,20 @@ import torch
 
 from megatron_longpo.config.train import LoggingConfig
 from megatron_longpo.data.jsonl import write_whole
+from megatron_longpo.engine.metric_names import LOSS_KEYS
 from megatron_longpo.errors import UserError
 
-LOSS_KEYS = (
-    "loss",
-    "preference_loss",
-    "nll_loss",
-    "logps/chosen",
-    "logps/rejected",
-    "reference_logps/chosen",
-    "reference_logps/rejected",
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/accuracies",
-    "rewards/margins",
-)
-"""Means over a global batch's pairs; null where the objective has no such number."""
-
 EVALUATION_NAME = "evaluation.jsonl"
-"""Of every evaluation one record: `step`, and what `evaluation.results` names."""
+"""File with one record an evaluation: `step`, and the results of its suite cell by cell."""
 
 Metrics = dict[str, float | int | None]
 
 
 def mean_metrics(sums: Mapping[str, float]) -> Metrics:
-    """Turns `run_microbatches`' sums over pairs into means.
+    """Returns the means of `run_microbatches`' sums over pairs.
 
-    Every key of the contract is there, those of one objective alone where it is that objective.
+    Every key of the contract is there, null if the objective does not give it. Keys that only some
+    objectives have are there only with those objectives.
     """
     means: Metrics = {name: value / sums["pairs"] for name, value in sums.items()}
     del means["pairs"]
@@ -48,14 +35,14 @@ def mean_metrics(sums: Mapping[str, float]) -> Metrics:
 
 
 def peak_memory_gib() -> float:
-    """GPU memory, or without one the process's, at its highest since the start."""
+    """Returns the peak of GPU memory since the start, or of the process's memory without a GPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
 
 
 def check_trackers(config: LoggingConfig) -> None:
-    """Refuses a tracker whose package is missing, before anything is built for the run."""
+    """Raises a UserError for a tracker whose package is not installed."""
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise UserError(
             "logging.tensorboard (true): the package tensorboard is not installed; "
@@ -69,15 +56,15 @@ def check_trackers(config: LoggingConfig) -> None:
 
 
 class MetricsWriter:
-    """Writes every step to metrics.jsonl and the paced ones to the trackers that were asked for.
+    """Writes every step to metrics.jsonl, and every `logging.interval`th to the trackers.
 
-    Only one rank makes one.
+    Only the main rank makes one.
     """
 
-    def __init__(self, config: LoggingConfig, *, resumed_step: int, settings: Any) -> None:
-        """Removes what a run that is resumed wrote after `resumed_step`.
+    def __init__(self, config: LoggingConfig, *, resumed_step: int, run_config: Any) -> None:
+        """Opens the files, and removes rows of steps after `resumed_step`.
 
-        A run that begins at step 0 evaluates again before its first step: it keeps nothing.
+        A run that begins at step 0 keeps no row: it evaluates again before its first step.
         """
         self.folder = Path(config.dir)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -90,10 +77,10 @@ class MetricsWriter:
         if config.tensorboard:
             self._trackers.append(_Tensorboard(self.folder, purge_step=(resumed_step or -1) + 1))
         if config.wandb is not None:
-            self._trackers.append(_Wandb(config, settings))
+            self._trackers.append(_Wandb(config, run_config))
 
     def write(self, metrics: Mapping[str, Any], *, to_trackers: bool = True) -> None:
-        """Appends one row; it is on its way to the disk when this returns."""
+        """Appends and flushes one row to metrics.jsonl, and sends it to the trackers if asked."""
         self._file.write(json.dumps(_finite_only(metrics)) + "\n")
         self._file.flush()
         if to_trackers:
@@ -103,7 +90,7 @@ class MetricsWriter:
                 tracker.write(scalars, step)
 
     def write_record(self, record: Mapping[str, Any]) -> None:
-        """Appends what an evaluation found, cell by cell, to evaluation.jsonl."""
+        """Appends the record of an evaluation to evaluation.jsonl."""
         with self.records_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
@@ -114,7 +101,7 @@ class MetricsWriter:
 
 
 def keep_rows_until(path: Path, step: int) -> None:
-    """Drops rows of later steps and a last line that was cut short by a crash."""
+    """Removes rows of steps after `step`, and lines that a crash cut short."""
     if not path.exists():
         return
     kept = []
@@ -129,7 +116,7 @@ def keep_rows_until(path: Path, step: int) -> None:
 
 
 def _finite_only(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN and no infinity."""
+    """Replaces NaN and infinity, which JSON does not have, by None."""
     return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in metrics.items()
@@ -151,7 +138,7 @@ class _Tensorboard:
 
 
 class _Wandb:
-    def __init__(self, config: LoggingConfig, settings: Any) -> None:
+    def __init__(self, config: LoggingConfig, run_config: Any) -> None:
         import wandb
 
         assert config.wandb is not None
@@ -161,7 +148,7 @@ class _Wandb:
                 name=config.wandb.name,
                 mode=config.wandb.mode,
                 dir=config.dir,
-                config=settings,
+                config=run_config,
             )
         except wandb.Error as error:
             raise UserError(

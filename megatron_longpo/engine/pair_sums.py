@@ -1,7 +1,7 @@
-"""From what the model says of edges to the sums that an objective takes.
+"""Sums the log-probs of edges into the per-turn sums that an objective takes.
 
 Letters: N pairs of a microbatch, T most turns among them, K kinds of sums, e edges of this rank,
-d its places where policy and reference are compared.
+d places of this rank at which policy and reference are compared.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_longpo.config.names import ROW_NAMES, RowName
 from megatron_longpo.data.trees.forest import Term
-from megatron_longpo.objectives import ROWS, PairLogps, Row
+from megatron_longpo.objectives import PairLogps
 from megatron_longpo.parallel.collectives import sum_over
 from megatron_longpo.parallel.layout import RankEdges, RankPack
 
 
 def sum_pairs(scores: Tensor, pack: RankPack, *, context_group: ProcessGroup) -> PairLogps:
-    """Sums edges into turns and pairs, over all context-parallel ranks.
+    """Returns sums by turn and pair, over all context-parallel ranks.
 
     Args:
         scores: [e + d] nats, as `scores.score_pack` returns them.
@@ -27,8 +28,8 @@ def sum_pairs(scores: Tensor, pack: RankPack, *, context_group: ProcessGroup) ->
         context_group: ranks that hold the other edges of the same pairs.
 
     Returns:
-        Sums in fp64: an objective subtracts numbers of up to 1e6 nats, where fp32 has no digit
-        left behind the point.
+        Sums in fp64: an objective subtracts numbers of up to 1e6 nats, which fp32 rounds to about
+        a tenth.
     """
     policy = pack.policy
     num_reference_edges = 0 if pack.reference is None else len(pack.reference.edges.sources)
@@ -41,7 +42,7 @@ def sum_pairs(scores: Tensor, pack: RankPack, *, context_group: ProcessGroup) ->
     if pack.reference is not None:
         edges = pack.reference.edges
         sums_KNT.append(_turn_sums(reference_logps.detach(), edges, pack.reference_terms, shape))
-    # A divergence is of the pair, whichever turn a place is in.
+    # A divergence belongs to the pair, whichever turn a place is in: it is put into the first turn.
     first_turns = policy.divergence.pairs * shape[1]
     sums_KNT.append(binned(divergences[None], first_turns, shape))
     *sums, divergence_NT = sum_over(torch.cat(sums_KNT), context_group)
@@ -56,7 +57,7 @@ def sum_pairs(scores: Tensor, pack: RankPack, *, context_group: ProcessGroup) ->
         reference=_by_row({**by_reference_term, **pack.reference_logps}),
         token_counts=_by_row(pack.counts),
         turn_mask_NT=pack.turn_mask,
-        # The NLL is of the pair too.
+        # The NLL belongs to the pair too.
         nll_sum_N=-by_policy_term.get(Term.NLL, nothing_NT).sum(dim=1),
         nll_count_N=pack.counts.get(Term.NLL, no_tokens_NT).sum(dim=1),
         divergence_sum_N=divergence_NT.sum(dim=1),
@@ -64,14 +65,14 @@ def sum_pairs(scores: Tensor, pack: RankPack, *, context_group: ProcessGroup) ->
     )
 
 
-def _by_row(by_term: Mapping[Term, Tensor]) -> dict[Row, Tensor]:
-    return {row: by_term[Term.of_row(row)] for row in ROWS if Term.of_row(row) in by_term}
+def _by_row(by_term: Mapping[Term, Tensor]) -> dict[RowName, Tensor]:
+    return {row: by_term[Term.of_row(row)] for row in ROW_NAMES if Term.of_row(row) in by_term}
 
 
 def _turn_sums(logps: Tensor, edges: RankEdges, terms: Sequence[Term], shape: torch.Size) -> Tensor:
-    """[e] -> [K, N, T] in fp64.
+    """Sums log-probs by term and turn, [e] -> [K, N, T] in fp64.
 
-    No edge is picked out by a mask: how many there are would have to be waited for.
+    Selecting edges with a mask would make the CPU wait for the GPU, to know their number.
     """
     if not terms:
         return torch.zeros(0, *shape, dtype=torch.float64, device=logps.device)
@@ -81,6 +82,6 @@ def _turn_sums(logps: Tensor, edges: RankEdges, terms: Sequence[Term], shape: to
 
 
 def binned(values: Tensor, bins: Tensor, shape: torch.Size) -> Tensor:
-    """Sums of values [K, e] by flat index [e] into `shape` -> [K, *shape], in fp64."""
+    """Sums values [K, e] into flat bins [e] of `shape`, -> [K, *shape] in fp64."""
     sums = torch.zeros(len(values), shape.numel(), dtype=torch.float64, device=values.device)
     return sums.index_add(1, bins, values.double()).view(-1, *shape)

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_longpo.data.trees.forest import Row
+from megatron_longpo.config.names import RowName
 from megatron_longpo.data.trees.reference_logps import ReferenceLogps, joined
 from megatron_longpo.engine.reference_fingerprint import ReferenceFingerprint, differences
 from megatron_longpo.errors import UserError
@@ -39,11 +39,12 @@ class CacheHeader:
     """`cache.json`."""
 
     fingerprint: ReferenceFingerprint
-    rows: tuple[Row, ...]
-    """Which of a pair's rows are scored."""
+    rows: tuple[RowName, ...]
+    """The rows of a pair that are scored."""
 
     @property
     def folder_name(self) -> str:
+        """16 hexadecimal digits, different for caches that must not share a folder."""
         named = json.dumps([FORMAT, self.fingerprint.short, self.rows])
         return hashlib.blake2b(named.encode(), digest_size=8).hexdigest()
 
@@ -53,11 +54,16 @@ class CacheHeader:
 
 
 def part_paths(folder: Path) -> list[Path]:
+    """Returns the parts of a cache in the order they were written."""
     return sorted(folder.glob("part-*.npz"))
 
 
-def read_part(path: Path, rows: Sequence[Row]) -> ReferenceLogps:
-    """Reads one part; a `UserError` where it is damaged."""
+def read_part(path: Path, rows: Sequence[RowName]) -> ReferenceLogps:
+    """Reads one part.
+
+    Raises:
+        UserError: if it is damaged.
+    """
     try:
         with np.load(path, allow_pickle=False) as arrays:
             part = ReferenceLogps(
@@ -85,18 +91,18 @@ def read_part(path: Path, rows: Sequence[Row]) -> ReferenceLogps:
 
 
 def find_logps(
-    cache_path: Path, fingerprint: ReferenceFingerprint, rows: Sequence[Row], *, data_key: str
+    cache_path: Path, fingerprint: ReferenceFingerprint, rows: Sequence[RowName], *, data_key: str
 ) -> ReferenceLogps:
-    """The cached sums of a data set.
+    """Returns the cached sums of a data set.
 
     Args:
         cache_path: `reference.cache_path`.
         fingerprint: of the reference and of the data set's rows.
-        rows: the rows of a pair that are needed; a cache of more serves too.
+        rows: the rows of a pair that are needed; a cache with more rows serves too.
         data_key: `data.path` or `data.eval_path`, for messages.
 
     Raises:
-        UserError: if there is none, naming what the nearest one differs in.
+        UserError: if there is none; it names what differs in the most similar cache.
     """
     where = f"reference.cache_path ({cache_path})"
     found = _headers(cache_path)
@@ -124,7 +130,7 @@ def find_logps(
     return max(caches, key=len)
 
 
-def _read(folder: Path, rows: Sequence[Row]) -> ReferenceLogps:
+def _read(folder: Path, rows: Sequence[RowName]) -> ReferenceLogps:
     empty = ReferenceLogps(
         indices=np.empty(0, dtype=np.int64),
         ids=np.empty(0, dtype=np.str_),
@@ -136,7 +142,7 @@ def _read(folder: Path, rows: Sequence[Row]) -> ReferenceLogps:
 
 
 def _headers(cache_path: Path) -> dict[Path, CacheHeader]:
-    """The caches of a folder. One whose header a crash has torn is none until it is made again."""
+    """Returns the caches of a folder by path; one whose header cannot be read is left out."""
     found = {}
     for path in sorted(cache_path.glob(f"*/{HEADER_NAME}")):
         try:

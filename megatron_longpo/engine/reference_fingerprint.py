@@ -1,4 +1,4 @@
-"""What a reference's log-probabilities depend on, as a fingerprint whose parts can be named."""
+"""A fingerprint of everything that a reference's log-probabilities depend on, part by part."""
 
 from __future__ import annotations
 
@@ -27,30 +27,30 @@ class ReferenceFingerprint:
     weights: Mapping[str, Any]
     """Content hash of each safetensors file."""
     config: Mapping[str, Any]
-    """The architecture, its RoPE among it: config.json may say it in other words."""
+    """The architecture with its RoPE, as read: config.json has several ways to write it."""
     tokenizer: Mapping[str, Any]
-    """Content hash of each tokenizer file, chat template too: rows are made with them."""
+    """Content hash of each tokenizer file and of the chat template: rows are made with them."""
     rows: Mapping[str, Any]
     """Fingerprint and number of the data set's rows."""
     settings: Mapping[str, Any]
-    """Settings that change what is read of a row, or how it is computed."""
+    """Settings that change which tokens of a row are read, or how they are computed."""
 
     @property
     def short(self) -> str:
-        """16 hexadecimal digits."""
+        """The fingerprint in 16 hexadecimal digits."""
         text = json.dumps(asdict(self), sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 PARTS = tuple(ReferenceFingerprint.__dataclass_fields__)
 HASHED = ("weights", "tokenizer", "rows")
-"""Parts whose values say nothing to people."""
+"""Parts whose values are hashes, which messages leave out."""
 
 
 def fingerprint_model(config: TrainConfig, folder: str, arch: Architecture) -> ReferenceFingerprint:
-    """The fingerprint of a reference in `folder`, its rows left open: see `with_rows`.
+    """Returns the fingerprint of a reference in `folder`, without rows, which `with_rows` adds.
 
-    Reads all weights once. `config` is resolved.
+    It reads all weights once. `config` is resolved.
     """
     weights = HfWeights(folder)
     weight_files = {weights.path_of(name) for name in weights.names}
@@ -68,15 +68,15 @@ def fingerprint_model(config: TrainConfig, folder: str, arch: Architecture) -> R
 
 
 def with_rows(fingerprint: ReferenceFingerprint, dataset: RowDataset) -> ReferenceFingerprint:
-    """The fingerprint with the data set that is scored."""
+    """Returns the fingerprint with the rows of a data set."""
     rows = {"fingerprint": dataset.fingerprint, "number": len(dataset)}
     return replace(fingerprint, rows=rows)
 
 
 def differences(saved: ReferenceFingerprint, ours: ReferenceFingerprint) -> dict[str, str]:
-    """What differs, by part: `weights` -> `model.safetensors`, `config` -> `rope.theta 1, now 2`.
+    """Returns what differs, by part; it is empty for equal fingerprints.
 
-    Empty where the fingerprints are equal.
+    For example `weights` -> `model.safetensors`, `config` -> `rope.theta 1, now 2`.
     """
     return {
         part: _difference(getattr(saved, part), getattr(ours, part), hashed=part in HASHED)

@@ -1,4 +1,4 @@
-"""Opens a run's data sets: rows checked and measured, with the reference's sums where cached."""
+"""Opens a run's data sets: checks and measures rows, and finds the reference's cached sums."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from megatron_longpo.parallel.collectives import from_main_rank
 
 @dataclass(kw_only=True, slots=True)
 class RowReader:
-    """Reads `data.path` and `data.eval_path` alike."""
+    """Reads `data.path` and `data.eval_path` in the same way."""
 
     config: TrainConfig
     sources: ModelSources
     objective: Objective
     console: RunConsole
     uses_cache: bool
-    """Whether the reference's sums are looked up, and its rows not packed."""
+    """True: the reference's sums are read from a cache, and its rows are not packed."""
     _model: ReferenceFingerprint | None = None
-    """Of the reference, once it was needed: it takes a reading of all weights."""
+    """Fingerprint of the reference without rows; None until needed, as it reads all weights."""
 
     def read(self, key: str, path: str) -> PairCatalog:
-        """The usable pairs of `path`, the value of the setting `key`."""
+        """Returns the usable pairs of `path`, which is the value of the setting `key`."""
 
         def progress(rows: Any) -> Iterator[int]:
             return self.console.track(rows, what=f"checking {path}", total=len(rows))
@@ -58,7 +58,7 @@ class RowReader:
         return pairs
 
     def fingerprint(self, dataset: RowDataset) -> ReferenceFingerprint:
-        """What the reference's sums of these rows depend on; for rank 0 to ask."""
+        """Returns the fingerprint of the reference's sums of these rows; for the main rank."""
         if self._model is None:
             cached = self.sources.scorer("cached")
             assert cached is not None, "only a cached reference has a fingerprint"
@@ -68,7 +68,7 @@ class RowReader:
 
     def _find_logps(self, key: str, dataset: RowDataset) -> ReferenceLogps:
         cache_path = self.config.reference.cache_path
-        assert cache_path is not None, "settings are resolved"
+        assert cache_path is not None, "the config is resolved"
 
         def find() -> ReferenceLogps:
             return find_logps(

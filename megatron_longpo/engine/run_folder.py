@@ -1,4 +1,4 @@
-"""The folder of a run, `logging.dir`: what is in it before training, and its config.yaml."""
+"""The folder of a run, `logging.dir`: checks it before training and writes its config.yaml."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ METRICS_NAME = "metrics.jsonl"
 
 
 def check_is_new(config: TrainConfig) -> None:
-    """Under `checkpoint.resume: never`, refuses a folder that already holds a run."""
-    assert config.checkpoint.dir is not None, "settings are resolved"
+    """Raises a UserError if the folder already holds a run (for `checkpoint.resume: never`)."""
+    assert config.checkpoint.dir is not None, "the config is resolved"
     metrics, checkpoints = Path(config.logging.dir) / METRICS_NAME, Path(config.checkpoint.dir)
     held = None
     if metrics.exists() and metrics.stat().st_size:
@@ -38,14 +38,14 @@ def check_is_new(config: TrainConfig) -> None:
 
 
 def check_writable(config: TrainConfig) -> None:
-    """Refuses folders that cannot be made or written: better now than after the first steps."""
-    assert config.checkpoint.dir is not None, "settings are resolved"
+    """Raises a UserError if the run's folders cannot be made or written."""
+    assert config.checkpoint.dir is not None, "the config is resolved"
     check_folder("logging.dir", Path(config.logging.dir))
     check_folder("checkpoint.dir", Path(config.checkpoint.dir))
 
 
 def check_folder(key: str, folder: Path) -> None:
-    """Refuses the folder of a setting that cannot be made or written."""
+    """Raises a UserError if the folder of the setting `key` cannot be made or written."""
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         found = "is not writable" if nearest.is_dir() else "is a file"
@@ -53,9 +53,9 @@ def check_folder(key: str, folder: Path) -> None:
 
 
 def write_config(config: TrainConfig, fingerprints: Mapping[str, str]) -> None:
-    """Writes the resolved settings, with the versions and fingerprints that a rerun needs."""
+    """Writes the resolved config, with the versions and fingerprints that a rerun needs."""
     contents = {
-        **settings(config),
+        **plain_config(config),
         "versions": package_versions(),
         "fingerprints": dict(fingerprints),
     }
@@ -64,21 +64,21 @@ def write_config(config: TrainConfig, fingerprints: Mapping[str, str]) -> None:
     write_whole(folder / CONFIG_NAME, yaml.safe_dump(contents, sort_keys=False))
 
 
-def settings(config: TrainConfig) -> dict[str, Any]:
-    """The settings as plain mappings and lists."""
+def plain_config(config: TrainConfig) -> dict[str, Any]:
+    """Returns the config as plain mappings and lists."""
     values = plain(dataclasses.asdict(config))
     assert isinstance(values, dict)
     return values
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of ourselves, Python and the packages that results depend on."""
+    """Returns the versions of this package, Python and the packages that results depend on."""
     versions = {name: package_version(name) or "missing" for name in REQUIRED}
     return {"megatron_longpo": __version__, "python": platform.python_version(), **versions}
 
 
 def plain(value: Any) -> Any:
-    """YAML's safe types: tuples become lists."""
+    """Returns a value in YAML's safe types: tuples become lists."""
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""One global batch through Megatron's pipeline schedule: forward step, loss, metric sums.
+"""Runs a global batch through Megatron's pipeline schedule: forward step, loss, metric sums.
 
 Letters: N pairs of a microbatch.
 """
@@ -14,9 +14,10 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from megatron_longpo.config.names import RowName
 from megatron_longpo.engine.pair_sums import sum_pairs
 from megatron_longpo.model.head.final_states import Head
-from megatron_longpo.objectives import LossOutput, Objective, PairLogps, Row
+from megatron_longpo.objectives import LossOutput, Objective, PairLogps
 from megatron_longpo.parallel.groups import Groups
 from megatron_longpo.parallel.layout import RankPack
 
@@ -37,11 +38,11 @@ def run_microbatches(
     *,
     forward_only: bool,
 ) -> Callable[[], MetricSums]:
-    """Runs a global batch's microbatches and, unless `forward_only`, leaves its gradient.
+    """Runs a global batch's microbatches and, unless `forward_only`, computes its gradient.
 
-    The loss is the mean over the pairs of the global batch: microbatches hand Megatron sums and
-    counts of pairs, which it divides once, over all data-parallel ranks, when gradients are
-    finalised (`calculate_per_token_loss`).
+    The loss is the mean over the pairs of the global batch. Each microbatch gives Megatron a sum
+    and a number of pairs. Megatron divides once, over all data-parallel ranks, when it finalises
+    gradients (`calculate_per_token_loss`).
 
     Args:
         model: this rank's chunks, wrapped by Megatron's DDP.
@@ -51,9 +52,8 @@ def run_microbatches(
         forward_only: whether to score only.
 
     Returns:
-        What adds up every metric over the global batch, the same on every rank. All ranks call it,
-        once, and wait there for the GPU: until then it is busy with this batch, while the CPU can
-        prepare what follows.
+        A function that sums every metric over the global batch. All ranks call it once; all get the
+        same numbers. The call waits for the GPU, so the CPU can prepare the next batch before it.
     """
     stored = _run(
         partial(_forward_step, objective=objective, groups=groups),
@@ -67,10 +67,9 @@ def run_microbatches(
 def score_microbatches(
     model: Sequence[Any], packs: Sequence[RankPack], groups: Groups
 ) -> list[PairLogps]:
-    """Runs microbatches forward and returns what the model says of their pairs.
+    """Runs microbatches forward and returns the log-prob sums of their pairs.
 
-    The sums are whole on every context-parallel rank of the last stage; on other stages the list
-    is empty.
+    Every context-parallel rank of the last stage gets whole sums; other stages get an empty list.
     """
     return read_microbatches(model, packs, partial(sum_pairs, context_group=groups.context))
 
@@ -81,7 +80,7 @@ def read_microbatches(
     read: Callable[[Tensor, Pack], T],
     head: Head | None = None,
 ) -> list[T]:
-    """Runs microbatches forward and returns what `read` makes of each output, on the last stage.
+    """Runs microbatches forward and returns `read` of each output, on the last stage.
 
     `head` makes the output; None = the head of training.
     """
@@ -102,10 +101,10 @@ def _run(
     forward_only: bool,
     collect_non_loss_data: bool = False,
 ) -> list[Any]:
-    """What Megatron's schedule stores on the last stage, one object a microbatch."""
+    """Runs Megatron's schedule and returns what the last stage stored, one object a microbatch."""
     if len(model) > 1:
-        settings = model[0].config
-        assert settings.overlap_p2p_comm and not settings.batch_p2p_comm, "mis-ordered otherwise"
+        config = model[0].config
+        assert config.overlap_p2p_comm and not config.batch_p2p_comm, "mis-ordered otherwise"
     return get_forward_backward_func()(
         forward_step_func=step,
         data_iterator=[iter(packs) for _ in model] if len(model) > 1 else iter(packs),
@@ -140,10 +139,10 @@ def _reading_step(
 def _loss(
     logps: Tensor, *, pack: RankPack, objective: Objective, groups: Groups
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Megatron's three outputs: loss sum, count, and what to keep.
+    """Returns Megatron's three outputs: loss sum, number of pairs, and metric sums.
 
     Every context-parallel rank computes the whole loss, so only the first counts the pairs.
-    A filler's pairs weigh 0 but stay in the graph, since every rank must run a backward.
+    Pairs of a filler have weight 0 but stay in the graph: every rank must run a backward.
     """
     pair_logps = sum_pairs(logps, pack, context_group=groups.context)
     output = objective(pair_logps)
@@ -155,39 +154,28 @@ def _loss(
 
 
 def _metric_sums(
-    output: LossOutput, logps: PairLogps, weights: Tensor, compared: tuple[Row, Row] | None
+    output: LossOutput, logps: PairLogps, weights: Tensor, compared: tuple[RowName, RowName] | None
 ) -> dict[str, Tensor]:
-    """Sums over the microbatch's pairs, fp64 scalars, of everything the objective has."""
-    chosen, rejected = output.chosen_rewards_N, output.rejected_rewards_N
-    margins = None if chosen is None or rejected is None else chosen - rejected
-    per_pair = {
+    """Returns fp64 sums over the microbatch's pairs: loss, log-probs, the objective's metrics."""
+    values_N = {
         "loss": output.loss_N,
-        "preference_loss": output.preference_loss_N,
-        "nll_loss": output.nll_loss_N,
-        "answer_nll_loss": output.answer_nll_loss_N,
-        "alignment_loss": output.alignment_loss_N,
-        "divergence_loss": output.divergence_loss_N,
-        "rewards/chosen": chosen,
-        "rewards/rejected": rejected,
-        "rewards/margins": margins,
-        "rewards/accuracies": None if margins is None else margins > 0,
+        **output.metrics,
         "pairs": torch.ones_like(weights),
         **_logps_by_name("logps", logps.policy, compared),
         **_logps_by_name("reference_logps", logps.reference, compared),
     }
-    values_N = {name: values for name, values in per_pair.items() if values is not None}
     stacked = torch.stack([values.detach().double() for values in values_N.values()])
     sums = torch.where(weights > 0, stacked, 0.0).sum(dim=1)
     return dict(zip(values_N, sums.unbind(), strict=True))
 
 
 def _logps_by_name(
-    kind: str, logps: Mapping[Row, Tensor], compared: tuple[Row, Row] | None
+    kind: str, logps: Mapping[RowName, Tensor], compared: tuple[RowName, RowName] | None
 ) -> dict[str, Tensor]:
-    """Sums over a pair's turns, [N] each, by name: `chosen` and `rejected` are what is compared.
+    """Returns sums over a pair's turns, [N] each, by name.
 
-    The reference's rows may be of another context than the policy's. A row beside the compared
-    ones keeps its own name.
+    The rows that the preference compares are named `chosen` and `rejected`; the reference's may
+    have another context than the policy's. Any further row keeps its own name.
     """
     if compared is None:
         return {}
@@ -201,7 +189,7 @@ def _logps_by_name(
 
 
 def _summed_over_ranks(stored: Sequence[dict[str, Tensor]], groups: Groups) -> MetricSums:
-    """Adds the last stage's microbatches up over data-parallel ranks, and tells every stage."""
+    """Sums the last stage's microbatches over data-parallel ranks and sends them to every stage."""
     names: list[str] = sorted(stored[0]) if stored else []
     if groups.pipeline.size() > 1:
         last_rank = dist.get_global_rank(groups.pipeline, groups.pipeline.size() - 1)

@@ -1,4 +1,4 @@
-"""What a run starts from: the folders of its models, its objective and its rows, all checked."""
+"""Finds and checks a run's models, objective and rows."""
 
 from __future__ import annotations
 
@@ -77,9 +77,9 @@ class ModelSources:
 
 
 def read_models(config: TrainConfig) -> ModelSources:
-    """Finds and checks both models without loading weights.
+    """Finds and checks the run's models without loading weights.
 
-    The policy takes the settings' RoPE and positions; the reference keeps its own.
+    The policy takes RoPE and positions from the config; the reference keeps its own.
     """
     model = config.model
     policy_folder = local_hf_folder(model.hf_path)
@@ -163,10 +163,10 @@ def check_layout(config: TrainConfig, sources: ModelSources) -> None:
 
 
 def make_objective(config: TrainConfig) -> Objective:
-    """The objective of resolved settings."""
-    settings = dataclasses.asdict(config.objective)
+    """Returns the objective of a resolved config."""
+    keys = dataclasses.asdict(config.objective)
     return build_objective(
-        settings.pop("name"), {**settings, "reference_context": config.reference.context}
+        keys.pop("name"), {**keys, "reference_context": config.reference.context}
     )
 
 
@@ -179,9 +179,10 @@ def read_pairs(
     progress: Callable[[Iterable[int]], Iterable[int]],
     find_logps: Callable[[RowDataset], ReferenceLogps] | None = None,
 ) -> PairCatalog:
-    """Opens rows and checks and measures every one of them.
+    """Opens a data set and checks and measures every row.
 
-    `find_logps` gives the reference's sums of the rows, which then are not packed for it.
+    If `find_logps` is given, it returns the reference's sums of the rows, and the rows are not
+    packed for the reference.
     """
     dataset = open_rows(path)
     needs, reference = objective.needs, sources.reference

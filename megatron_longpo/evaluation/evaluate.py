@@ -1,8 +1,8 @@
-"""`longpo evaluate`: one model measured part by part, or several evaluations compared.
+"""`longpo evaluate`: measures one model part by part, or compares several evaluations.
 
-The model runs where a policy stands in training: the same packs, layouts and pipeline, without
-optimizer or gradients. After every part `evaluation.json` is written, whole; the same command goes
-on with what is missing, under this or any other layout.
+The model runs in the place that the policy has in training: the same packs, layouts and pipeline,
+without optimizer or gradients. After every part the whole `evaluation.json` is written; the same
+command resumes with the missing parts, under the same or any other layout.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from megatron_longpo.runtime import stop
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluatedModel:
-    """Where a model is and what it is."""
+    """The evaluated model: its files and its architecture."""
 
     path: str
     """Of its weights: a Hugging Face folder, or an iteration of a checkpoint."""
@@ -55,11 +55,11 @@ class EvaluatedModel:
 
 
 def run_evaluate(config: EvaluateConfig) -> None:
-    """Measures or compares; `config` is resolved.
+    """Measures a model or compares evaluations; `config` is resolved.
 
     Raises:
         UserError: for bad input.
-        StopRequested: after a signal asked for it; what was measured is saved.
+        StopRequested: after a signal asked to stop; finished parts are saved.
     """
     check_evaluate_world(config, int(os.environ.get("WORLD_SIZE", 1)))
     if config.compare:
@@ -72,7 +72,7 @@ def run_evaluate(config: EvaluateConfig) -> None:
 
 
 def evaluate(config: EvaluateConfig) -> None:
-    """Prepares, cheapest first, and measures what is not in the output yet."""
+    """Checks everything, cheapest first, and measures the parts that the output lacks."""
     run_folder.check_folder("output", Path(config.folder))
     model = find_model(config)
     if config.generate and model.is_checkpoint:
@@ -143,7 +143,7 @@ def _evaluate_in_megatron(config: EvaluateConfig, model: EvaluatedModel) -> None
         scorer = Scorer(model=chunks, groups=groups, budget_tokens=config.pack_tokens or 1)
         _measure(suite, set(pending), scorer, kept, file, console)
         if in_megatron:
-            # All ranks run what the main one misses.
+            # All ranks run the cells that the main rank's file lacks.
             file.record["suites"] = from_main_rank(lambda: file.record.get("suites", {}))
             _run_suites(
                 config, model, lambda: _megatron_model(config, model, scorer), file, console
@@ -214,7 +214,7 @@ def _megatron_model(config: EvaluateConfig, model: EvaluatedModel, scorer: Score
 
 
 def find_model(config: EvaluateConfig) -> EvaluatedModel:
-    """Tells a Hugging Face model from a checkpoint, and reads what it is."""
+    """Finds the model, a Hugging Face model or a checkpoint, and reads its architecture."""
     (source,) = config.models
     folder = Path(source).expanduser()
     rope = {"rope_theta": config.rope_theta, "rope_scaling": config.rope_scaling}
@@ -273,7 +273,7 @@ def _generate(
     groups: Groups,
     console: RunConsole,
 ) -> None:
-    """Lets transformers answer what no cell has an answer for."""
+    """Lets transformers answer the questions of cells without an answer."""
     assert suite.retrieval is not None
     parts = [part for part in suite.retrieval.split() if not file.has_generated(part)]
     if not parts:

@@ -1,4 +1,4 @@
-"""What a training run measures at an interval: its evaluation pairs, and the suite."""
+"""Evaluates a model in training at an interval: the evaluation pairs, and the suite."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from megatron_longpo.objectives import Objective
 from megatron_longpo.parallel.groups import Groups
 
 BASE_BUDGET_TOKENS = 8192
-"""Of a microbatch of retention's short prompts: few microbatches, and they fit anywhere."""
+"""Tokens of a microbatch of retention's short prompts: few microbatches, of a size that fits."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingEvaluation:
-    """Made once, before the model; it holds tokens, and no model."""
+    """Everything to evaluate; made once, before the model, and holds tokens but no model."""
 
     pairs: PairCatalog | None
     """Rows of `data.eval_path`."""
     batch_pairs: int
     suite: Suite
     base: KeptBase | None
-    """None where the base is the reference that the model has in memory, or nobody asks for it."""
+    """None if the base is the reference in memory, or retention is off."""
     objective: Objective
     groups: Groups
     console: RunConsole
@@ -49,10 +49,10 @@ class TrainingEvaluation:
         return self.pairs is None and not self.suite.sets
 
     def run(self, model: Sequence[Any], *, budget_tokens: int) -> tuple[Metrics, Record]:
-        """Measures everything, without a trace in the model.
+        """Measures everything; the model's weights and gradients stay as they are.
 
         Returns:
-            The numbers under `eval/...`, and the record of the suite, empty where that is off.
+            The numbers under `eval/...`, and the record of the suite, empty if the suite is off.
         """
         started = time.perf_counter()
         for chunk in model:
@@ -67,7 +67,7 @@ class TrainingEvaluation:
         return {f"eval/{name}": value for name, value in metrics.items()}, record
 
     def _score_pairs(self, pairs: PairCatalog, model: Sequence[Any], budget_tokens: int) -> Metrics:
-        """Scores every pair once; means over all of them."""
+        """Scores every pair once and returns means over all pairs."""
         totals: MetricSums = {}
         budget = max(budget_tokens, pairs.largest_pair_tokens)
         with torch.no_grad():
@@ -95,7 +95,7 @@ def prepare_evaluation(
     console: RunConsole,
     write_weights: build.WeightsWriter,
 ) -> TrainingEvaluation:
-    """Makes the rows and, where no reference stays in memory, asks the base model, once.
+    """Makes the rows and, if no reference stays in memory, asks the base model once.
 
     Raises:
         UserError: for evaluation settings that do not fit their files or the model.
@@ -126,7 +126,7 @@ def prepare_evaluation(
 
 
 def ask_base(suite: Suite, model: list[Any], groups: Groups) -> KeptBase:
-    """What retention must know of a base model, which is dropped then."""
+    """Returns the base model's states for retention, and frees the model."""
     assert suite.retention is not None
     scorer = Scorer(model=model, groups=groups, budget_tokens=BASE_BUDGET_TOKENS)
     kept = scorer.keep_base(suite.retention)

@@ -1,4 +1,4 @@
-"""`evaluation.json`: what was measured of one model, written whole after every part."""
+"""`evaluation.json`: the measurements of one model, written whole after every part."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_longpo.evaluation.retrieval import RetrievalSet
 FILE_NAME = "evaluation.json"
 
 DECIDING = ("base", "new_tokens", "rope_theta", "rope_scaling", "dtype", "evaluation")
-"""Settings that numbers depend on; others may change between parts."""
+"""Settings that numbers depend on; other settings may change between parts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,16 +28,16 @@ class EvaluationFile:
 
     path: Path
     settings: Mapping[str, Any]
-    """The model's path, and what of the settings numbers depend on."""
+    """The model's path, and the settings that numbers depend on."""
     record: Record
     is_main: bool
 
     @staticmethod
     def open(config: EvaluateConfig, model_path: str, *, is_main: bool) -> EvaluationFile:
-        """Goes on with what is there of the same model and settings.
+        """Opens the output, and resumes an evaluation of the same model and settings.
 
         Raises:
-            UserError: where the output holds another evaluation and may not be overwritten.
+            UserError: if the output holds another evaluation and may not be overwritten.
         """
         path = Path(config.folder) / FILE_NAME
         values = dataclasses.asdict(config)
@@ -52,11 +52,11 @@ class EvaluationFile:
             for key, value in settings.items():
                 there = found["settings"].get(key)
                 if key != "model" and (was_off or config.evaluation.is_off):
-                    # Suites alone stand there or are run now; they keep settings of their own.
+                    # One of the evaluations has only suites, which keep settings of their own.
                     settings[key] = value if was_off else there
                     continue
                 if key == "new_tokens" and None in (there, value):
-                    # Nothing was written there, or nothing is written now.
+                    # One of the evaluations let the model write no answers.
                     settings[key] = there or value
                 elif there != value:
                     raise UserError(
@@ -67,7 +67,7 @@ class EvaluationFile:
         return EvaluationFile(path=path, settings=settings, record=record, is_main=is_main)
 
     def has(self, part: str) -> bool:
-        """Whether a part of `Suite.split` is there, by its name."""
+        """Tells whether a part of `Suite.split` is measured, by its name."""
         name, *rest = part.split()
         if not rest:
             return name in self.record
@@ -81,7 +81,7 @@ class EvaluationFile:
         return all("generated" in cell for cell in self._cells(part))
 
     def add(self, record: Record) -> None:
-        """Takes in and saves a part."""
+        """Adds and saves a part."""
         for key, value in record.items():
             if key == "retrieval":
                 self.record.setdefault(key, []).extend(value)
@@ -90,7 +90,7 @@ class EvaluationFile:
         self.save()
 
     def add_generated(self, part: RetrievalSet, found: Sequence[bool]) -> None:
-        """Takes in and saves which of a part's questions were answered right."""
+        """Adds and saves which of a part's questions were answered right."""
         for cell in self._cells(part):
             hits = [
                 hit
@@ -101,10 +101,10 @@ class EvaluationFile:
         self.save()
 
     def begin_suite(self, name: str, *, mean: str, settings: Mapping[str, Any]) -> None:
-        """Makes room for a suite's cells, or finds those that are there.
+        """Adds a suite without cells, unless it is there.
 
         Raises:
-            UserError: where they were found with other settings.
+            UserError: if it is there with other settings.
         """
         suites = self.record.setdefault("suites", {})
         wanted = json.loads(json.dumps(settings))
@@ -117,7 +117,7 @@ class EvaluationFile:
                 )
 
     def has_suite(self, name: str) -> bool:
-        """Whether anything of a suite is there."""
+        """Tells whether a suite has any cell."""
         return bool(self.record["suites"][name]["cells"])
 
     def has_cell(self, suite: str, task: str, length: int | None) -> bool:
@@ -125,7 +125,7 @@ class EvaluationFile:
         return any((cell["task"], cell["length"]) == (task, length) for cell in cells)
 
     def add_cells(self, suite: str, cells: Sequence[Record]) -> None:
-        """Takes in and saves what was found of a suite."""
+        """Adds and saves cells of a suite."""
         self.record["suites"][suite]["cells"].extend(cells)
         self.save()
 
@@ -153,7 +153,7 @@ class EvaluationFile:
 
 
 def read_evaluation(path: Path) -> dict[str, Any]:
-    """The contents of an evaluation.json."""
+    """Reads an evaluation.json."""
     try:
         contents = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -164,7 +164,7 @@ def read_evaluation(path: Path) -> dict[str, Any]:
 
 
 def print_numbers(record: Record, *, title: str) -> None:
-    """A table in the terminal."""
+    """Prints a table of the numbers."""
     from rich.console import Console
     from rich.table import Table
 

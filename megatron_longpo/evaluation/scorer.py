@@ -1,4 +1,4 @@
-"""Probes through a model that is spread over ranks: the same packs and pipeline as in training.
+"""Scores probes with a model that is spread over ranks, in training's packs and pipeline.
 
 Letters: R rows of a set, G most groups among them, N rows of a microbatch, e and d edges and places
 of this rank.
@@ -28,17 +28,17 @@ from megatron_longpo.parallel.layout import RankPack
 
 Rows = tuple[int, ...]
 Track = Callable[[Sequence[Any]], Iterator[Any]]
-"""Shows progress over parts."""
+"""Yields parts and shows progress."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scores:
-    """What a model says of a set's rows; the same on every rank."""
+    """A model's scores of a set's rows; the same on every rank."""
 
     logps: np.ndarray
     """[R, G] float64, nats: sums over the group's tokens."""
     hits: np.ndarray
-    """[R, G] float64: how many of them greedy decoding would write."""
+    """[R, G] float64: how many of the group's tokens greedy decoding would write."""
     divergences: np.ndarray
     """[R] float64, nats: sum of KL(base || policy) over the row's places; 0 where the set does not
     compare."""
@@ -48,14 +48,14 @@ class Scores:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KeptBase:
-    """A base model's states at a set's places, after it has left memory."""
+    """A base model's states at a set's places, kept after the model is freed."""
 
     states: dict[Rows, Tensor]
-    """By the rows of a microbatch, on the last stage alone."""
+    """By the rows of a microbatch; only on the last stage."""
     weight: Tensor | None
     """This rank's rows of the output weight, in CPU memory; None on other stages."""
     budget_tokens: int
-    """Of the microbatches that it was asked in. Whoever is compared is packed alike."""
+    """Tokens of the base's microbatches. A model that is compared with it is packed alike."""
 
     def of(self, rows: Rows) -> BaseStates | None:
         if self.weight is None:
@@ -65,17 +65,17 @@ class KeptBase:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scorer:
-    """A model on its ranks, ready to be asked."""
+    """A model on its ranks, ready to score."""
 
     model: Sequence[Any]
     groups: Groups
     budget_tokens: int
-    """Of a microbatch, but for a row that is longer."""
+    """Most tokens of a microbatch, unless one row alone has more."""
 
     def score(
         self, probes: ProbeSet, *, base: KeptBase | None = None, track: Track = iter
     ) -> Scores:
-        """Scores all rows; of a set that compares against `base`, or the model's own reference."""
+        """Scores all rows; a set that compares takes `base`, or the model's reference."""
         num_groups = probes.num_groups
         totals = torch.zeros(
             len(probes), 2 * num_groups + 2, dtype=torch.float64, device=self.groups.device
@@ -103,7 +103,7 @@ class Scorer:
         )
 
     def keep_base(self, probes: ProbeSet) -> KeptBase:
-        """What `score` needs of this model as a base, so that the model need not stay."""
+        """Returns the states that `score` needs of this model as a base; it may then be freed."""
         states: dict[Rows, Tensor] = {}
         read = partial(_whole_states, groups=self.groups)
         for microbatches, packs in self._parts(probes, iter, budget_tokens=self.budget_tokens):
@@ -118,7 +118,7 @@ class Scorer:
     def _parts(
         self, probes: ProbeSet, track: Track, *, budget_tokens: int
     ) -> Iterator[tuple[list[Microbatch], list[RankPack]]]:
-        """This rank's microbatches, a part at a time, as rows of the whole set."""
+        """Yields this rank's microbatches by part; their pairs are rows of the whole set."""
         for chunk in self.model:
             chunk.eval()
         budget = max(budget_tokens, probes.largest_row_tokens)
@@ -143,7 +143,7 @@ class Scorer:
 
 
 def _sums(output: Tensor, pack: ProbePack, *, num_groups: int, groups: Groups) -> Tensor:
-    """[2, e + d] -> [N, 2 G + 2], over all context-parallel ranks."""
+    """Sums over all context-parallel ranks, [2, e + d] -> [N, 2 G + 2]."""
     edges, places = pack.policy.edges, pack.policy.divergence
     of_edges, of_places = output.double().split([len(edges.sources), len(places.sources)], dim=1)
     num_rows = len(pack.weights)
@@ -159,7 +159,7 @@ def _sums(output: Tensor, pack: ProbePack, *, num_groups: int, groups: Groups) -
 
 
 def _whole_states(states: Tensor, pack: RankPack, *, groups: Groups) -> Tensor:
-    """[d, h] -> [slots of the whole pack, h], the same on every context-parallel rank."""
+    """Gathers states, [d, h] -> [slots of the whole pack, h], on every context-parallel rank."""
     places = pack.policy.divergence
     whole = states.new_zeros(places.num_slots, states.shape[1])
     whole[places.slots] = states

@@ -1,4 +1,4 @@
-"""Everything that the section `evaluation` asks for: rows made once, scored as often as wanted."""
+"""The probes of the section `evaluation`: made once, and scored at every evaluation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from megatron_longpo.evaluation.scorer import KeptBase, Scorer, Track
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Suite:
-    """A part that is None is off."""
+    """Probes by kind; a kind that is None is off."""
 
     retrieval: RetrievalSet | None = None
     nll: NllSet | None = None
@@ -35,7 +35,7 @@ class Suite:
         *,
         vocab_size: int,
     ) -> Suite:
-        """Tokenises all rows.
+        """Makes and tokenises all rows.
 
         Raises:
             UserError: for files that cannot be read, lengths that do not fit them, or a tokenizer
@@ -62,7 +62,7 @@ class Suite:
 
     @property
     def summary(self) -> str:
-        """What is measured, in a line."""
+        """One line that names everything that is measured."""
         parts = []
         if self.retrieval is not None:
             parts.append(f"{len(self.retrieval.questions)} questions about long texts")
@@ -75,7 +75,7 @@ class Suite:
         return ", ".join(parts)
 
     def split(self) -> Iterator[tuple[str, Suite]]:
-        """Parts that can be measured one after the other, each with a name."""
+        """Yields parts that can be measured one after the other, each with a name."""
         if self.retention is not None:
             yield "retention", Suite(retention=self.retention)
         if self.nll is not None:
@@ -86,7 +86,7 @@ class Suite:
                 yield f"retrieval {first.kind} {first.length}", Suite(retrieval=part)
 
     def measure(self, scorer: Scorer, *, base: KeptBase | None, track: Track = iter) -> Record:
-        """Scores everything; `base` is None where the model has its base as its reference."""
+        """Scores everything; `base` is None if the model's reference, in memory, is its base."""
         record: Record = {}
         if self.retrieval is not None:
             scores = scorer.score(self.retrieval.probes, track=track)

@@ -1,7 +1,7 @@
-"""Objectives: pure tensor functions from log-prob sums to a loss a pair.
+"""Objectives: pure tensor functions from log-prob sums to a loss of each pair.
 
-This package imports torch and nothing else of ours, so a new objective can be read and tested
-without a model. docs/objectives.md tells how to add one.
+This package imports torch, and of ours the names in config/names.py, so a new objective can be read
+and tested without a model. docs/objectives.md says how to add one.
 """
 
 from __future__ import annotations
@@ -18,16 +18,14 @@ from .orpo import ORPO
 from .sft import SFT, ConstrainedSFT
 from .simpo import SimPO
 from .solopo import SoLoDPO, SoLoORPO, SoLoSimPO
-from .types import ROWS, LossOutput, Needs, Objective, PairLogps, Row
+from .types import LossOutput, Needs, Objective, PairLogps
 
 __all__ = [
     "OBJECTIVES",
-    "ROWS",
     "LossOutput",
     "Needs",
     "Objective",
     "PairLogps",
-    "Row",
     "build_objective",
 ]
 
@@ -45,17 +43,17 @@ OBJECTIVES: dict[str, tuple[type[Objective], dict[str, Any]]] = {
     "solopo_orpo": (SoLoORPO, {}),
     "opsdl": (OPSDL, {}),
 }
-"""`objective.name` -> its class, and what the name fixes."""
+"""`objective.name` -> its class, and the fields that the name fixes."""
 
 
-def build_objective(name: str, settings: Mapping[str, Any]) -> Objective:
+def build_objective(name: str, keys: Mapping[str, Any]) -> Objective:
     """Returns the objective of `objective.name`.
 
-    `settings` are the resolved keys of `objective.*` with `reference_context`; the objective takes
-    those that it has a field for. Whether they make sense together is config's to say.
+    `keys` are the resolved keys of the section `objective` and `reference_context`. The objective
+    takes those that it has a field for. The config has checked that they fit together.
     """
     objective_class, fixed = OBJECTIVES[name]
     names = {field.name for field in dataclasses.fields(objective_class)}
     return objective_class(
-        **{key: value for key, value in settings.items() if key in names - fixed.keys()}, **fixed
+        **{key: value for key, value in keys.items() if key in names - fixed.keys()}, **fixed
     )

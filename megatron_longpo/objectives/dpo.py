@@ -11,8 +11,8 @@ from .longpo import LongPO
 class DPO(LongPO):
     """L_n = preference_weight * l( (P_w - R_w) - (P_l - R_l) ) + nll_weight * NLL_n.
 
-    Source: Equation 7 of DPO (arXiv 2305.18290). R_w and R_l are conditioned on the same long
-    rows as P_w and P_l. That is `reference.context: long`, the default of this name; the
-    arithmetic, shapes and options are `LongPO`'s. Where policy and reference are the same
-    weights under the same RoPE, z = 0 and the preference loss is ln 2.
+    Source: Equation 7 of DPO (arXiv 2305.18290). R_w and R_l are conditioned on the same long rows
+    as P_w and P_l: `reference.context: long`, the default of this objective. Arithmetic, shapes and
+    options are `LongPO`'s. If policy and reference have the same weights and RoPE, z = 0 and the
+    preference loss is ln 2.
     """

@@ -1,4 +1,4 @@
-"""IPO: a squared instead of a logistic comparison, which does not run away on sure pairs."""
+"""IPO: a squared comparison; unlike a logistic one it does not push clear pairs apart forever."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class IPO(ReferencedPreference):
         h = (P_w - R_w) / |y_w| - (P_l - R_l) / |y_l|
 
     Source: Equation 17 of IPO (arXiv 2310.12036), beta its tau. The log-ratios are means over the
-    answer's tokens, as TRL computes them on the authors' advice: of sums over hundreds of tokens
-    the square would see nothing but the length. Rows and defaults are `DPO`'s.
+    answer's tokens, as TRL computes them on the authors' advice: with sums over hundreds of
+    tokens the square would depend mostly on the length. Rows and defaults are `DPO`'s.
     """
 
     def compare(self, logps: PairLogps) -> Comparison:

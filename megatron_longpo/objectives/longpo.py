@@ -1,4 +1,4 @@
-"""LongPO: prefer the answer given under the short chunk, on the long document."""
+"""LongPO: on the long document, prefer the answer that was given under the short chunk."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class LongPO(ReferencedPreference):
         P_w, P_l   policy log-probs of the chosen and rejected answers, given the long document
         R_w, R_l   reference log-probs of the same answers, given the short chunk
 
-    Source: LongPO (arXiv 2502.13922), the short-to-long constraint put into the DPO loss, plus
-    the language-modelling term of its public code, where `preference_weight` is lambda.
-    With several turns the logistic is over their sum, the loss as trained, or (`per_turn`) one a
-    turn, averaged over the pair's own turns.
+    Source: LongPO (arXiv 2502.13922), the DPO loss with the short-to-long constraint, plus the
+    language-modelling term of its public code, where `preference_weight` is lambda. With several
+    turns the logistic takes their sum, as LongPO was trained, or (`per_turn`) each turn, averaged over
+    the pair's own turns.
 
-    Where `reference.mode` is `none`, R_w = R_l = 0: the preference is over plain log-probs.
+    If `reference.mode` is `none`, R_w = R_l = 0: the preference is over plain log-probs.
     """
 
     label_smoothing: float

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_longpo.config.names import AnswerScope
+
 from .preference import context_row
 from .turns import mean_over_tokens
-from .types import AnswerScope, Branch, Context, LossOutput, Needs, Objective, PairLogps
+from .types import Branch, Context, LossOutput, Needs, Objective, PairLogps
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,9 +18,9 @@ class OPSDL(Objective):
         KL( pi_theta(. | long document, y_<t) || pi_ref(. | short chunk, y_<t) )
 
     Source: OPSDL (arXiv 2604.17535), the reverse KL of each token, here of the whole next-token
-    distributions. The paper's student writes y under the long document while it learns; rows
-    hold what the model wrote there before training, which is their rejected answer. No answer is
-    preferred: the teacher says of each token what it would have written.
+    distributions. The paper's student writes y under the long document during training. Here y is
+    the rejected answer of the row, which the model wrote under the long document before training.
+    No answer is preferred: each token is compared with the teacher's distribution.
     """
 
     divergence_weight: float
@@ -32,8 +34,9 @@ class OPSDL(Objective):
         return Needs(divergence=(context_row("long", branch), teacher))
 
     def __call__(self, logps: PairLogps) -> LossOutput:
-        """`PairLogps -> LossOutput`; only the two divergence fields are read."""
+        """Returns the loss of each pair; of `logps` only the divergence fields are read."""
         divergence_N = mean_over_tokens(logps.divergence_sum_N, logps.divergence_count_N)
         return LossOutput(
-            loss_N=self.divergence_weight * divergence_N, divergence_loss_N=divergence_N.detach()
+            loss_N=self.divergence_weight * divergence_N,
+            metrics={"divergence_loss": divergence_N.detach()},
         )

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_longpo.config.names import RowName, Turns
+
 from .preference import Comparison, LongPreference, logistic_loss
 from .turns import token_mean
-from .types import PairLogps, Row, Turns
+from .types import PairLogps
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,11 +28,11 @@ class ORPO(LongPreference):
         return odds_comparison(chosen_NU, rejected_NU)
 
 
-def log_odds(logps: PairLogps, row: Row, *, turns: Turns) -> Tensor:
-    """Log-odds of an answer by its mean log-prob a token, `-> [N, U]`, in nats.
+def log_odds(logps: PairLogps, row: RowName, *, turns: Turns) -> Tensor:
+    """Returns an answer's log-odds from its mean log-prob a token, `-> [N, U]`, in nats.
 
-    A unit without tokens has p = 1; like an answer that is certain, it gets the largest odds that
-    the float type can tell from infinity.
+    A unit without tokens has p = 1. Like a certain answer it gets the largest odds that the float
+    type can tell from infinity.
     """
     mean_NU = token_mean(logps.policy[row], logps.token_counts[row], logps.turn_mask_NT, turns)
     impossible_NU = -torch.expm1(mean_NU)
@@ -38,7 +40,7 @@ def log_odds(logps: PairLogps, row: Row, *, turns: Turns) -> Tensor:
 
 
 def odds_comparison(chosen_NU: Tensor, rejected_NU: Tensor) -> Comparison:
-    """-log sigmoid of the log-odds ratio."""
+    """Returns -log sigmoid of the log-odds ratio."""
     return Comparison(
         losses_NU=logistic_loss(chosen_NU - rejected_NU, beta=1.0, label_smoothing=0.0),
         chosen_rewards_NU=chosen_NU,

@@ -1,12 +1,14 @@
-"""Supervised fine-tuning on one branch, alone or held to the short-context model."""
+"""Supervised fine-tuning on one branch, with or without a KL to the short-context model."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_longpo.config.names import NllScope, NllTokens
+
 from .preference import context_row
 from .turns import mean_over_tokens
-from .types import Branch, Context, LossOutput, Needs, NllScope, NllTokens, Objective, PairLogps
+from .types import Branch, Context, LossOutput, Needs, Objective, PairLogps
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,9 +29,9 @@ class SFT(Objective):
         return Needs(nll=tokens)
 
     def __call__(self, logps: PairLogps) -> LossOutput:
-        """`PairLogps -> LossOutput`; only the two NLL fields are read."""
+        """Returns the loss of each pair; of `logps` only the NLL fields are read."""
         nll_N = mean_over_tokens(logps.nll_sum_N, logps.nll_count_N)
-        return LossOutput(loss_N=self.nll_weight * nll_N, nll_loss_N=nll_N.detach())
+        return LossOutput(loss_N=self.nll_weight * nll_N, metrics={"nll_loss": nll_N.detach()})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,10 +42,10 @@ class ConstrainedSFT(Objective):
             KL( pi_theta(. | long document, y_<t) || pi_ref(. | short chunk, y_<t) )
 
     Source: the SFT baseline with the short-to-long constraint of LongPO (arXiv 2502.13922). The
-    paper states the constraint as that KL in the objective which LongPO's loss is derived from,
-    and gives no formula for SFT. So it is added to the NLL as it stands, of whole next-token
-    distributions: exact where a log-ratio of the sampled tokens would be an estimate that is
-    negative half of the time and that an answer written by the reference cannot give.
+    paper states the constraint as that KL, in the objective that LongPO's loss is derived from, and
+    gives no formula for SFT. So the KL of whole next-token distributions is added to the NLL. It is
+    exact; a log-ratio of the answer's tokens would only estimate it, would be negative half of the
+    time, and would need answers that the policy sampled.
     """
 
     nll_weight: float
@@ -59,15 +61,12 @@ class ConstrainedSFT(Objective):
         )
 
     def __call__(self, logps: PairLogps) -> LossOutput:
-        """`PairLogps -> LossOutput`; NLL is None where its weight is 0."""
+        """Returns the loss of each pair; an NLL whose weight is 0 is left out."""
         divergence_N = mean_over_tokens(logps.divergence_sum_N, logps.divergence_count_N)
         loss_N = self.divergence_weight * divergence_N
-        nll_N = None
+        metrics = {"divergence_loss": divergence_N.detach()}
         if self.nll_weight:
             nll_N = mean_over_tokens(logps.nll_sum_N, logps.nll_count_N)
             loss_N = loss_N + self.nll_weight * nll_N
-        return LossOutput(
-            loss_N=loss_N,
-            nll_loss_N=None if nll_N is None else nll_N.detach(),
-            divergence_loss_N=divergence_N.detach(),
-        )
+            metrics["nll_loss"] = nll_N.detach()
+        return LossOutput(loss_N=loss_N, metrics=metrics)

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from megatron_longpo.config.names import RowName, Turns
+
 from .preference import Comparison, LongPreference, logistic_loss
 from .turns import token_mean
-from .types import PairLogps, Row, Turns
+from .types import PairLogps
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,15 +35,15 @@ class SimPO(LongPreference):
         )
 
 
-def mean_logp_reward(logps: PairLogps, row: Row, *, beta: float, turns: Turns) -> Tensor:
-    """beta * mean log-prob of a token, `-> [N, U]`."""
+def mean_logp_reward(logps: PairLogps, row: RowName, *, beta: float, turns: Turns) -> Tensor:
+    """Returns beta * mean log-prob of a token, `-> [N, U]`."""
     return beta * token_mean(logps.policy[row], logps.token_counts[row], logps.turn_mask_NT, turns)
 
 
 def margin_comparison(
     chosen_NU: Tensor, rejected_NU: Tensor, *, gamma: float, label_smoothing: float
 ) -> Comparison:
-    """The logistic loss of rewards that are to differ by gamma."""
+    """Returns the logistic loss of rewards whose target difference is gamma."""
     return Comparison(
         losses_NU=logistic_loss(
             chosen_NU - rejected_NU - gamma, beta=1.0, label_smoothing=label_smoothing

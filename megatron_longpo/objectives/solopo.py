@@ -1,17 +1,19 @@
-"""SoLoPO: learn the preference on short chunks, and carry the chosen answer's reward over."""
+"""SoLoPO: learn the preference on short chunks, and align the long chosen answer's reward."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
+
+from megatron_longpo.config.names import NllTokens, RowName
 
 from .orpo import log_odds, odds_comparison
 from .preference import Comparison, Preference, log_ratio, logistic_loss
 from .simpo import margin_comparison, mean_logp_reward
 from .turns import mean_over_units, per_unit
-from .types import LossOutput, Needs, NllTokens, PairLogps, Row
+from .types import LossOutput, Needs, PairLogps
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,8 +22,7 @@ class SoLoPO(Preference):
 
     Source: SoLoPO (arXiv 2505.11166), `alignment_weight` its alpha. The policy reads the short
     rows with gradient, under its own RoPE. Only the chosen answer's reward is aligned. Each
-    flavour brings its reward r and its loss; an NLL term is of the chosen answers in the short
-    rows.
+    flavour has its own reward r and loss. An NLL term uses the chosen answers in the short rows.
     """
 
     alignment_weight: float
@@ -31,8 +32,8 @@ class SoLoPO(Preference):
         return Needs(policy=self.rows, nll=self._nll)
 
     @property
-    def rows(self) -> tuple[Row, ...]:
-        """What the policy reads, and the reference of the flavour that has one."""
+    def rows(self) -> tuple[RowName, ...]:
+        """Rows that the policy reads, and the reference too if the flavour has one."""
         return *self.compared, "long_chosen"
 
     @property
@@ -40,22 +41,21 @@ class SoLoPO(Preference):
         return "short_chosen_answers" if self.nll_weight else None
 
     @property
-    def compared(self) -> tuple[Row, Row]:
+    def compared(self) -> tuple[RowName, RowName]:
         return "short_chosen", "short_rejected"
 
     @abstractmethod
-    def reward(self, logps: PairLogps, row: Row) -> Tensor:
-        """r of a row's answers, `-> [N, U]`, with gradient."""
+    def reward(self, logps: PairLogps, row: RowName) -> Tensor:
+        """Returns r of a row's answers, `-> [N, U]`, with gradient."""
 
     def __call__(self, logps: PairLogps) -> LossOutput:
-        """`PairLogps -> LossOutput`; NLL is None where its weight is 0."""
+        """Returns the loss of each pair; an NLL whose weight is 0 is left out."""
         output = Preference.__call__(self, logps)
         gaps_NU = (self.reward(logps, "short_chosen") - self.reward(logps, "long_chosen")).abs()
         alignment_N = mean_over_units(gaps_NU, logps.turn_mask_NT, self.turns)
-        return replace(
-            output,
+        return LossOutput(
             loss_N=output.loss_N + self.alignment_weight * alignment_N,
-            alignment_loss_N=alignment_N.detach(),
+            metrics={**output.metrics, "alignment_loss": alignment_N.detach()},
         )
 
 
@@ -70,7 +70,7 @@ class SoLoDPO(SoLoPO):
     def needs(self) -> Needs:
         return Needs(policy=self.rows, reference=self.rows, nll=self._nll)
 
-    def reward(self, logps: PairLogps, row: Row) -> Tensor:
+    def reward(self, logps: PairLogps, row: RowName) -> Tensor:
         ratio_NT = log_ratio(logps, row, row)
         return self.beta * per_unit(ratio_NT, logps.turn_mask_NT, self.turns)
 
@@ -93,7 +93,7 @@ class SoLoSimPO(SoLoPO):
     gamma: float
     label_smoothing: float
 
-    def reward(self, logps: PairLogps, row: Row) -> Tensor:
+    def reward(self, logps: PairLogps, row: RowName) -> Tensor:
         return mean_logp_reward(logps, row, beta=self.beta, turns=self.turns)
 
     def compare(self, logps: PairLogps) -> Comparison:
@@ -107,7 +107,7 @@ class SoLoSimPO(SoLoPO):
 class SoLoORPO(SoLoPO):
     """r = log-odds of the answer; ORPO's odds ratio, beside the NLL of the short chosen answers."""
 
-    def reward(self, logps: PairLogps, row: Row) -> Tensor:
+    def reward(self, logps: PairLogps, row: RowName) -> Tensor:
         return log_odds(logps, row, turns=self.turns)
 
     def compare(self, logps: PairLogps) -> Comparison:

@@ -1,7 +1,7 @@
-"""What an objective is given, what it gives back, and what it asks for.
+"""The input of an objective, its output, and what it needs from pack and head.
 
 Letters: N = pairs of a microbatch, T = most turns among them. Log-probs are sums over answer
-tokens, in nats, in the float type that is handed over (float64 in training).
+tokens, in nats, in the float type of the input (float64 in training).
 """
 
 from __future__ import annotations
@@ -9,35 +9,30 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from torch import Tensor
 
+from megatron_longpo.config.names import NllTokens, RowName
+
 Branch = Literal["chosen", "rejected"]
 Context = Literal["short", "long"]
-Row = Literal["long_chosen", "long_rejected", "short_chosen", "short_rejected"]
-"""An answer under a context: the long document, or the short chunk of its turn."""
-ROWS: tuple[Row, ...] = get_args(Row)
-AnswerScope = Literal["chosen_answers", "rejected_answers"]
-NllScope = Literal["chosen_row", "chosen_answers"]
-NllTokens = Literal["chosen_row", "chosen_answers", "rejected_answers", "short_chosen_answers"]
-Turns = Literal["summed", "per_turn"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PairLogps:
-    """Everything a loss is a function of. The log-prob head makes it, once a microbatch."""
+    """The input of a loss. The log-prob head makes it, once a microbatch."""
 
-    policy: Mapping[Row, Tensor]
+    policy: Mapping[RowName, Tensor]
     """For each row of `Needs.policy` [N, T] float, with gradient: sum over the answer tokens of
     the turn of log pi_theta."""
-    reference: Mapping[Row, Tensor]
+    reference: Mapping[RowName, Tensor]
     """For each row of `Needs.reference` [N, T] float, no gradient. Empty = no reference: its
     log-probs count as 0."""
-    token_counts: Mapping[Row, Tensor]
+    token_counts: Mapping[RowName, Tensor]
     """For each row of `Needs.policy` [N, T] int64: the answer tokens that the sum is over."""
     turn_mask_NT: Tensor
-    """[N, T] bool, True where the pair has that turn. What stands elsewhere is never read."""
+    """[N, T] bool, True where the pair has that turn. Values elsewhere are never read."""
     nll_sum_N: Tensor
     """[N] float, with gradient: sum of -log pi_theta over the tokens of `Needs.nll`."""
     nll_count_N: Tensor
@@ -63,54 +58,44 @@ class PairLogps:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossOutput:
-    """A loss a pair; the mean over the global batch's pairs is taken by the caller.
+    """The loss of every pair, and the numbers to report of it.
 
-    A part is None where the objective does not have it; parts are unweighted and detached.
+    The caller takes the mean of each over the pairs of the global batch.
     """
 
     loss_N: Tensor
     """[N] float, with gradient: the weighted sum of the parts."""
-    preference_loss_N: Tensor | None = None
-    """[N] float."""
-    nll_loss_N: Tensor | None = None
-    """[N] float: mean over the NLL tokens of the pair."""
-    answer_nll_loss_N: Tensor | None = None
-    """[N] float: mean NLL over the chosen answers' tokens, beside the NLL term's own."""
-    alignment_loss_N: Tensor | None = None
-    """[N] float: distance of the chosen answer's rewards under the two contexts."""
-    divergence_loss_N: Tensor | None = None
-    """[N] float: mean reverse KL over the divergence's tokens of the pair."""
-    chosen_rewards_N: Tensor | None = None
-    """[N] float: what the preference compares, of the chosen answers, summed over turns."""
-    rejected_rewards_N: Tensor | None = None
-    """[N] float."""
+    metrics: Mapping[str, Tensor]
+    """Name in metrics.jsonl -> [N], detached. Parts of the loss end in `_loss` and are unweighted;
+    the console and `longpo report` show them. A name that the objective does not give is null in
+    metrics.jsonl if contract section 5 lists it, and absent otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Needs:
-    """What the pack and the log-prob head have to provide for an objective."""
+    """Log-probs and divergences that the pack and the log-prob head provide for an objective."""
 
-    policy: tuple[Row, ...] = ()
+    policy: tuple[RowName, ...] = ()
     """Rows whose per-turn log-probs of the policy enter the loss or its metrics, with gradient."""
-    reference: tuple[Row, ...] = ()
-    """Rows whose per-turn log-probs of the reference are used where there is one."""
+    reference: tuple[RowName, ...] = ()
+    """Rows whose per-turn log-probs of the reference are used, if there is a reference."""
     nll: NllTokens | None = None
     """Tokens of the NLL term; None = no such term."""
-    divergence: tuple[Row, Row] | None = None
+    divergence: tuple[RowName, RowName] | None = None
     """KL(policy || reference) of the next-token distributions along an answer that both read: the
     policy in the first row, the reference in the second. None = no such term."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Objective(ABC):
-    """Settings of `objective.*` that the loss uses, callable on `PairLogps`."""
+    """A loss with its keys of the section `objective`, callable on `PairLogps`."""
 
     @property
     @abstractmethod
     def needs(self) -> Needs: ...
 
     @property
-    def compared(self) -> tuple[Row, Row] | None:
+    def compared(self) -> tuple[RowName, RowName] | None:
         """The chosen and the rejected row that the preference compares; None = it has none."""
         return None
 

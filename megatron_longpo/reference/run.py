@@ -1,8 +1,8 @@
-"""`longpo reference`: the frozen reference's log-probabilities of every row, once and to disk.
+"""`longpo reference`: writes the frozen reference's log-probabilities of every row to disk.
 
-The reference runs alone, where the policy stands in training: the same packs, layouts and
-pipeline, but one model without optimizer or gradients. It goes on with what an earlier, stopped
-run has written, under this or any other layout.
+The reference runs in the place that the policy has in training: the same packs, layouts and
+pipeline, but one model without optimizer or gradients. The command resumes a stopped run, under the
+same or any other layout.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_longpo.config.names import RowName
 from megatron_longpo.config.train import TrainConfig, check_world
 from megatron_longpo.data.trees.catalog import PairCatalog
 from megatron_longpo.data.trees.packing import PairSize
@@ -33,7 +34,6 @@ from megatron_longpo.engine.row_reader import RowReader
 from megatron_longpo.engine.schedule import score_microbatches
 from megatron_longpo.engine.sources import make_objective, read_models
 from megatron_longpo.errors import StopRequested
-from megatron_longpo.objectives import Row
 from megatron_longpo.parallel import groups as process_groups
 from megatron_longpo.parallel.collectives import from_main_rank, on_any_rank
 from megatron_longpo.parallel.groups import Groups
@@ -43,7 +43,7 @@ from megatron_longpo.runtime import stop
 
 @dataclass(frozen=True, slots=True)
 class ReferenceRows:
-    """A catalog's pairs as the reference reads them alone."""
+    """A catalog's pairs with only the rows that the reference reads."""
 
     catalog: PairCatalog
 
@@ -56,27 +56,27 @@ class ReferenceRows:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
-    """One data set and what is still to be scored of it."""
+    """One data set and its pairs that are not scored yet."""
 
     catalog: PairCatalog
     writer: CacheWriter | None
     """None on all ranks but the main one."""
     pending: tuple[int, ...]
-    """Pairs of the catalog that no part on disk has, the same on every rank."""
+    """Pairs of the catalog that are in no part on disk, the same on every rank."""
 
     @property
     def budget_tokens(self) -> int:
-        """Tokens of a microbatch: a training one has as many, and needs memory for backward."""
+        """Tokens of a microbatch: as many as in training, which also needs memory for backward."""
         largest = max(size.reference_tokens for size in self.catalog.sizes)
         return max(self.catalog.largest_pair_tokens, largest)
 
 
 def run_reference(config: TrainConfig) -> None:
-    """Computes what `longpo train` with `reference.mode: cached` reads; `config` is resolved.
+    """Computes the cache for `longpo train` with `reference.mode: cached`; `config` is resolved.
 
     Raises:
         UserError: for bad input.
-        StopRequested: after a signal asked for it; what was computed is saved.
+        StopRequested: after a signal asked to stop; all scored rows are saved.
     """
     try:
         compute(config)
@@ -85,8 +85,8 @@ def run_reference(config: TrainConfig) -> None:
 
 
 def compute(config: TrainConfig) -> None:
-    """Prepares, cheapest first, and scores what is not on disk yet."""
-    assert config.reference.cache_path is not None, "settings are resolved"
+    """Checks everything, cheapest first, and scores the rows that are not on disk."""
+    assert config.reference.cache_path is not None, "the config is resolved"
     run_folder.check_folder("reference.cache_path", Path(config.reference.cache_path))
     check_world(config, int(os.environ.get("WORLD_SIZE", 1)))
     sources = read_models(config)
@@ -125,9 +125,9 @@ def compute(config: TrainConfig) -> None:
 
 
 def open_task(reader: RowReader, catalog: PairCatalog) -> Task:
-    """Opens the cache of a data set, on the main rank, and finds what it lacks."""
+    """Opens the cache of a data set on the main rank, and finds the rows that it lacks."""
     config = reader.config
-    assert config.reference.cache_path is not None, "settings are resolved"
+    assert config.reference.cache_path is not None, "the config is resolved"
     cache_path = Path(config.reference.cache_path)
     reference = reader.sources.scorer("cached")
     assert reference is not None, "the config is resolved"
@@ -187,7 +187,7 @@ def score(task: Task, model: list[Any], groups: Groups, console: RunConsole) -> 
 def score_part(
     task: Task, pairs: Sequence[int], model: list[Any], groups: Groups
 ) -> ReferenceLogps:
-    """What the reference says of some pairs; the same on every rank."""
+    """Returns the reference's log-probabilities of some pairs, the same on every rank."""
     source = ReferenceRows(task.catalog)
     microbatches = rank_microbatches(source, pairs, groups, budget_tokens=task.budget_tokens)
     packs = [lay_out_microbatch(source, pairs, microbatch, groups) for microbatch in microbatches]
@@ -217,11 +217,11 @@ def score_part(
 def _part(
     catalog: PairCatalog,
     pairs: Sequence[int],
-    names: tuple[Row, ...],
+    names: tuple[RowName, ...],
     sums_NRT: np.ndarray,
     num_turns_N: np.ndarray,
 ) -> ReferenceLogps:
-    """Pads taken off, rows named."""
+    """Returns the sums of existing turns, by row name."""
     ids = [catalog.pair_id(pair) for pair in pairs]
     is_turn_NT = np.arange(sums_NRT.shape[2]) < num_turns_N[:, None]
     for place, row_id in enumerate(ids):

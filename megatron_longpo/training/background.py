@@ -1,7 +1,7 @@
-"""Checkpoints that are written while training goes on, through Megatron's queue of async calls.
+"""Writes checkpoints while training continues, through Megatron's queue of async calls.
 
-Megatron copies what is on a GPU to the host and forks a process that writes: it sees this moment's
-memory, whatever the next steps do to it.
+Megatron copies tensors from the GPU to the host and forks a process that writes them. The process
+sees the memory of that moment; later steps do not change it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
 
 
 class BackgroundSaves:
-    """One save at a time. Every method but `abandon` is called on all ranks alike."""
+    """Runs one save at a time. All ranks must call every method except `abandon`."""
 
     def __init__(self) -> None:
         self._queue = AsyncCallsQueue()
@@ -45,15 +45,15 @@ class BackgroundSaves:
             )
 
     def poll(self) -> None:
-        """Publishes a save that all ranks have written; else returns at once."""
+        """Publishes a save if all ranks have written it; returns at once otherwise."""
         self._finalize(is_blocking=False)
 
     def wait(self) -> None:
-        """Publishes the save that is being written, when it is."""
+        """Waits for the save that is being written, if any, and publishes it."""
         self._finalize(is_blocking=True)
 
     def abandon(self) -> None:
-        """Ends this rank's writing; what it wrote stays unpublished."""
+        """Ends this rank's writing; its save is not published."""
         for call in self._queue.async_calls:
             call.async_caller.close(abort=True)
         self._queue.async_calls.clear()

@@ -1,8 +1,8 @@
-"""Checkpoints: saving so that a crash at any moment loses nothing, loading, and pruning.
+"""Saves, loads and prunes checkpoints; a crash at any moment loses none of them.
 
 A checkpoint is written under a temporary name, renamed when every rank is done, and only then
-named in `latest_checkpointed_iteration.txt` (contract.md section 6). Written in the background or
-not, it is the same, and becomes visible in the same way.
+named in `latest_checkpointed_iteration.txt` (contract.md section 6). A save in the background does
+the same.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from megatron_longpo.training.megatron_optimizer import initialize_state
 
 PROGRESS_NAME = "progress.json"
 OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
-"""The one format of Megatron's that loads under any other layout."""
+"""The only format of Megatron's that loads under any other layout."""
 
 SHAPE_FIELDS = (
     "family",
@@ -59,25 +59,25 @@ SHAPE_FIELDS = (
     "vocab_size",
     "tied_embeddings",
 )
-"""What of an architecture a checkpoint's tensors depend on."""
+"""Fields of an architecture that a checkpoint's tensors depend on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingState:
-    """What a checkpoint holds and restores, besides the position in the data."""
+    """Everything that a checkpoint saves and restores."""
 
     model: Sequence[Any]
     """This rank's chunks; `sharded_state_dict` gives the policy alone, or its adapters alone."""
     optimizer: MegatronOptimizer
     optimizer_kind: dict[str, Any]
-    """The settings `optimizer.*` that decide what its state is: name and distributed."""
+    """`optimizer.name` and `optimizer.distributed`, which decide the kind of its state."""
     sampler: PairSampler
     groups: Groups
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
-    """`progress.json`: where training stood, readable without torch."""
+    """`progress.json`: the progress of training, readable without torch."""
 
     step: int
     sampler: dict[str, Any]
@@ -112,9 +112,9 @@ def save(
         dtype: torch's name of the weights' type.
         keep: how many checkpoints stay.
         lora: what the policy's adapters are, if it has some.
-        background: writes while training goes on, having published what it wrote before; None =
-            all is done on return.
-        say: is told what is saved, and how long training stood still for it.
+        background: writes while training continues; its save before is published. None = the
+            checkpoint is published on return.
+        say: prints what is saved, and how long training stood still for it.
     """
     started = time.perf_counter()
     final = iteration_folder(folder, step)
@@ -161,12 +161,12 @@ def save(
 
 
 def newest(folder: Path) -> Path | None:
-    """The checkpoint that `checkpoint.resume: auto` goes on from, if there is one."""
+    """Returns the checkpoint that `checkpoint.resume: auto` resumes, or None."""
     return find_iteration_folder(str(folder)) if (folder / TRACKER_NAME).is_file() else None
 
 
 def check_matches(checkpoint: Path, arch: Architecture, lora: LoraRecord | None = None) -> None:
-    """Refuses a checkpoint of another model or other adapters before any weights are loaded."""
+    """Raises a UserError for a checkpoint of another model or other adapters; loads no weights."""
     saved = read_architecture(str(checkpoint / HF_FOLDER_NAME))
     for field in SHAPE_FIELDS:
         ours, theirs = getattr(arch, field), getattr(saved, field)
@@ -211,7 +211,7 @@ def _check_adapters(checkpoint: Path, saved: LoraRecord | None, ours: LoraRecord
 def load(checkpoint: Path, state: TrainingState, *, load_optimizer: bool) -> int:
     """Restores a checkpoint into `state` and returns the step it was saved at.
 
-    An imported checkpoint has weights alone: training starts from them at step 0.
+    An imported checkpoint has only weights: training starts from them at step 0.
     """
     progress = _read_progress(checkpoint)
     has_optimizer = any(key.startswith("optimizer.") for key in TorchDistReader(checkpoint).keys)
@@ -273,7 +273,7 @@ def _sharded_state(
 
 
 def _model_key(index: int, model: Sequence[Any]) -> str:
-    """Megatron-LM's names: `model`, or `model0`, `model1` with a virtual pipeline."""
+    """Returns Megatron-LM's key: `model`, or `model0`, `model1` with a virtual pipeline."""
     return "model" if len(model) == 1 else f"model{index}"
 
 
@@ -314,8 +314,8 @@ def _read_progress(checkpoint: Path) -> Progress | None:
 def _prune(folder: Path, keep: int, step: int) -> None:
     """Deletes all but the `keep` newest checkpoints, of which `step` is the newest.
 
-    One of a later step is older: a run that went on from an earlier checkpoint left it behind.
-    What a crash left half written goes too.
+    A checkpoint of a later step is older: a run left it behind that then resumed an earlier one.
+    Half-written checkpoints of crashed runs are deleted too.
     """
     for leftover in folder.glob("iter_*.writing"):
         shutil.rmtree(leftover)

@@ -1,4 +1,4 @@
-"""`longpo train`: prepare, then one optimizer step after the other."""
+"""`longpo train`: prepares a run, then does one optimizer step after the other."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ from megatron_longpo.training.optimizer import (
 
 @dataclass(kw_only=True, slots=True)
 class Run:
-    """A run in progress."""
+    """A run in progress, as `prepare` made it and every step changes it."""
 
     config: TrainConfig
     groups: Groups
@@ -86,11 +86,11 @@ class Run:
 
 
 def run_training(config: TrainConfig) -> None:
-    """Trains as `config`, which is resolved, says.
+    """Trains; `config` is resolved.
 
     Raises:
-        UserError: for bad input, before anything expensive where it can be known then.
-        StopRequested: after a signal asked for it and a checkpoint was saved.
+        UserError: for bad input, if possible before expensive work.
+        StopRequested: after a signal asked to stop; a checkpoint is saved.
     """
     try:
         run = prepare(config)
@@ -188,6 +188,7 @@ def _read_rows(
 
 
 def _make_sampler(config: TrainConfig, pairs: PairCatalog, console: RunConsole) -> PairSampler:
+    """Returns the order of the pairs over all epochs."""
     sampler = PairSampler(
         len(pairs),
         global_batch_pairs=config.train.global_batch_pairs,
@@ -249,7 +250,7 @@ def _resume(
 
 
 def train(run: Run) -> None:
-    """Runs the remaining steps, writing metrics, evaluations and checkpoints as they are due."""
+    """Runs the remaining steps; writes metrics, evaluations and checkpoints when they are due."""
     config = run.config
     stop.listen()
     if not run.groups.is_main:
@@ -257,7 +258,7 @@ def train(run: Run) -> None:
         return
     run_folder.write_config(config, {"data": run.pairs.dataset.fingerprint})
     writer = MetricsWriter(
-        config.logging, resumed_step=run.step, settings=run_folder.settings(config)
+        config.logging, resumed_step=run.step, run_config=run_folder.plain_config(config)
     )
     try:
         _train_or_abandon(run, writer)
@@ -269,7 +270,7 @@ def _train_or_abandon(run: Run, writer: MetricsWriter | None) -> None:
     try:
         _train(run, writer)
     except BaseException:
-        # A rank that failed alone cannot agree with the others on what is written.
+        # If one rank fails alone, the ranks cannot agree that a checkpoint is written.
         run.saves.abandon()
         raise
 
@@ -299,7 +300,7 @@ def _train(run: Run, writer: MetricsWriter | None) -> None:
 
 
 def train_step(run: Run) -> Metrics:
-    """One global batch: forward, backward, update. Returns the step's row of metrics.jsonl."""
+    """Trains on one global batch and returns the step's row of metrics.jsonl."""
     started = time.perf_counter()
     run.saves.poll()
     pairs = run.sampler.next_batch()
@@ -320,7 +321,7 @@ def train_step(run: Run) -> Metrics:
     if run.step + 1 < run.num_steps:
         upcoming = run.sampler.upcoming_batch()
         read_ahead(run.pairs, upcoming, run.groups, budget_tokens=run.budget_tokens)
-    # From here on the GPU is waited for.
+    # From here on the CPU waits for the GPU.
     sums = read_sums()
     _check_finite("loss", sums["loss"], run.step + 1)
     _check_finite("gradient norm", float(grad_norm), run.step + 1)
@@ -378,9 +379,9 @@ def _log(run: Run, metrics: Metrics, writer: MetricsWriter | None) -> None:
 
 
 def save(run: Run, *, is_final: bool) -> None:
-    """Saves in the background where that is asked for and a further step will follow."""
+    """Saves a checkpoint, in the background with `checkpoint.async_save` unless it is the last."""
     config = run.config
-    assert config.checkpoint.dir is not None, "settings are resolved"
+    assert config.checkpoint.dir is not None, "the config is resolved"
     run.saves.wait()
     gather_parameters(run.model)
     checkpoint.save(
@@ -398,7 +399,7 @@ def save(run: Run, *, is_final: bool) -> None:
 
 
 def _checkpoint_to_resume(config: TrainConfig) -> Path | None:
-    assert config.checkpoint.dir is not None, "settings are resolved"
+    assert config.checkpoint.dir is not None, "the config is resolved"
     resume = config.checkpoint.resume
     if resume == "never":
         return None
@@ -408,13 +409,13 @@ def _checkpoint_to_resume(config: TrainConfig) -> Path | None:
         return own
     chosen = checkpoint.find_iteration_folder(resume)
     if own is not None and chosen.resolve().parent != folder.resolve():
-        # Requeued with the path it first started from, a run still goes on where it stopped.
+        # A requeued run still names its first start: it resumes its own newest checkpoint.
         return own
     return chosen
 
 
 def _stop_agreed(run: Run) -> bool:
-    """Whether any rank was asked to stop: all of them must save the same step."""
+    """Tells whether any rank was asked to stop: all must save the same step."""
     return on_any_rank(stop.was_requested(), run.groups.device)
 
 

@@ -34,21 +34,21 @@ def build_optimizer(
     rmsprop_alpha: float | None = None,
     state_dtype: torch.dtype = torch.float32,
 ) -> MegatronOptimizer:
-    """Returns Megatron's optimizer over `model`; RMSprop where `rmsprop_alpha` is given.
+    """Returns Megatron's optimizer over `model`: RMSprop if `rmsprop_alpha` is given, else Adam.
 
     Averages of gradients are kept in `state_dtype`. Megatron's own precision-aware optimizer would
     also hand fp32 weights to Transformer Engine, whose checkpoints fit no other optimizer.
     """
 
-    def make_rmsprop(params: Any, **settings: Any) -> RMSprop:
+    def make_rmsprop(params: Any, **arguments: Any) -> RMSprop:
         assert rmsprop_alpha is not None
-        settings.pop("eps", None)
+        arguments.pop("eps", None)
         return RMSprop(
             params,
             alpha=rmsprop_alpha,
             eps=config.adam_eps,
             state_dtype=state_dtype,
-            **settings,
+            **arguments,
         )
 
     if rmsprop_alpha is None and state_dtype == torch.float32:
@@ -87,10 +87,10 @@ def _building_with(make: Any) -> Iterator[None]:
 
 
 def transformer_engine_adam() -> Any:
-    """Transformer Engine's Adam, whose averages may be of another dtype than the weights.
+    """Returns Transformer Engine's Adam, whose averages may have another dtype than the weights.
 
     Raises:
-        UserError: where it cannot run.
+        UserError: if it cannot run here.
     """
     obstacle = "it needs a GPU"
     if torch.cuda.is_available():
@@ -105,7 +105,7 @@ def transformer_engine_adam() -> Any:
 
 
 def initialize_state(optimizer: MegatronOptimizer) -> None:
-    """Gives every parameter its state, as a first step would: what loading writes into."""
+    """Gives every parameter the state of a first step, for loading to write into."""
     for part in _parts(optimizer):
         initialize_inner_state(part.optimizer)
 
@@ -131,7 +131,7 @@ def initialize_inner_state(optimizer: Any, config: OptimizerConfig | None = None
 
 
 def _with_bucket_padding(packed: Tensor, buckets: Sequence[Any]) -> Tensor:
-    """[sum of unpadded lengths] -> the buckets at their offsets, zeros between them."""
+    """Returns buckets at their offsets with zeros between, from [sum of unpadded lengths]."""
     last = buckets[-1]
     placed = packed.new_zeros(last.offset + last.numel_unpadded)
     parts = packed.split([bucket.numel_unpadded for bucket in buckets])
@@ -145,13 +145,13 @@ def _parts(optimizer: MegatronOptimizer) -> Iterator[Any]:
 
 
 class _MendedDistributedOptimizer(DistributedOptimizer):
-    """Keeps `step` through loading, one tensor a parameter; knows a state without `exp_avg`.
+    """Megatron's distributed optimizer with the mends that the module's docstring lists.
 
-    Finds every parameter of a buffer with several buckets.
+    It also knows RMSprop's state, which has no `exp_avg`.
     """
 
-    def get_parameter_state_dp_zero(self, *args: Any, **settings: Any) -> Any:
-        state = super().get_parameter_state_dp_zero(*args, **settings)
+    def get_parameter_state_dp_zero(self, *args: Any, **kwargs: Any) -> Any:
+        state = super().get_parameter_state_dp_zero(*args, **kwargs)
         if state is None:
             return None
         for index, buffer in enumerate(self.buffers):

@@ -1,4 +1,4 @@
-"""Optimizer and learning-rate schedule, both Megatron's, from our settings."""
+"""Makes Megatron's optimizer and learning-rate schedule from the section `optimizer`."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ import torch
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_longpo.config import train as settings
+from megatron_longpo.config import train as train_config
 from megatron_longpo.model.spec import DTYPES
 from megatron_longpo.training.megatron_optimizer import build_optimizer, transformer_engine_adam
 
 
-def check_optimizer(config: settings.OptimizerConfig) -> None:
-    """Refuses what this machine lacks the means for, before anything is built."""
+def check_optimizer(config: train_config.OptimizerConfig) -> None:
+    """Raises a UserError for an optimizer that this machine cannot run."""
     if config.name == "adam" and config.state_dtype != "fp32":
         transformer_engine_adam()
 
 
 def make_optimizer(
-    config: settings.OptimizerConfig, model: Sequence[Any], *, bf16: bool
+    config: train_config.OptimizerConfig, model: Sequence[Any], *, bf16: bool
 ) -> MegatronOptimizer:
     """Returns the optimizer over the model's trainable parameters.
 
-    Weight decay, where there is any, spares biases and norms, as Megatron and transformers do.
+    Weight decay does not apply to biases and norms, as in Megatron and transformers.
     """
     megatron_config = OptimizerConfig(
         optimizer="adam",
@@ -49,7 +49,7 @@ def make_optimizer(
 
 
 def make_scheduler(
-    config: settings.OptimizerConfig, optimizer: MegatronOptimizer, *, num_steps: int
+    config: train_config.OptimizerConfig, optimizer: MegatronOptimizer, *, num_steps: int
 ) -> OptimizerParamScheduler:
     """Returns the schedule of `num_steps` steps: linear warm-up from 0, then the named decay.
 
@@ -75,5 +75,5 @@ def make_scheduler(
 
 
 def current_learning_rate(optimizer: MegatronOptimizer) -> float:
-    """The rate that the next step uses."""
+    """Returns the learning rate of the next step."""
     return float(optimizer.param_groups[0]["lr"])

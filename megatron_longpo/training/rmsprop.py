@@ -15,7 +15,7 @@ STATE_HOLDS_STEP: bool = not distrib_optimizer.HAVE_APEX_OR_TE
 state."""
 
 LARGEST_BATCH = 64 * 2**20
-"""Parameters that RMSprop updates at a time, unless one tensor alone has more."""
+"""Most elements that RMSprop updates at a time, unless one tensor alone has more."""
 SMALLEST_ALONE = 2 * 2**20
 """From this many elements on, a tensor's update takes longer than its launch; smaller tensors are
 updated many at a time."""
@@ -36,15 +36,15 @@ class RMSprop(torch.optim.AdamW):
         alpha: float,
         eps: float,
         state_dtype: torch.dtype = torch.float32,
-        **settings: Any,
+        **arguments: Any,
     ) -> None:
         self.state_dtype = state_dtype
         super().__init__(
             params,
-            lr=settings["lr"],
+            lr=arguments["lr"],
             betas=(0.0, alpha),
             eps=eps,
-            weight_decay=settings["weight_decay"],
+            weight_decay=arguments["weight_decay"],
         )
 
     def initialize_state(self, param: Tensor) -> None:
@@ -118,7 +118,7 @@ class RMSprop(torch.optim.AdamW):
 
 
 def _is_updated_alone(param: Tensor) -> bool:
-    """Whether the one kernel that reads and writes everything once can be used, and pays."""
+    """Tells whether the kernel that reads and writes everything once can be used, and is faster."""
     grad = param.grad
     return (
         param.numel() >= SMALLEST_ALONE
@@ -132,7 +132,7 @@ def _is_updated_alone(param: Tensor) -> bool:
 
 
 def _batches(params: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Cuts parameters up so that temporary copies stay small beside the optimizer's state."""
+    """Yields parameters in batches, so that temporary copies stay small beside the state."""
     batch: list[Tensor] = []
     size = 0
     for param in params:

@@ -1,7 +1,7 @@
-"""RMSprop's update as one Triton kernel; imported where there is a GPU.
+"""RMSprop's update as one Triton kernel; imported only if there is a GPU.
 
-The same update in torch's operators moves each of weights, gradients and square averages through
-memory several times, and needs a copy of the last.
+With torch's operators, weights, gradients and square averages pass through memory several times,
+and the square averages are copied.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ def update(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """v = alpha v + (1 - alpha) g^2;  p = p - lr g / (sqrt(v) + eps), with g += weight_decay p.
+    """Updates `param` and `square_average` in place.
+
+    v = alpha v + (1 - alpha) g^2;  p = p - lr g / (sqrt(v) + eps), with g += weight_decay p.
 
     All three are contiguous and fp32, but `square_average` may be bf16: it is rounded where it is
-    stored. `param` and `square_average` are changed.
+    stored.
     """
     count = param.numel()
     if count:

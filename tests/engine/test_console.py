@@ -31,6 +31,22 @@ def test_lines_say_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     ]
 
 
+def test_parts_of_the_loss_are_shown_in_order(capsys: pytest.CaptureFixture[str]) -> None:
+    values = {
+        "answer_nll_loss": 4.0,
+        "alignment_loss": 3.0,
+        "rewards/margins": 5.0,
+        "nll_loss": 2.0,
+        "logps/chosen": 9.0,
+        "preference_loss": 1.0,
+        "loss": 0.5,
+    }
+    RunConsole(is_main=True).say_step({"step": 1, **values}, num_steps=2)
+    assert capsys.readouterr().out == (
+        "step 1/2  loss 0.5  preference 1  nll 2  alignment 3  answer nll 4  margin 5\n"
+    )
+
+
 def test_a_bar_inside_anothers_loop_leaves_it_running(monkeypatch: pytest.MonkeyPatch) -> None:
     """Evaluation comes and goes while training has its bar."""
     terminal = functools.partial(Console, file=io.StringIO(), force_terminal=True, width=80)

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from megatron_longpo.config.train import LoggingConfig, WandbConfig
+from megatron_longpo.engine.metric_names import LOSS_KEYS
 from megatron_longpo.engine.metrics import (
-    LOSS_KEYS,
     MetricsWriter,
     check_trackers,
     keep_rows_until,
@@ -21,7 +21,7 @@ from megatron_longpo.errors import UserError
 
 def writer(folder: Path, *, resumed_step: int = 0, **settings: Any) -> MetricsWriter:
     config = LoggingConfig(**{"dir": str(folder), "tensorboard": False, **settings})
-    return MetricsWriter(config, resumed_step=resumed_step, settings={"model": {"hf_path": "x"}})
+    return MetricsWriter(config, resumed_step=resumed_step, run_config={"model": {"hf_path": "x"}})
 
 
 def lines(folder: Path) -> list[str]:

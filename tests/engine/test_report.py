@@ -10,7 +10,7 @@ import pytest
 
 from megatron_longpo.cli import main
 from megatron_longpo.config.report import ReportConfig
-from megatron_longpo.engine.report import read_run, run_report
+from megatron_longpo.engine.report import panels_of, read_run, run_report
 from megatron_longpo.errors import UserError
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -55,6 +55,13 @@ def test_it_plots_beside_the_metrics_and_prints_first_and_last(
     assert lines["eval/loss"][3::2] == ["2.5", "1.5", "-1"]
     assert lines["eval/rewards/margins"][3::2] == ["-0.125", "0.25", "+0.375"]
     assert "nll_loss" not in lines
+
+
+def test_every_part_of_a_loss_has_a_panel(tmp_path: Path) -> None:
+    row = {"step": 1, "loss": 1.0, "new_loss": 2.0, "nll_loss": None, "tokens_per_second": 3.0}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    run = read_run(str(tmp_path))
+    assert panels_of([run]) == ["loss", "new_loss", "tokens_per_second"]
 
 
 def test_several_runs_share_one_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -56,7 +56,7 @@ def test_the_written_config_can_be_run_again(tmp_path: Path) -> None:
     assert contents.pop("fingerprints") == {"data": "abc"}
     versions = contents.pop("versions")
     assert {"megatron_longpo", "python", "torch", "megatron-core"} <= set(versions)
-    assert contents == run_folder.settings(config)
+    assert contents == run_folder.plain_config(config)
     assert contents["objective"]["beta"] == 0.25 and contents["reference"]["mode"] == "online"
     path.write_text(yaml.safe_dump(contents))
     assert load_train_config(["--config", str(path)]) == config

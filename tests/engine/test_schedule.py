@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from megatron_longpo.data.trees.forest import Term
+from megatron_longpo.engine.console import RunConsole
+from megatron_longpo.engine.metrics import mean_metrics
 from megatron_longpo.engine.schedule import _loss
+from megatron_longpo.objectives import LossOutput, Needs, Objective, PairLogps
 from megatron_longpo.parallel.groups import Groups
 from megatron_longpo.parallel.layout import RankPack
 from tests.engine.test_pair_sums import SHORT, SHORT_C, SHORT_R, C, R, tokens_with_edges
@@ -96,3 +99,26 @@ def test_what_an_objective_has_not_is_not_logged(single_process: Groups) -> None
     sft = logps.objective("sft", nll_weight=1.0)
     _, _, sums = _loss(torch.zeros(8), pack=pack([1, 1]), objective=sft, groups=single_process)
     assert set(sums) == {"pairs", "loss", "nll_loss"}
+
+
+class Surprised(Objective):
+    """An objective from outside, with a number of its own."""
+
+    @property
+    def needs(self) -> Needs:
+        return Needs()
+
+    def __call__(self, logps: PairLogps) -> LossOutput:
+        chosen_N = logps.policy["long_chosen"].sum(dim=1)
+        return LossOutput(loss_N=-chosen_N, metrics={"surprise_loss": chosen_N.detach() ** 2})
+
+
+def test_a_new_number_of_an_objective_is_logged_and_shown(
+    single_process: Groups, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scores = torch.tensor([-1.0, -4.0, -5.0, -4.0, 0.0, 0.0, 0.0, 0.0])
+    _, _, sums = _loss(scores, pack=pack([1, 1]), objective=Surprised(), groups=single_process)
+    means = mean_metrics({name: value.item() for name, value in sums.items()})
+    assert means["surprise_loss"] == 13 and means["preference_loss"] is None
+    RunConsole(is_main=True).say_step({"step": 1, **means}, num_steps=2)
+    assert capsys.readouterr().out == "step 1/2  loss 3  surprise 13\n"

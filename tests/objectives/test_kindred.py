@@ -71,8 +71,8 @@ def test_ipo_squares_the_distance_of_mean_log_ratios_from_its_target() -> None:
     # The target is 1 / (2 * 1/2) = 1.
     out = objective("ipo")(two_pairs())
     close(out.loss_N, [1.5**2, 2.25**2])
-    close(out.chosen_rewards_N, [0.5 * -2 / 4, 0.5 * -1 / 4])
-    close(out.rejected_rewards_N, [0.0, 0.5 * 2 / 2])
+    close(out.metrics["rewards/chosen"], [0.5 * -2 / 4, 0.5 * -1 / 4])
+    close(out.metrics["rewards/rejected"], [0.0, 0.5 * 2 / 2])
     # Turn by turn, pair 0: 1/2 - 1 = -1/2 and -3/2 - (-1/3) = -7/6.
     per_turn = objective("ipo", turns="per_turn")(two_pairs())
     close(per_turn.loss_N, [(1.5**2 + (7 / 6 + 1) ** 2) / 2, 2.25**2])
@@ -91,8 +91,8 @@ def test_simpo_compares_mean_log_probs_with_a_margin() -> None:
     # beta = 1/2. Pair 0: -8/4 - -10/4 = 1/2 -> 1/4;  pair 1: -8/4 - -3/2 = -1/2 -> -1/4.
     out = objective("simpo", gamma=0.3)(two_pairs())
     close(out.loss_N, [softplus(0.3 - 0.25), softplus(0.3 + 0.25)])
-    close(out.chosen_rewards_N, [-1.0, -1.0])
-    close(out.rejected_rewards_N, [-1.25, -0.75])
+    close(out.metrics["rewards/chosen"], [-1.0, -1.0])
+    close(out.metrics["rewards/rejected"], [-1.25, -0.75])
     smoothed = objective("simpo", gamma=0.3, label_smoothing=0.2)(two_pairs())
     close(smoothed.loss_N[:1], [0.8 * softplus(0.05) + 0.2 * softplus(-0.05)])
     # Turn by turn: -2/2 - -1/1 = 0 and -6/2 - -9/3 = 0.
@@ -105,11 +105,11 @@ def test_orpo_compares_odds_beside_the_nll() -> None:
     out = objective("orpo", preference_weight=0.1, nll_weight=1.0)(two_pairs(nll=nll))
     ratios = [log_odds(-2.0) - log_odds(-2.5), log_odds(-2.0) - log_odds(-1.5)]
     close(out.loss_N, [3.0 + 0.1 * softplus(-ratios[0]), 2.0 + 0.1 * softplus(-ratios[1])])
-    close(out.chosen_rewards_N, [log_odds(-2.0), log_odds(-2.0)])
+    close(out.metrics["rewards/chosen"], [log_odds(-2.0), log_odds(-2.0)])
     per_turn = objective("orpo", turns="per_turn")(two_pairs(nll=nll))
     close(per_turn.loss_N, [math.log(2), softplus(-ratios[1])])
     # An absent turn has no odds to report.
-    close(per_turn.chosen_rewards_N, [log_odds(-1.0) + log_odds(-3.0), log_odds(-2.0)])
+    close(per_turn.metrics["rewards/chosen"], [log_odds(-1.0) + log_odds(-3.0), log_odds(-2.0)])
 
 
 def test_orpo_survives_answers_that_are_certain() -> None:
@@ -128,15 +128,15 @@ def test_orpo_survives_answers_that_are_certain() -> None:
 def test_solopo_dpo_prefers_on_short_rows_and_aligns_the_chosen_reward() -> None:
     out = objective("solopo_dpo", alignment_weight=3.0)(two_pairs())
     # Short: chosen (-4 + 2) = -2 and (-4 + 5) = 1, rejected (-12 + 8) = -4 and 0; beta = 1/2.
-    close(out.chosen_rewards_N, [-1.0, 0.5])
-    close(out.rejected_rewards_N, [-2.0, 0.0])
-    close(out.preference_loss_N, [softplus(-1.0), softplus(-0.5)])
+    close(out.metrics["rewards/chosen"], [-1.0, 0.5])
+    close(out.metrics["rewards/rejected"], [-2.0, 0.0])
+    close(out.metrics["preference_loss"], [softplus(-1.0), softplus(-0.5)])
     # Long: chosen (-8 + 6) = -2 and (-8 + 7) = -1; |-1 - -1| and |1/2 - -1/2|.
-    close(out.alignment_loss_N, [0.0, 1.0])
+    close(out.metrics["alignment_loss"], [0.0, 1.0])
     close(out.loss_N, [softplus(-1.0), softplus(-0.5) + 3.0])
     # Turn by turn, pair 0: short 0, -2 and long 1, -3, so |0 - 1/2| and |-1 - -3/2|.
     per_turn = objective("solopo_dpo", alignment_weight=1.0, turns="per_turn")(two_pairs())
-    close(per_turn.alignment_loss_N, [0.5, 1.0])
+    close(per_turn.metrics["alignment_loss"], [0.5, 1.0])
 
 
 def test_solopo_leaves_the_rejected_long_row_alone() -> None:
@@ -154,13 +154,13 @@ def test_solopo_leaves_the_rejected_long_row_alone() -> None:
 def test_solopo_simpo_and_orpo_take_their_own_rewards() -> None:
     simpo = objective("solopo_simpo", gamma=0.3, alignment_weight=1.0)(two_pairs())
     # Short: -4/4 - -12/4 = 2 -> 1 and -4/4 - -6/2 = 2 -> 1; |1/2 (-1 + 2)| for both.
-    close(simpo.preference_loss_N, [softplus(-0.7), softplus(-0.7)])
-    close(simpo.alignment_loss_N, [0.5, 0.5])
+    close(simpo.metrics["preference_loss"], [softplus(-0.7), softplus(-0.7)])
+    close(simpo.metrics["alignment_loss"], [0.5, 0.5])
     nll = (torch.tensor([12.0, 10.0], dtype=torch.float64), [4, 5])
     orpo = objective("solopo_orpo", preference_weight=0.1, nll_weight=1.0)(two_pairs(nll=nll))
     preference = softplus(-(log_odds(-1.0) - log_odds(-3.0)))
     gap = log_odds(-1.0) - log_odds(-2.0)
-    close(orpo.alignment_loss_N, [gap, gap])
+    close(orpo.metrics["alignment_loss"], [gap, gap])
     close(orpo.loss_N, [3.0 + 0.1 * preference + gap, 2.0 + 0.1 * preference + gap])
 
 
@@ -169,10 +169,10 @@ def test_opsdl_is_the_mean_divergence_of_its_tokens() -> None:
     logps = pair_logps([[True]] * 3, divergence=(sums, [3, 2, 0]))
     out = objective("opsdl", divergence_weight=0.5)(logps)
     close(out.loss_N, [1.0, 1.25, 0.0])
-    close(out.divergence_loss_N, [2.0, 2.5, 0.0])
+    close(out.metrics["divergence_loss"], [2.0, 2.5, 0.0])
     out.loss_N.sum().backward()
     close(sums.grad, [0.5 / 3, 0.5 / 2, 0.0])
-    assert out.preference_loss_N is out.nll_loss_N is out.chosen_rewards_N is None
+    assert set(out.metrics) == {"divergence_loss"}
 
 
 def test_sft_with_the_constraint_is_nll_and_divergence() -> None:
@@ -185,4 +185,4 @@ def test_sft_with_the_constraint_is_nll_and_divergence() -> None:
     close(out.loss_N, [2 * 2.0 + 0.1 * 2.0, 2 * 2.5 + 0.1 * 2.5])
     alone = objective("sft_short_to_long", nll_weight=0.0, divergence_weight=0.1)(logps)
     close(alone.loss_N, [0.2, 0.25])
-    assert alone.nll_loss_N is None
+    assert "nll_loss" not in alone.metrics

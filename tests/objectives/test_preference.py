@@ -68,12 +68,12 @@ def test_turns_are_summed_inside_one_logistic(name: str) -> None:
     out = objective(name)(two_pairs(name))
     # -log sigmoid(0.5 * 2) = log(1 + e^-1) = 0.313262;  -log sigmoid(-2) = log(1 + e^2) = 2.126928
     close(out.loss_N, [0.3132617, 2.1269280])
-    close(out.preference_loss_N, [0.3132617, 2.1269280])
+    close(out.metrics["preference_loss"], [0.3132617, 2.1269280])
     # beta * (P_w - R_w): 0.5 * ((-3 + 2) + (-4 + 1)) = -2;  0.5 * (-6 + 5) = -0.5
     # beta * (P_l - R_l): 0.5 * ((-5 + 1) + (-3 + 1)) = -3;  0.5 * (-2 + 5) =  1.5
-    close(out.chosen_rewards_N, [-2.0, -0.5])
-    close(out.rejected_rewards_N, [-3.0, 1.5])
-    assert out.nll_loss_N is None
+    close(out.metrics["rewards/chosen"], [-2.0, -0.5])
+    close(out.metrics["rewards/rejected"], [-3.0, 1.5])
+    assert "nll_loss" not in out.metrics
 
 
 def test_per_turn_is_a_mean_of_logistics_over_the_pairs_own_turns() -> None:
@@ -82,8 +82,8 @@ def test_per_turn_is_a_mean_of_logistics_over_the_pairs_own_turns() -> None:
     # Pair 1 has one turn: divided by 1, not by T = 2.
     close(out.loss_N, [0.5877451, 2.1269280])
     # Rewards are sums over turns whatever the loss does with turns.
-    close(out.chosen_rewards_N, [-2.0, -0.5])
-    close(out.rejected_rewards_N, [-3.0, 1.5])
+    close(out.metrics["rewards/chosen"], [-2.0, -0.5])
+    close(out.metrics["rewards/rejected"], [-3.0, 1.5])
 
 
 def test_label_smoothing_mixes_in_the_swapped_pair() -> None:
@@ -103,8 +103,8 @@ def test_label_smoothing_per_turn() -> None:
 def test_weights_multiply_their_own_term_and_leave_the_report_alone() -> None:
     out = objective(preference_weight=0.01, nll_weight=2.0)(two_pairs())
     # NLL: 12 / 4 = 3 and 10 / 5 = 2.
-    close(out.nll_loss_N, [3.0, 2.0])
-    close(out.preference_loss_N, [0.3132617, 2.1269280])
+    close(out.metrics["nll_loss"], [3.0, 2.0])
+    close(out.metrics["preference_loss"], [0.3132617, 2.1269280])
     close(out.loss_N, [6.0 + 0.003132617, 4.0 + 0.02126928])
 
 
@@ -112,8 +112,8 @@ def test_without_preference_weight_the_metrics_stay() -> None:
     logps = two_pairs()
     out = objective(preference_weight=0.0, nll_weight=1.0)(logps)
     close(out.loss_N, [3.0, 2.0])
-    close(out.preference_loss_N, [0.3132617, 2.1269280])
-    close(out.chosen_rewards_N, [-2.0, -0.5])
+    close(out.metrics["preference_loss"], [0.3132617, 2.1269280])
+    close(out.metrics["rewards/chosen"], [-2.0, -0.5])
     out.loss_N.sum().backward()
     # d(12 / 4) = 1/4 and d(10 / 5) = 1/5: the mean is within the pair, not over the microbatch.
     close(logps.nll_sum_N.grad, [0.25, 0.2])
@@ -126,11 +126,11 @@ def test_the_nll_of_chosen_answers_is_a_mean_over_all_turns() -> None:
     logps = replace(logps, token_counts={W: counts, L: counts})
     out = objective(preference_weight=0.0, answer_nll_weight=0.5)(logps)
     # (3 + 4) / (2 + 5) = 1 and 6 / 3 = 2.
-    close(out.answer_nll_loss_N, [1.0, 2.0])
+    close(out.metrics["answer_nll_loss"], [1.0, 2.0])
     close(out.loss_N, [0.5, 1.0])
     out.loss_N.sum().backward()
     close(logps.policy[W].grad, [[-0.5 / 7, -0.5 / 7], [-0.5 / 3, 0.0]])  # type: ignore[list-item]
-    assert objective()(two_pairs()).answer_nll_loss_N is None
+    assert "answer_nll_loss" not in objective()(two_pairs()).metrics
 
 
 def test_without_a_reference_its_logps_are_zero() -> None:
@@ -138,8 +138,8 @@ def test_without_a_reference_its_logps_are_zero() -> None:
     out = objective()(logps)
     # z = (-3 - 4) - (-5 - 3) = 1 and -6 + 2 = -4.
     close(out.loss_N, [softplus(-0.5), softplus(2.0)])
-    close(out.chosen_rewards_N, [-3.5, -3.0])
-    close(out.rejected_rewards_N, [-4.0, -1.0])
+    close(out.metrics["rewards/chosen"], [-3.5, -3.0])
+    close(out.metrics["rewards/rejected"], [-4.0, -1.0])
 
 
 @pytest.mark.parametrize("turns", ["summed", "per_turn"])
@@ -220,7 +220,7 @@ def test_a_pair_without_turns_adds_nothing(turns: str) -> None:
     out = objective(turns=turns)(replace(logps, turn_mask_NT=mask_NT))
     out.loss_N.sum().backward()
     close(out.loss_N, [0.0, softplus(2.0)])
-    close(out.chosen_rewards_N, [0.0, -0.5])
+    close(out.metrics["rewards/chosen"], [0.0, -0.5])
     assert logps.policy[W].grad is not None
     close(logps.policy[W].grad[0], [0.0, 0.0])
 
@@ -238,10 +238,10 @@ def test_gradient_reaches_the_policy_alone() -> None:
     out.loss_N.sum().backward()
     assert reference_NT.grad is None
     for part in (
-        out.preference_loss_N,
-        out.nll_loss_N,
-        out.chosen_rewards_N,
-        out.rejected_rewards_N,
+        out.metrics["preference_loss"],
+        out.metrics["nll_loss"],
+        out.metrics["rewards/chosen"],
+        out.metrics["rewards/rejected"],
     ):
         assert part is not None and not part.requires_grad
 
@@ -252,7 +252,7 @@ def test_equal_policy_and_reference_start_at_ln_2() -> None:
         replace(logps, reference={row: values.detach() for row, values in logps.policy.items()})
     )
     close(out.loss_N, [math.log(2), math.log(2)])
-    close(out.chosen_rewards_N, [0.0, 0.0])
+    close(out.metrics["rewards/chosen"], [0.0, 0.0])
 
 
 def test_shapes_are_checked_where_logps_are_made() -> None:

@@ -32,9 +32,9 @@ def test_loss_is_the_weighted_mean_over_the_pairs_tokens(name: str) -> None:
     logps = nll_only([6.0, 10.0], [3, 4])
     out = sft(name, nll_weight=0.5)(logps)
     assert out.loss_N.tolist() == [1.0, 1.25]
-    assert out.nll_loss_N.tolist() == [2.0, 2.5]
-    assert not out.nll_loss_N.requires_grad
-    assert out.preference_loss_N is out.chosen_rewards_N is out.rejected_rewards_N is None
+    assert out.metrics["nll_loss"].tolist() == [2.0, 2.5]
+    assert not out.metrics["nll_loss"].requires_grad
+    assert set(out.metrics) == {"nll_loss"}
     out.loss_N.sum().backward()
     # 0.5 / 3 and 0.5 / 4.
     torch.testing.assert_close(logps.nll_sum_N.grad, torch.tensor([1 / 6, 1 / 8]))
@@ -58,5 +58,5 @@ def test_longpo_counts_no_nll_for_a_pair_without_tokens() -> None:
     out = sft("longpo", beta=1.0, preference_weight=1.0)(logps)
     out.loss_N.sum().backward()
     torch.testing.assert_close(out.loss_N, torch.tensor([2.0]).log())
-    assert out.nll_loss_N.tolist() == [0.0]
+    assert out.metrics["nll_loss"].tolist() == [0.0]
     assert logps.nll_sum_N.grad is not None and logps.nll_sum_N.grad.tolist() == [0.0]

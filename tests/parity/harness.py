@@ -26,7 +26,8 @@ from megatron_longpo.config.train import (
     resolve,
 )
 from megatron_longpo.data.rows.writing import write_rows_jsonl
-from megatron_longpo.engine.metrics import LOSS_KEYS, Metrics
+from megatron_longpo.engine.metric_names import LOSS_KEYS
+from megatron_longpo.engine.metrics import Metrics
 from megatron_longpo.parallel.groups import Groups, ParallelSizes
 from megatron_longpo.training import loop
 from megatron_longpo.training.data_parallel import gather_parameters

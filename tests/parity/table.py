@@ -93,17 +93,17 @@ def page(results: Sequence[Result]) -> str:
     text = f"""\
 # Parity
 
-{len(results)} combinations, each trained for five optimizer steps beside plain transformers and
-torch (`tests/oracle.py`: no packing, no sharing, one process). Any two values of the features in
-these columns that can meet do so in some row: {len(allowed_pairs())} pairs. `make parity` runs
-them all and writes this page; a slice runs with the tests.
+{len(results)} combinations of features, each trained for five optimizer steps and compared with
+plain transformers and torch (`tests/oracle.py`: no packing, no sharing, one process). The rows
+cover every allowed pair of values from two feature columns: {len(allowed_pairs())} pairs. `make parity`
+runs them all and writes this page; `make test` runs a part of them.
 
-RMSprop with eps 1e-5, learning rate 1e-3, gradients clipped, batches of 4 of 6 pairs in a random
-order. Differences are parts of what the oracle has: the largest of five losses and of five gradient
-norms, and, for all parameters together, the norm of the difference of the ways that they went over
-the norm of the oracle's.
+Training: RMSprop with eps 1e-5, learning rate 1e-3, clipped gradients, batches of 4 of 6 pairs in
+a random order. All differences are relative to the oracle. For loss and gradient norm it is the
+largest of the five steps. For parameters it is the norm of the difference between both changes over
+the five steps, divided by the norm of the oracle's change.
 
-Run with {versions}, Python {python}, over gloo on a CPU.
+Measured with {versions}, Python {python}, over gloo on a CPU.
 
 | | loss | gradient norm | parameters |
 |---|---|---|---|
@@ -113,8 +113,8 @@ Run with {versions}, Python {python}, over gloo on a CPU.
 | bf16, largest | {max(f.loss for f in bf16):.1e} | {max(f.grad_norm for f in bf16):.1e} | |
 | bf16, allowed | {BF16_LOSS:.0e} | | |
 
-bf16 is held to the oracle in fp32. Its weights move by less than they are rounded to in five such
-steps, so the way that they went says nothing there.
+bf16 is compared with the oracle in fp32. In five such steps bf16 weights change by less than their
+rounding, so their change is not compared.
 """
     head = ("layout", "objective", "reference", "prefix", "type", "turns", "optimizer", "recompute")
     head = (*head, "adapters", "loss", "grad norm", "parameters")

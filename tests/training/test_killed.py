@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from megatron_longpo.config.train import ParallelConfig
-from megatron_longpo.engine.run_folder import settings
+from megatron_longpo.engine.run_folder import plain_config
 from megatron_longpo.training.checkpoint import newest
 from tests.parity.harness import Shelf
 from tests.torchrun import ROOT, assert_end, rank_environment
@@ -95,7 +95,7 @@ def write_settings(
         checkpoint={"interval": SAVE_EVERY, "keep": 2, "async_save": async_save},
         parallel=ParallelConfig(context=2),
     )
-    file.write_text(yaml.safe_dump(settings(config)), encoding="utf-8")
+    file.write_text(yaml.safe_dump(plain_config(config)), encoding="utf-8")
     return file
 
 

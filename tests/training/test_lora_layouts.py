@@ -15,8 +15,8 @@ import yaml
 from checkpoints_convert.megatron_to_hf import run_export
 from megatron_longpo.config.convert import ExportConfig
 from megatron_longpo.config.train import ParallelConfig
-from megatron_longpo.engine.metrics import LOSS_KEYS
-from megatron_longpo.engine.run_folder import settings
+from megatron_longpo.engine.metric_names import LOSS_KEYS
+from megatron_longpo.engine.run_folder import plain_config
 from megatron_longpo.training import loop
 from tests.parity.cases import LORA, TinyModel
 from tests.parity.harness import RELATIVE, Shelf, load_hf, policy_parameters
@@ -82,7 +82,7 @@ def test_adapters_of_two_ranks_go_on_in_one_process(
 
 def train_on_two_ranks(config: Any, folder: Path) -> None:
     file = folder / "split.yaml"
-    file.write_text(yaml.safe_dump(settings(config)), encoding="utf-8")
+    file.write_text(yaml.safe_dump(plain_config(config)), encoding="utf-8")
     command = [sys.executable, "-W", "ignore", "-m", "megatron_longpo", "train", "--nproc", "2"]
     result = subprocess.run(
         [*command, "--config", str(file)],

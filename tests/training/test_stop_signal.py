@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_longpo.engine.run_folder import settings
+from megatron_longpo.engine.run_folder import plain_config
 from megatron_longpo.errors import EXIT_STOPPED_ON_REQUEST
 from tests.parity.harness import Shelf
 from tests.training.short_runs import metric_rows, short_config
@@ -29,7 +29,7 @@ def test_a_signal_to_the_job_saves_and_exits_with_75(
     saving = {"interval": 1, "async_save": async_save}
     config = short_config(shelf, folder, steps=100_000, checkpoint=saving)
     path = tmp_path / "train.yaml"
-    path.write_text(yaml.safe_dump(settings(config)))
+    path.write_text(yaml.safe_dump(plain_config(config)))
     process = subprocess.Popen(
         [sys.executable, "-m", "megatron_longpo", "train", "--config", str(path)],
         cwd=ROOT,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_longpo.engine.run_folder import settings
+from megatron_longpo.engine.run_folder import plain_config
 from megatron_longpo.parallel.groups import Groups
 from megatron_longpo.training import loop
 from tests.parity.harness import RELATIVE, Shelf
@@ -36,7 +36,7 @@ def test_two_nodes_give_the_metrics_of_one_process(
     loop.train(loop.prepare(alone))
     together = short_config(shelf, tmp_path / "nodes", steps=3, train={"global_batch_pairs": 4})
     file = tmp_path / "nodes.yaml"
-    file.write_text(yaml.safe_dump(settings(together)), encoding="utf-8")
+    file.write_text(yaml.safe_dump(plain_config(together)), encoding="utf-8")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

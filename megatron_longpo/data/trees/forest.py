@@ -12,22 +12,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntFlag
-from typing import Literal
 
 import numpy as np
 
+from megatron_longpo.config.names import RowName
 from megatron_longpo.data.common_prefix import common_prefix_length
 
 NO_PARENT = -1
-
-Row = Literal["long_chosen", "long_rejected", "short_chosen", "short_rejected"]
-"""An answer under a context: the long conversation, or the short row of its turn."""
 
 
 class Term(IntFlag):
     """The sums of a pair that an edge joins; one edge may join several.
 
-    The first four are a `Row`'s answer tokens. `DIVERGENCE` compares next-token distributions of
+    The first four are the answer tokens of a row. `DIVERGENCE` compares next-token distributions of
     policy and reference; the others sum log-probabilities.
     """
 
@@ -39,7 +36,7 @@ class Term(IntFlag):
     DIVERGENCE = 32
 
     @staticmethod
-    def of_row(row: Row) -> Term:
+    def of_row(row: RowName) -> Term:
         return Term[row.upper()]
 
 

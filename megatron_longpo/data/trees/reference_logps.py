@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from megatron_longpo.data.trees.forest import Row, Term
+from megatron_longpo.config.names import RowName
+from megatron_longpo.data.trees.forest import Term
 from megatron_longpo.errors import UserError
 
 
@@ -27,7 +28,7 @@ class ReferenceLogps:
     """[R] str; the row's id, to detect an index that means another row."""
     num_turns: np.ndarray
     """[R] int64."""
-    sums: Mapping[Row, np.ndarray]
+    sums: Mapping[RowName, np.ndarray]
     """[U] float64 in nats for each scored row of a pair: turn by turn, row by row."""
     source: str = ""
     """Where they are stored, for messages."""
@@ -41,7 +42,7 @@ class ReferenceLogps:
         return len(self.indices)
 
     def of(
-        self, index: int, *, row_id: str, num_turns: int, where: str, rows: Sequence[Row]
+        self, index: int, *, row_id: str, num_turns: int, where: str, rows: Sequence[RowName]
     ) -> dict[Term, np.ndarray]:
         """Returns the sums of one row, [num_turns] each.
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import numpy as np
 
+from megatron_longpo.config.names import ROW_NAMES, NllTokens, RowName
 from megatron_longpo.data.rows.schema import IGNORED_LABEL, PreferenceRow, TokenRow
 from megatron_longpo.data.trees.forest import (
     Branch,
     Forest,
-    Row,
     Term,
     build_forest,
     concatenate,
@@ -20,35 +19,33 @@ from megatron_longpo.data.trees.forest import (
 )
 from megatron_longpo.errors import UserError
 
-NllTokens = Literal["chosen_row", "chosen_answers", "rejected_answers", "short_chosen_answers"]
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TreeConfig:
     """Which parts of a pair go into its trees, as objective, reference and user decide."""
 
-    policy: tuple[Row, ...] = ("long_chosen", "long_rejected")
+    policy: tuple[RowName, ...] = ("long_chosen", "long_rejected")
     """Rows whose answers the policy's log-probabilities are summed over."""
-    reference: tuple[Row, ...] = ("short_chosen", "short_rejected")
+    reference: tuple[RowName, ...] = ("short_chosen", "short_rejected")
     """The same for the reference; empty = no sums of the reference."""
     packs_reference: bool = True
     """Whether the reference's rows are packed; False if its sums were computed before."""
     nll: NllTokens | None = "chosen_row"
     """Tokens of the policy's negative log-likelihood."""
-    divergence: tuple[Row, Row] | None = None
+    divergence: tuple[RowName, RowName] | None = None
     """Two rows with the same answer, along which policy and reference are compared token by token:
     the policy reads the first row, the reference the second."""
     share_prefix: bool = True
     """Whether rows share their common prefix; if not, every row is a tree of one segment."""
 
     @property
-    def policy_rows(self) -> tuple[Row, ...]:
+    def policy_rows(self) -> tuple[RowName, ...]:
         """All rows that the policy reads."""
         student = () if self.divergence is None else self.divergence[:1]
         return _in_order({*self.policy, *student, *_NLL_ROWS[self.nll]})
 
     @property
-    def reference_rows(self) -> tuple[Row, ...]:
+    def reference_rows(self) -> tuple[RowName, ...]:
         """All rows that the reference reads."""
         teacher = () if self.divergence is None else self.divergence[1:]
         return _in_order({*self.reference, *teacher})
@@ -68,8 +65,7 @@ class TreeConfig:
         return any(row.startswith("short") for row in (*self.policy_rows, *self.reference_rows))
 
 
-_ROWS: tuple[Row, ...] = ("long_chosen", "long_rejected", "short_chosen", "short_rejected")
-_NLL_ROWS: dict[NllTokens | None, tuple[Row, ...]] = {
+_NLL_ROWS: dict[NllTokens | None, tuple[RowName, ...]] = {
     None: (),
     "chosen_row": ("long_chosen",),
     "chosen_answers": ("long_chosen",),
@@ -78,8 +74,8 @@ _NLL_ROWS: dict[NllTokens | None, tuple[Row, ...]] = {
 }
 
 
-def _in_order(rows: Collection[Row]) -> tuple[Row, ...]:
-    return tuple(row for row in _ROWS if row in rows)
+def _in_order(rows: Collection[RowName]) -> tuple[RowName, ...]:
+    return tuple(row for row in ROW_NAMES if row in rows)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,8 +178,8 @@ def _forest(groups: Sequence[Sequence[Branch]], *, share: bool) -> Forest:
 
 def _groups(
     row: PreferenceRow,
-    names: Sequence[Row],
-    terms: Mapping[Row, Term],
+    names: Sequence[RowName],
+    terms: Mapping[RowName, Term],
     *,
     nll: NllTokens | None,
 ) -> list[list[Branch]]:
@@ -191,13 +187,13 @@ def _groups(
 
     The long conversations are one group, then the short rows of each turn.
     """
-    long_rows: dict[Row, TokenRow] = {"long_chosen": row.chosen, "long_rejected": row.rejected}
-    short_rows: dict[Row, tuple[TokenRow, ...]] = {
+    long_rows: dict[RowName, TokenRow] = {"long_chosen": row.chosen, "long_rejected": row.rejected}
+    short_rows: dict[RowName, tuple[TokenRow, ...]] = {
         "short_chosen": row.reference_chosen,
         "short_rejected": row.reference_rejected,
     }
 
-    def branch(name: Row, tokens: TokenRow, turn: int | None) -> Branch:
+    def branch(name: RowName, tokens: TokenRow, turn: int | None) -> Branch:
         return _branch(
             tokens,
             answer_terms=terms.get(name, Term(0)),

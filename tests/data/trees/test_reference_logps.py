@@ -5,14 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron_longpo.data.trees.forest import Row, Term
+from megatron_longpo.config.names import RowName
+from megatron_longpo.data.trees.forest import Term
 from megatron_longpo.data.trees.packing import make_pack, pair_size
 from megatron_longpo.data.trees.reference_logps import ReferenceLogps, joined
 from megatron_longpo.data.trees.tree import TreeConfig, pair_trees, reference_alone
 from megatron_longpo.errors import UserError
 from tests.random_rows import random_row
 
-ROWS: tuple[Row, ...] = ("short_chosen", "short_rejected")
+ROWS: tuple[RowName, ...] = ("short_chosen", "short_rejected")
 
 
 def logps(rows: dict[int, list[float]], *, ids: str = "row") -> ReferenceLogps:

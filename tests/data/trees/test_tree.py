@@ -10,18 +10,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_longpo.config.names import NllTokens, RowName
 from megatron_longpo.data.rows.schema import PreferenceRow, TokenRow
 from megatron_longpo.data.trees.forest import (
     NO_PARENT,
     Branch,
     Forest,
-    Row,
     Term,
     build_forest,
     concatenate,
     divergence_edges,
 )
-from megatron_longpo.data.trees.tree import NllTokens, TreeConfig, answer_turns, pair_trees
+from megatron_longpo.data.trees.tree import TreeConfig, answer_turns, pair_trees
 from megatron_longpo.errors import UserError
 from tests.data.trees.forests import (
     Prediction,
@@ -36,8 +36,8 @@ from tests.random_rows import random_row
 
 quick = settings(max_examples=80, deadline=None, derandomize=True)
 
-LONG: tuple[Row, Row] = ("long_chosen", "long_rejected")
-SHORT: tuple[Row, Row] = ("short_chosen", "short_rejected")
+LONG: tuple[RowName, RowName] = ("long_chosen", "long_rejected")
+SHORT: tuple[RowName, RowName] = ("short_chosen", "short_rejected")
 NLL: tuple[NllTokens | None, ...] = (
     "chosen_row",
     "chosen_answers",
@@ -93,7 +93,7 @@ def expected_groups(row: PreferenceRow, of: TreeConfig, *, policy: bool) -> list
         "short_chosen_answers": ("short_chosen", "answers"),
     }[of.nll if policy else None]
 
-    def branch(name: Row, tokens: TokenRow, turn: int | None) -> list[Branch]:
+    def branch(name: RowName, tokens: TokenRow, turn: int | None) -> list[Branch]:
         term = Term[name.upper()] if name in scored else Term(0)
         if name == compared:
             term |= Term.DIVERGENCE
