@@ -378,27 +378,6 @@ def test_length_of_large_files_is_estimated(tmp_path: Path) -> None:
     assert length_hint(DocumentSet(str(tmp_path))) == pytest.approx(number, rel=0.2)
 
 
-# ---------------------------------------------------------------- settings
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"near_duplicates": 80.0}, r"near_duplicates \(80.0\): must be above 0 and at most 1"),
-        ({"encoding": "utf-9"}, r"encoding \(utf-9\): Python knows no such encoding"),
-        (
-            {"min_document_tokens": 9, "max_document_tokens": 8},
-            r"min_document_tokens \(9\): must not exceed max_document_tokens \(8\)",
-        ),
-    ],
-)
-def test_bad_settings_are_named(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("a")
-    config = GenerateConfig(model="m", documents=str(tmp_path), output="o", **changes)
-    with pytest.raises(UserError, match=message):
-        open_documents(config)
-
-
 def test_near_duplicates_without_their_library(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
