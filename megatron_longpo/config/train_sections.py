@@ -281,8 +281,8 @@ class LoggingConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoraConfig:
-    """Low-rank adapters, trained instead of the weights (docs/lora.md); null = off. Set
-    optimizer.lr to 1e-5 to 1e-4 with them."""
+    """Low-rank adapters, trained instead of the weights (docs/lora.md); null = off, and any of
+    these keys turns them on. Set optimizer.lr to 1e-5 to 1e-4 with them."""
 
     rank: int = field(default=16, metadata=limits(at_least=1))
     """Rank of the adapters."""

@@ -21,7 +21,6 @@ def test_resuming_with_something_else_is_refused(
     for key, value, message in (
         ("seed", 43, r"was made with other settings: seed was 42, now 43; give --overw"),
         ("shard", "0/3", r"was begun with 2 shards, now 3; give --shard i/2"),
-        ("overwrite", True, r"overwrite \(true\): would remove what other shards write"),
     ):
         before = getattr(config, key)
         setattr(config, key, value)
