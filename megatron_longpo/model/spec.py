@@ -26,7 +26,7 @@ from megatron_longpo.model.rope import attention_scale
 from megatron_longpo.parallel.groups import megatron_groups
 from megatron_longpo.parallel.stages import Split, even_split, megatron_layout
 
-DTYPES: dict[Dtype, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """Dtypes by their names in a config."""
 
 VOCAB_MULTIPLE = 128

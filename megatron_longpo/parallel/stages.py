@@ -14,14 +14,14 @@ Split = tuple[int, ...]
 
 
 def even_split(num_layers: int, num_stages: int) -> Split:
-    """As evenly as possible; the last stages, which compute the loss as well, have fewer layers."""
+    """Splits layers as evenly as possible; the last stages have fewer, as they compute the loss."""
     return tuple(
         num_layers // num_stages + (stage < num_layers % num_stages) for stage in range(num_stages)
     )
 
 
 def like_split(num_layers: int, split: Sequence[int]) -> Split:
-    """Splits another model's layers in the proportions of `split`, which it equals for as many."""
+    """Splits another model's layers in the proportions of `split`; as many layers give `split`."""
     total, before = sum(split), 0
     cuts = [0]
     for layers in split:
@@ -32,7 +32,10 @@ def like_split(num_layers: int, split: Sequence[int]) -> Split:
 
 
 def megatron_layout(split: Sequence[int]) -> list[list[str]] | None:
-    """The split as Megatron's `pipeline_model_parallel_layout`; None where its own is the same."""
+    """Returns the split as Megatron's `pipeline_model_parallel_layout`.
+
+    None = all stages have as many layers, as Megatron itself splits them.
+    """
     if len(set(split)) == 1:
         return None
     stages = [["decoder"] * layers for layers in split]
