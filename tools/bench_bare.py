@@ -122,7 +122,7 @@ class Limit:
         *,
         timer: Timer = fastest,
     ) -> dict[str, float]:
-        """Returns the seconds of one microbatch by part; the reference's passes are forward only."""
+        """Returns seconds of one microbatch by part; the reference's passes are forward only."""
         long = pack.policy
         parts = self._model_parts(
             policy, long.num_tokens, long.attention, len(long.edges.sources), True, timer
@@ -225,7 +225,7 @@ class Limit:
     def product_seconds(
         self, tokens: int, width_in: int, width_out: int, *, backward: bool, timer: Timer
     ) -> float:
-        """Returns the seconds of a linear layer's product; with `backward` also of its gradients."""
+        """Returns the seconds of a linear layer's product, with `backward` its gradients' too."""
         if not tokens:
             return 0.0
         timed = _timed_length(tokens, LARGEST_PRODUCT)
