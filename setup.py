@@ -72,7 +72,7 @@ EXTRAS = {
 
 setup(
     name="megatron_longpo",
-    version="0.1.0",
+    version="0.2.0",
     description="LongPO on Megatron-Core: long context from a model's own short-context answers",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

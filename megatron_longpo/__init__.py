@@ -1,3 +1,3 @@
 """LongPO on Megatron-Core: give a short-context model a long context with its own preferences."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
