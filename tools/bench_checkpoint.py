@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def bench(run: Run, folder: Path, *, warmup: int, steps: int) -> dict[str, Any]:
-    """The numbers of one run, as plain JSON types; seconds are this rank's, between barriers."""
+    """Returns the numbers of one run as JSON types; seconds are this rank's, between barriers."""
     for _ in range(warmup):
         train_step(run)
     plain = [timed(lambda: train_step(run))[0] for _ in range(steps)]
@@ -118,7 +118,7 @@ def save(run: Run, folder: Path, *, in_background: bool) -> None:
 
 
 def timed(call: Callable[[], T]) -> tuple[float, T]:
-    """Seconds on all ranks, from idle GPUs to idle GPUs."""
+    """Returns seconds on all ranks, from idle GPUs to idle GPUs."""
     _settle()
     started = time.perf_counter()
     result = call()
@@ -137,7 +137,7 @@ def print_report(report: dict[str, Any]) -> None:
     print(f"{report['world_size']} x {report['device']}: {report['bytes'] / 1e9:.2f} GB")
     print(
         f"saving in line: {report['in_line_s']:.1f} s; a step: {plain:.2f} s\n"
-        f"saving in the background: training stands still {background['stall_s']:.1f} s, written "
+        f"saving in the background: training waits {background['stall_s']:.1f} s, written "
         f"after {background['written_s']:.1f} s, steps meanwhile take "
         f"{100 * background['cost_a_step']:+.1f} %"
     )

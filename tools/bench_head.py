@@ -82,7 +82,7 @@ def measure(
     groups_of_one: groups.Groups,
     dtype: torch.dtype,
 ) -> dict[str, Any]:
-    """One row of the table, times in milliseconds."""
+    """Returns one row of the table, times in milliseconds."""
     device = groups_of_one.device
     timed = min(edges, LARGEST_PRODUCT)
     bare = bare_matmul(timed, hidden_size, vocabulary, device=device, dtype=dtype) * edges / timed
@@ -131,7 +131,7 @@ def random_inputs(
 
 
 def liger_call(inputs: HeadInputs, one: groups.Groups) -> Callable[[], None]:
-    """liger's vocabulary-parallel cross entropy behind a plain linear layer."""
+    """Returns a call of liger's vocabulary-parallel cross entropy behind a plain linear layer."""
     from liger_kernel.megatron.cross_entropy import LigerMegatronCrossEntropy
 
     cross_entropy = LigerMegatronCrossEntropy()
@@ -147,7 +147,7 @@ def liger_call(inputs: HeadInputs, one: groups.Groups) -> Callable[[], None]:
 
 
 def timed_with_memory(call: Callable[[], None], inputs: HeadInputs) -> tuple[float, float | None]:
-    """Seconds, and GiB beyond inputs and gradients; the first call compiles and is not counted."""
+    """Returns seconds, and GiB beyond inputs and gradients; a first call, which compiles, is apart."""
     if not inputs.hidden.is_cuda:
         return fastest(call), None
     call()

@@ -50,7 +50,7 @@ class ModelShape:
         (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
     def changed(self, **sizes: int | None) -> ModelShape:
-        """With those of `sizes` that are not None."""
+        """Returns the shape with those of `sizes` that are not None."""
         given: dict[str, Any] = {name: size for name, size in sizes.items() if size is not None}
         return replace(self, **given)
 
@@ -123,7 +123,7 @@ class PairShape:
 
 
 def random_pair(shape: PairShape, *, vocabulary: int, seed: int = 0) -> PreferenceRow:
-    """A pair of LongPO's shape: one document; in each turn a question and two answers."""
+    """Returns a pair of LongPO's shape: one document; in each turn a question and two answers."""
     rng = np.random.default_rng(seed)
     questions = [_tokens(rng, shape.question, vocabulary) for _ in range(shape.turns)]
     answers = [

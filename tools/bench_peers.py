@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def bench(arguments: argparse.Namespace) -> None:
-    """Measures, prints and saves."""
+    """Measures both sides of every case, prints and saves."""
     arguments.logs.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -103,7 +103,7 @@ def cases(arguments: argparse.Namespace, folder: str) -> list[Case]:
 
 
 def run_side(case: Case, side: str, *, logs: Path, timeout_s: float) -> dict[str, Any]:
-    """What a side found; `stopped` says why it found no more, None where it came to its end."""
+    """Returns what a side measured; `stopped` says why it ended early, or is None."""
     case_path = Path(case.folder) / "case.json"
     result_path = Path(case.folder) / f"{case.name}-{side}.json"
     case.write(case_path)
@@ -124,7 +124,7 @@ def run_side(case: Case, side: str, *, logs: Path, timeout_s: float) -> dict[str
 
 
 def run(command: list[str], *, log_path: Path, timeout_s: float) -> str | None:
-    """Why a process came to no good end, or None."""
+    """Runs a process; returns why it failed, or None."""
     with log_path.with_suffix(log_path.suffix + ".log").open("w", encoding="utf-8") as log:
         try:
             code = subprocess.run(
@@ -141,7 +141,7 @@ def best_trial(side: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def compared(case: Case, sides: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """A row of the report, as plain JSON types."""
+    """Returns a row of the report, as plain JSON types."""
     best = {side: best_trial(found) for side, found in sides.items()}
     row: dict[str, Any] = {
         "shape": case.shape_name,
@@ -168,7 +168,7 @@ def compared(case: Case, sides: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def apart(theirs: dict[str, Any], ours: dict[str, Any], number: int) -> float:
-    """Largest relative difference of one of `Numbers` over the steps that both have done."""
+    """Returns the largest relative difference of one of `Numbers` over the steps of both."""
     pairs = zip(theirs["numbers"], ours["numbers"], strict=False)
     return max(abs(b[number] - a[number]) / abs(a[number]) for a, b in pairs)
 
@@ -214,7 +214,7 @@ def _memory(trial: dict[str, Any]) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown, for docs/performance.md."""
+    """Returns the table as Markdown, for docs/performance.md."""
     lines = [
         "| model | tokens | reference | TRL pairs/s | ours pairs/s | ours / TRL "
         "| ours / TRL untuned | TRL | ours | TRL's best | our best | loss, log-probs apart |",
@@ -244,7 +244,7 @@ def _ratio(value: float | None) -> str:
 
 
 def _pairs(side: dict[str, Any]) -> str:
-    """Pairs a second, or why there are none."""
+    """Returns pairs a second, or why there are none."""
     if side["pairs_per_second"] is not None:
         return f"{side['pairs_per_second']:.3f}"
     failures = {trial["failure"] for trial in side["trials"] if trial["failure"]}

@@ -102,7 +102,7 @@ def make_inputs(arguments: argparse.Namespace, folder: Path) -> None:
 
 
 def random_pair(rng: np.random.Generator, arguments: argparse.Namespace) -> PreferenceRow:
-    """One document, a chunk, and the answers of one question."""
+    """Returns a pair: one document, a chunk, and the answers of one question."""
 
     def tokens(count: int) -> np.ndarray:
         return rng.integers(0, arguments.vocabulary, count)
@@ -126,7 +126,7 @@ def random_pair(rng: np.random.Generator, arguments: argparse.Namespace) -> Pref
 
 
 def measured(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Median seconds of a step, peak memory and last loss; `longpo reference` with all it reads."""
+    """Returns median seconds of a step, peak memory and last loss; or those of the reference pass."""
     config = settings(arguments, folder)
     if arguments.mode == "reference":
         return measured_reference(config, num_rows=arguments.steps)

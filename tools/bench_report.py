@@ -1,4 +1,4 @@
-"""What a benchmark of steps has found so far: said, written to a file, and printed at the end.
+"""The results of a benchmark of steps: printed as they come, saved, and a table at the end.
 
 The file is written anew whenever something is known, so that a run that is cut short leaves what it
 has measured, and its last line says where it was.
@@ -24,7 +24,7 @@ from tools.bench_timing import Timing
 
 
 class Report:
-    """Numbers by mode, as plain JSON types; on ranks other than the first it says nothing."""
+    """Numbers by mode, as plain JSON types; only the first rank prints."""
 
     def __init__(self, arguments: argparse.Namespace, *, is_main: bool, world_size: int) -> None:
         self._is_main = is_main
@@ -40,7 +40,7 @@ class Report:
         }
 
     def say(self, line: str) -> None:
-        """Says what has been done, and how long after the start of this process."""
+        """Prints what has been done, and how long after the start of this process."""
         if self._is_main:
             elapsed = time.time() - psutil.Process().create_time()
             print(f"[{elapsed:6.1f} s] {line}", flush=True)
@@ -65,7 +65,7 @@ class Report:
         }
 
     def add_step(self, name: str, run: Run, timing: Timing, *, counts: bool) -> None:
-        """Takes a step; one that does not count is kept apart."""
+        """Adds a step; one that does not count is kept apart."""
         mode = self.modes[name]
         mode["step_s" if counts else "warmup_s"].append(timing.seconds)
         if counts:
@@ -85,7 +85,7 @@ class Report:
         self.save()
 
     def add_breakdown(self, name: str, seconds: dict[str, float]) -> None:
-        """Takes this rank's step by part; every rank calls this.
+        """Adds this rank's step by part; every rank calls this.
 
         A rank that is done early waits in communication for the last one, which itself does not
         wait. So what the ranks communicate alone beyond the one that does it least, in the mean,
@@ -102,7 +102,7 @@ class Report:
         self.save()
 
     def add_bare(self, name: str, key: str, seconds: dict[str, float]) -> None:
-        """`key` is `bare` or `sustained`; efficiencies are of the steps there have been."""
+        """Adds bare times; `key` is `bare` or `sustained`, efficiencies use the steps so far."""
         mode = self.modes[name]
         mode[f"{key}_s"] = seconds
         efficiency = "efficiency" if key == "bare" else f"{key}_efficiency"
@@ -118,7 +118,7 @@ class Report:
         write_whole(self._json, json.dumps(report, indent=2) + "\n")
 
     def speedups(self) -> dict[str, float]:
-        """How much faster the shared layout is, by reference, where both layouts ran."""
+        """Returns how much faster the shared layout is, by reference, where both layouts ran."""
         found = {}
         for name, shared in self.modes.items():
             unshared = self.modes.get(f"un{name}")

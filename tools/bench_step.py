@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def bench(arguments: argparse.Namespace) -> None:
-    """Measures, says how far it is, saves what is known, and prints it all at the end."""
+    """Measures, prints progress, saves what is known, and prints everything at the end."""
     torch.manual_seed(0)
     modes = [
         Mode(share_prefix=layout == "shared", reference=reference)
@@ -171,7 +171,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def with_defaults(arguments: argparse.Namespace) -> argparse.Namespace:
-    """Fills in what depends on other arguments."""
+    """Returns arguments with defaults that depend on others filled in."""
     if arguments.shortest is None:
         arguments.shortest = arguments.context
     if arguments.answer is None:
@@ -182,7 +182,7 @@ def with_defaults(arguments: argparse.Namespace) -> argparse.Namespace:
 
 
 def make_runs(arguments: argparse.Namespace, modes: list[Mode], folder: Path) -> dict[str, Run]:
-    """A run for each mode, by its name; all of them share the model and the optimizer."""
+    """Returns a run for each mode, by its name; all of them share the model and the optimizer."""
     shape = SHAPES[arguments.shape].changed(
         layers=arguments.layers,
         hidden=arguments.hidden,
@@ -217,13 +217,13 @@ def make_runs(arguments: argparse.Namespace, modes: list[Mode], folder: Path) ->
 
 
 def pairs_a_step(arguments: argparse.Namespace) -> int:
-    """Over all data-parallel ranks."""
+    """Returns the pairs of a step over all data-parallel ranks."""
     model_ranks = arguments.tensor * arguments.pipeline * arguments.context_parallel
     return arguments.pairs * max(1, int(os.environ.get("WORLD_SIZE", 1)) // model_ranks)
 
 
 def settings(arguments: argparse.Namespace, folder: Path, mode: Mode) -> TrainConfig:
-    """Settings of one mode."""
+    """Returns the config values of one mode."""
     return resolve(
         TrainConfig(
             model=ModelConfig(
@@ -272,7 +272,7 @@ def settings(arguments: argparse.Namespace, folder: Path, mode: Mode) -> TrainCo
 
 
 def as_mode(built: Run, config: TrainConfig) -> Run:
-    """The same model and optimizer on the pairs as another mode reads them."""
+    """Returns a run with the same model and optimizer on the pairs as another mode reads them."""
     sources = built.sources
     if config.reference.mode == "none":
         sources = replace(sources, scorers=())
@@ -291,7 +291,7 @@ def as_mode(built: Run, config: TrainConfig) -> Run:
 
 
 def limit_of(run: Run) -> Limit:
-    """What bare calls are timed by, for all modes of this rank."""
+    """Returns what times bare calls, for all modes of this rank."""
     sizes = run.groups.sizes
     return Limit(
         head_dim=run.sources.policy.head_dim,
@@ -304,7 +304,7 @@ def limit_of(run: Run) -> Limit:
 
 
 def bare_step(run: Run, limit: Limit, timer: Timer) -> dict[str, float]:
-    """Bare seconds by part of this rank's microbatches."""
+    """Returns bare seconds by part of this rank's microbatches."""
     packs = rank_packs(
         run.pairs, list(range(len(run.pairs))), run.groups, budget_tokens=run.budget_tokens
     )

@@ -17,7 +17,7 @@ from tools.bench_trace import breakdown, in_range, traced_step
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Timing:
-    """One step."""
+    """The times of one step."""
 
     seconds: float
     peak_memory_gib: float | None
@@ -25,7 +25,7 @@ class Timing:
 
 
 def timed_step(run: Run) -> Timing:
-    """From an idle GPU to an idle GPU: the optimizer's last kernels belong to their step."""
+    """Times a step from idle GPU to idle GPU: the optimizer's last kernels belong to it."""
     has_cuda = torch.cuda.is_available()
     if has_cuda:
         torch.cuda.synchronize()
@@ -42,7 +42,7 @@ def timed_step(run: Run) -> Timing:
 def time_steps(
     runs: Iterable[Run], *, warmup: int, repeats: int, done: Callable[[Run, Timing, bool], None]
 ) -> None:
-    """The runs take turns, so that all of them meet the same noise.
+    """Times steps of the runs in turn, so that all of them meet the same noise.
 
     `done` is told of every step: whose it was, what it took, and whether it counts.
     """
@@ -53,7 +53,7 @@ def time_steps(
 
 
 def profiled_step(run: Run, path: Path) -> dict[str, float]:
-    """One more step under the profiler, which slows it a little: seconds by part."""
+    """Returns seconds by part of one step under the profiler, which slows it a little."""
     with traced_step(path):
         train_step(run)
     return breakdown(path)

@@ -120,7 +120,7 @@ def compare(
 
 
 def cpu_seconds() -> float:
-    """Of this process and its workers, until now."""
+    """Returns CPU seconds of this process and its workers, until now."""
     process = psutil.Process()
     times = [one.cpu_times() for one in (process, *process.children(recursive=True))]
     return sum(one.user + one.system for one in times)
@@ -151,7 +151,7 @@ class BareTokenizer:
 
 
 def make_examples(tokenizer: str, lengths: list[int], number: int) -> Iterator[Example]:
-    """Examples whose documents have the lengths in turn, in tokens, about."""
+    """Returns examples whose documents have about these lengths, in tokens, in turn."""
     rust = AutoTokenizer.from_pretrained(tokenizer).backend_tokenizer
     files = itertools.cycle(sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")))
     for number_, length in zip(range(number), itertools.cycle(lengths), strict=False):

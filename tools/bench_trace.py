@@ -46,7 +46,7 @@ def traced_step(path: Path) -> Iterator[None]:
 
 
 def in_range(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-    """`call`, seen in traces under a name of ours."""
+    """Returns `call`, which traces show under our name."""
 
     def wrapped(*args: Any, **settings: Any) -> Any:
         with record_function(name):
@@ -56,7 +56,7 @@ def in_range(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def breakdown(path: Path) -> dict[str, float]:
-    """Seconds by part of the traced step; they add up to it where kernels do not overlap."""
+    """Returns seconds by part of the traced step; they add up to it if no kernels overlap."""
     events = [
         event
         for event in json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
@@ -117,7 +117,7 @@ def _breakdown_of_ranges(events: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def _spans(events: list[dict[str, Any]], category: str, name: str) -> list[Span]:
-    """[begin, end) in microseconds of every event of that category and name."""
+    """Returns [begin, end) in microseconds of every event of that category and name."""
     return sorted(
         (event["ts"], event["ts"] + event["dur"])
         for event in events
@@ -126,7 +126,7 @@ def _spans(events: list[dict[str, Any]], category: str, name: str) -> list[Span]
 
 
 def _covered(spans: list[Span]) -> float:
-    """The length of the spans' union."""
+    """Returns the length of the spans' union."""
     total, reached = 0.0, float("-inf")
     for begin, end in sorted(spans):
         total += max(0.0, end - max(begin, reached))

@@ -1,4 +1,4 @@
-"""Makes a corpus of long real documents out of what a Debian or Python installation offers.
+"""Makes a corpus of long real documents from a Debian or Python installation.
 
     python -m tools.long_documents outputs/corpus --tokenizer models/smollm2 [--held-out git-doc]
 
@@ -66,7 +66,7 @@ class LongDocument:
 
 
 def copy_standard_library(folder: Path, min_bytes: int) -> str:
-    """Copies its modules, and returns their licence."""
+    """Copies the library's modules, and returns their licence."""
     library = Path(sysconfig.get_path("stdlib"))
     for path in standard_library_files(min_bytes, sys.maxsize):
         shutil.copy(path, folder / "-".join(path.relative_to(library).parts))
@@ -74,7 +74,7 @@ def copy_standard_library(folder: Path, min_bytes: int) -> str:
 
 
 def unpack_package(source: str, folder: Path, min_bytes: int) -> str | None:
-    """Copies a package's files, and returns the licences it names; None where it is not offered."""
+    """Copies a package's files, and returns the licences it names; None if it is not offered."""
     pattern, files = PACKAGES[source]
     found = _run("apt-cache", "search", "--names-only", f"^{pattern}$").split("\n")
     names = sorted((line.split(" ")[0] for line in found if line), key=_version)
@@ -108,7 +108,7 @@ def _download(package: str, folder: Path) -> bool:
 
 
 def _run(*command: str, folder: Path | None = None) -> str:
-    """What a command prints; nothing where it fails."""
+    """Returns what a command prints; nothing if it fails."""
     try:
         done = subprocess.run(
             command, cwd=folder, capture_output=True, text=True, timeout=APT_SECONDS
@@ -121,7 +121,7 @@ def _run(*command: str, folder: Path | None = None) -> str:
 def long_documents(
     source: str, tokenizer: ChatTokenizer, min_tokens: int, max_tokens: int, *, join: bool
 ) -> Iterator[LongDocument]:
-    """The documents of a source that are long enough, in parts where they are too long."""
+    """Yields the documents of a source that are long enough, those too long in parts."""
     min_bytes = LEAST_JOINED_BYTES if join else min_tokens
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -160,8 +160,8 @@ def long_documents(
 def join_short(
     texts: Iterable[tuple[str, str, str]], tokenizer: ChatTokenizer, min_tokens: int
 ) -> Iterator[tuple[str, str, str]]:
-    """Files (file, name, text) as they are where they are long enough; else joined with those that
-    follow until they are, under the first one's names. What is left at the end is dropped."""
+    """Yields (file, name, text) of files that are long enough. Shorter ones are joined with those
+    that follow, under the first one's names. A rest that stays too short is dropped."""
     waiting: list[tuple[str, str, str]] = []
     num_tokens = 0
     for item in texts:
@@ -179,7 +179,7 @@ def join_short(
 
 
 def choose(by_source: dict[str, list[LongDocument]], max_bytes: int) -> Iterator[LongDocument]:
-    """Documents of all sources in turn, as far as the bound allows."""
+    """Yields documents of all sources in turn, up to `max_bytes`."""
     total = 0
     for documents in zip_longest(*by_source.values()):
         for document in documents:
@@ -189,7 +189,7 @@ def choose(by_source: dict[str, list[LongDocument]], max_bytes: int) -> Iterator
 
 
 def write_corpus(path: Path, documents: list[LongDocument]) -> None:
-    """Writes a file that is there when it is whole; the same documents give the same bytes."""
+    """Writes the file, which appears when it is whole; same documents give same bytes."""
     write_packed_jsonl(path, map(asdict, documents))
     sources = Counter(document.source for document in documents)
     print(f"{path}: {len(documents)} documents, {path.stat().st_size / 1e6:.1f} MB")

@@ -67,7 +67,7 @@ class Case:
         return Path(self.folder) / f"model-{self.shape_name}"
 
     def rows(self) -> list[PreferenceRow]:
-        """A pair for each step."""
+        """Returns a pair for each step."""
         shape = PairShape(
             context=self.context,
             turns=1,
@@ -90,7 +90,7 @@ class Case:
         return cls(**{**fields, "shape": ModelShape(**fields["shape"])})
 
     def write_inputs(self) -> None:
-        """Rows, and random weights as a Hugging Face folder, where they are not there yet."""
+        """Writes rows, and random weights as a Hugging Face folder, if they do not exist."""
         if not self.rows_path.exists():
             write_rows_jsonl(self.rows_path, self.rows())
         if self.model_folder.exists():
@@ -119,7 +119,7 @@ def free_memory() -> None:
 
 
 class Numbers(NamedTuple):
-    """What a step computed, by which the two sides are held to each other."""
+    """What a step computed; the two sides are compared by it."""
 
     loss: float
     chosen_logps: float
@@ -148,7 +148,7 @@ class StepClock:
         self._started = time.perf_counter()
 
     def step_done(self) -> bool:
-        """Takes the time; true where no further step is worth its time."""
+        """Records the time; returns whether no further step is worth its time."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
             self.peaks_gib.append(torch.cuda.max_memory_allocated() / 2**30)
@@ -183,7 +183,7 @@ class Trial:
 
 
 class Trials:
-    """Runs the ways of one side, and has what it knows on disk after each of them.
+    """Runs the ways of one side, and saves its results after each of them.
 
     Goes on from what another process has left at `path`.
     """
@@ -204,7 +204,7 @@ class Trials:
         return min(done, key=lambda trial: trial.median_s or 0.0, default=None)
 
     def run(self, settings: dict[str, Any], train: Callable[[StepClock], list[Numbers]]) -> None:
-        """Out of memory, or any other fault of one way, ends that way alone."""
+        """Runs one way; a fault of it, such as out of memory, ends only this way."""
         print(f"--- {self.case.name}: {settings}", flush=True)
         clock = StepClock(self.case, best=self.best.median_s if self.best else None)
         trial = Trial(settings=settings)

@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def score_reference(case: Case) -> None:
-    """What `longpo reference` does, for the mode cached."""
+    """Writes reference log-probs as `longpo reference` does, for the mode cached."""
     reference_pass.compute(resolve_reference(settings(case, "none")))
     free_memory()
 

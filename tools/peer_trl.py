@@ -100,7 +100,7 @@ class ClockCallback(TrainerCallback):
 
 
 def as_trl_dataset(rows: Sequence[PreferenceRow]) -> datasets.Dataset:
-    """Prompt and answers apart; an answer of ours runs to the end of its row."""
+    """Returns rows as prompt and answers; an answer of ours runs to the end of its row."""
 
     def columns(row: PreferenceRow) -> dict[str, list[int]]:
         begin = int((row.chosen.labels != IGNORED_LABEL).argmax())
@@ -128,7 +128,7 @@ def main() -> None:
 
 
 def candidates(trials: Trials) -> Iterator[Settings]:
-    """What is worth trying, by what has been found so far. Liger comes last: it cannot be undone
+    """Yields what is worth trying, by the results so far. Liger comes last: it cannot be undone
     within a process."""
     first = Settings(attention="sdpa", liger=False, checkpointing=True)  # TRL's defaults
     for attention in attentions():
@@ -150,7 +150,7 @@ def attentions() -> list[str]:
 
 
 def has_liger() -> bool:
-    """Its kernels are Triton's, which needs a GPU."""
+    """Returns whether Liger runs here: its kernels are Triton's, which needs a GPU."""
     return torch.cuda.is_available() and importlib.util.find_spec("liger_kernel") is not None
 
 

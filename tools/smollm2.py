@@ -45,7 +45,7 @@ def find_gguf() -> Path:
 
 
 def make_tokenizer(fields: dict[str, Any]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with single digits.
+    """Returns a byte-level BPE tokenizer with single digits.
 
     transformers' own reader of GGUF leaves the digits out, which changes the tokens of, among
     others, indented numbers.
@@ -77,7 +77,7 @@ def make_tokenizer(fields: dict[str, Any]) -> PreTrainedTokenizerFast:
 
 
 def make_model(gguf_path: Path, fields: dict[str, Any], dtype: torch.dtype) -> LlamaForCausalLM:
-    """A fresh model with the dequantised weights: the loaded one counts as quantised."""
+    """Returns a new model with the dequantised weights: the loaded one counts as quantised."""
     config = LlamaConfig(
         vocab_size=fields["llama.vocab_size"],
         hidden_size=fields["llama.embedding_length"],
@@ -109,7 +109,7 @@ def make_model(gguf_path: Path, fields: dict[str, Any], dtype: torch.dtype) -> L
 
 
 def add_older_spellings(folder: Path) -> None:
-    """transformers 4 knows neither version 5's tokenizer class nor its place for theta."""
+    """Adds what transformers 4 needs: its tokenizer class and its place for theta."""
     for name in ("config.json", "tokenizer_config.json"):
         content = json.loads((folder / name).read_text(encoding="utf-8"))
         if name == "config.json":

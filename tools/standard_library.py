@@ -27,7 +27,7 @@ AVOIDED = (
 
 
 def standard_library_files(min_chars: int, max_chars: int) -> list[Path]:
-    """Modules of the wanted size, in an order that depends on their names only."""
+    """Returns modules of the wanted size, in an order that depends on their names only."""
     library = Path(sysconfig.get_path("stdlib"))
     files = []
     for path in sorted(library.rglob("*.py")):
@@ -40,7 +40,7 @@ def standard_library_files(min_chars: int, max_chars: int) -> list[Path]:
 
 
 def spread(files: list[Path], number: int) -> list[Path]:
-    """`number` of the files at even distances, so that they are of different packages."""
+    """Returns `number` files at even distances, so that they are of different packages."""
     return [files[index * len(files) // number] for index in range(number)]
 
 

@@ -97,14 +97,14 @@ def run(command: list[str], *, shown: str) -> None:
 
 
 def parallel(num_processes: int) -> list[str]:
-    """Options of a run that splits each sequence over processes; none for one process."""
+    """Returns options of a run that splits each sequence over processes; none for one process."""
     if num_processes == 1:
         return []
     return ["--nproc", str(num_processes), "--parallel.context", str(num_processes)]
 
 
 def clear_old_results() -> None:
-    """Removes what an earlier run left, but for the model, which never changes."""
+    """Removes what an earlier run left, except the model, which never changes."""
     for path in (ROOT / OUTPUT).glob("*"):
         if path == ROOT / MODEL:
             continue
@@ -153,7 +153,7 @@ def check_files(before: str) -> None:
 
 
 def tracked_changes() -> str:
-    """What git sees changed among tracked files; nothing outside a checkout."""
+    """Returns the changes of tracked files; nothing outside a checkout."""
     command = ["git", "diff", "HEAD"]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout
 

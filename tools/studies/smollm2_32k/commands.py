@@ -21,7 +21,7 @@ GRACE_SECONDS = 30
 
 
 class OutOfTime(Exception):
-    """The time given to the study is over; the same command goes on."""
+    """The time given to the study is over; the same command resumes it."""
 
 
 class CommandFailed(Exception):
@@ -46,7 +46,7 @@ class Commands:
 
     @contextmanager
     def on_gpu(self, gpu: str) -> Iterator[None]:
-        """Within, this thread's commands see that GPU alone."""
+        """Lets this thread's commands see only that GPU."""
         self._assigned.gpu = gpu
         try:
             yield
@@ -117,14 +117,14 @@ def longpo(*arguments: Any) -> list[str]:
 
 
 def shown(command: Sequence[str]) -> str:
-    """A command as a user would type it."""
+    """Returns a command as a user would type it."""
     if list(command[1:3]) == ["-m", "megatron_longpo"]:
         return shlex.join(["longpo", *command[3:]])
     return shlex.join(["python", *command[1:]])
 
 
 def options(values: Mapping[str, Any]) -> list[str]:
-    """`--key value` for each; lists and truth values as YAML."""
+    """Returns `--key value` for each; lists and truth values as YAML."""
     found = []
     for key, value in values.items():
         is_plain = isinstance(value, (int, float, str, Path)) and not isinstance(value, bool)
@@ -133,7 +133,7 @@ def options(values: Mapping[str, Any]) -> list[str]:
 
 
 def _wait(processes: Iterable[subprocess.Popen[bytes]], seconds: float) -> bool:
-    """Whether all have ended within the time."""
+    """Returns whether all have ended within the time."""
     end = time.monotonic() + max(seconds, 0)
     for process in processes:
         try:

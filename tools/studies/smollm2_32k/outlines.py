@@ -23,12 +23,12 @@ KEPT_META = ("kinds", "facts", "model")
 
 
 def outline_of(pairs_path: Path) -> Path:
-    """Where the outline of a file of pairs is."""
+    """Returns where the outline of a file of pairs is."""
     return pairs_path.with_name(pairs_path.name.removesuffix(".jsonl.gz") + ".outline.jsonl.gz")
 
 
 def write_outlines(path: Path, examples: Sequence[Example], documents: Path) -> None:
-    """Writes the outline of the examples, or none where something else than lines was planted."""
+    """Writes the outline of the examples, or none if a fact was planted within a line."""
     texts = list(_texts(documents))
     found = [outline(example, texts[_line(example) - 1]) for example in examples]
     path.unlink(missing_ok=True)
@@ -39,7 +39,7 @@ def write_outlines(path: Path, examples: Sequence[Example], documents: Path) -> 
 
 
 def restored_examples(outlines: Path, documents: Path) -> list[Example]:
-    """The examples of an outline.
+    """Returns the examples of an outline.
 
     Raises:
         UserError: where a document is not the one that they were made of.
@@ -60,8 +60,8 @@ def restored_examples(outlines: Path, documents: Path) -> list[Example]:
 
 
 def outline(example: Example, text: str) -> Outline | None:
-    """What an example holds beside the text of its document; None where its document is not that
-    text with further lines in it."""
+    """Returns what an example holds beside the text of its document; None if its document is not
+    that text with further lines in it."""
     before = text.split("\n")
     planted: list[tuple[int, list[str]]] = []
     at = 0
@@ -85,7 +85,7 @@ def outline(example: Example, text: str) -> Outline | None:
 
 
 def restored(kept: Mapping[str, Any], text: str, *, source: str) -> Example:
-    """The example of an outline; its chunks are what their spans say."""
+    """Returns the example of an outline; its chunks are what their spans say."""
     lines = text.split("\n")
     for start, planted in reversed(kept["planted"]):
         lines[start:start] = planted
@@ -106,7 +106,7 @@ def _digest(text: str) -> str:
 
 
 def _line(example: Example) -> int:
-    """The document's line in the file that the example was made of."""
+    """Returns the document's line in the file that the example was made of."""
     return int(str(example.meta["source"]).rpartition(":")[2])
 
 

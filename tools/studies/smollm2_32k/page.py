@@ -79,7 +79,7 @@ def write_page(results: Path, output: Path, keep: Path, runs: Sequence[Run]) -> 
 
 
 def _grouped(runs: Sequence[Run], found: Mapping[str, Result]) -> Groups:
-    """Results by title, in the order of the plan."""
+    """Returns results by title, in the order of the plan."""
     groups: dict[str, list[Result]] = {}
     for run in runs:
         groups.setdefault(run.title, []).append(found[run.name])
@@ -97,7 +97,7 @@ def _about(results: Sequence[Result]) -> str:
 
 
 def _table(groups: Groups) -> str:
-    """A line a group: retrieval, answers ended, NLL at the longest positions, retention."""
+    """Returns a line a group: retrieval, answers ended, NLL at the longest positions, retention."""
     lengths = sorted({length for found in groups.values() for length in retrieval(found[0])})
     buckets = [key for found in groups.values() for key in found[0].numbers if key[:4] == "nll/"]
     last = list(dict.fromkeys(buckets))[-1:]
@@ -127,7 +127,7 @@ def _table(groups: Groups) -> str:
 
 
 def _num_questions(found: Sequence[Result]) -> str:
-    """How many were asked a length, in each run."""
+    """Returns how many questions a length each run was asked."""
     numbers = set()
     for result in found:
         by_length = Counter[int]()
@@ -166,7 +166,7 @@ def _earlier(compared: Groups) -> Iterator[str]:
 
 
 def _is_longpo(run: Run) -> bool:
-    """Whether all of LongPO's loss is there, and its first iteration."""
+    """Returns whether a run is of the first iteration and has all of LongPO's loss."""
     if run.method is None or run.iteration > 1:
         return False
     options = run.method.options
@@ -178,7 +178,7 @@ def _is_longpo(run: Run) -> bool:
 
 
 def _targets(compared: Groups, others: Groups, leads: Sequence[str]) -> Iterator[str]:
-    """Whether LongPO does what it is to do, where its lengths were measured."""
+    """Yields whether LongPO reaches its targets at the lengths that were measured."""
     leads = [lead for lead in leads if lead in compared and "base" in compared]
     if leads:
         yield "## Targets"
@@ -208,7 +208,7 @@ def _target_lines(found: Sequence[Result], base: Result, groups: Groups) -> list
 
 
 def _least_line(what: str, seen: float, least: float) -> str:
-    """With a third digit where two would hide a miss."""
+    """Returns a line of the targets, with a third digit if two would hide a miss."""
     is_met = seen >= least
     digits = 3 if not is_met and round(seen, 2) >= round(least, 2) else 2
     return _line([what, f"{seen:.{digits}f}", "met" if is_met else "missed"])
@@ -241,7 +241,7 @@ def _mean_kl(group: Sequence[Result]) -> float:
 
 
 def _ruler(results: Path, titles: Sequence[str]) -> Iterator[str]:
-    """RULER by length, and by task, in the order of the titles."""
+    """Yields RULER by length, and by task, in the order of the titles."""
     by_title = read_ruler(results, pairs=digest_in(results, 1))
     found = {title: by_title[title] for title in titles if title in by_title}
     if not found:
@@ -266,7 +266,7 @@ def _ruler(results: Path, titles: Sequence[str]) -> Iterator[str]:
 
 
 def _evaluation_cost(results: Sequence[Result]) -> Iterator[str]:
-    """What evaluations in training take beside the steps between them."""
+    """Yields what evaluations in training take beside the steps between them."""
     shares = {}
     lines = []
     for result in results:
@@ -296,7 +296,7 @@ def _evaluation_cost(results: Sequence[Result]) -> Iterator[str]:
 
 
 def _keep_descriptions(keep: Path, results: Path) -> None:
-    """What pairs look like, and their outlines, stay with the results, which are committed."""
+    """Copies descriptions and outlines of pairs to the results, which are committed."""
     for path in sorted(keep.glob("pairs-*.jsonl.gz")):
         described, outline = description_of(path), outline_of(path)
         if not described.exists():
@@ -310,14 +310,14 @@ def _keep_descriptions(keep: Path, results: Path) -> None:
 
 
 def _is_of_the_pairs(result: Result, results: Path) -> bool:
-    """Whether a result is of the pairs that are described, and not of earlier ones."""
+    """Returns whether a result is of the described pairs, not of earlier ones."""
     if result.pairs is None:
         return not result.curves
     return result.pairs == digest_in(results, result.iteration)
 
 
 def _pairs(results: Path) -> Iterator[str]:
-    """What the rows look like."""
+    """Yields what the rows look like."""
     for iteration in ITERATIONS:
         if digest_in(results, iteration) is None:
             continue
@@ -341,14 +341,14 @@ def _pairs(results: Path) -> Iterator[str]:
 
 
 def _cell(text: str) -> str:
-    """A text in a table: on one line, without what Markdown would take for its own."""
+    """Returns a text for a table: on one line, with Markdown's marks escaped."""
     short = " ".join(text.split())
     short = short if len(short) <= 200 else short[:200] + " ..."
     return "".join(f"\\{mark}" if mark in "\\|`*_<>[]" else mark for mark in short)
 
 
 def _compare(compared: Groups, results: Path, output: Path) -> list[str]:
-    """`longpo evaluate --compare` of the first seed's runs; returns the plots taken from it."""
+    """Runs `longpo evaluate --compare` on the first seed's runs; returns the plots it takes."""
     folders = []
     for found in compared.values():
         folder = output / "compared" / found[0].name

@@ -78,7 +78,7 @@ def choose_pairs(
 
 
 def description_of(pairs_path: Path) -> Path:
-    """Where the description of a file of pairs is."""
+    """Returns where the description of a file of pairs is."""
     return pairs_path.with_name(pairs_path.name.removesuffix(".jsonl.gz") + ".json")
 
 
@@ -98,7 +98,7 @@ def digest_in(folder: Path, iteration: int, *, writer: str | None = None) -> str
 
 
 def restore_pairs(results: Path, pairs_path: Path, documents: Path) -> None:
-    """Puts pairs that results are of back into their documents, out of the outline among these.
+    """Makes the pairs of the results again, from their outline and the documents.
 
     Raises:
         UserError: where there is no outline, or these are not the same documents.
@@ -127,19 +127,19 @@ def copy_whole(source: Path, target: Path) -> None:
 
 
 def unpack(pairs_path: Path, target: Path) -> None:
-    """The pairs as plain JSONL, for `longpo tokenize`."""
+    """Writes the pairs as plain JSONL, for `longpo tokenize`."""
     with gzip.open(pairs_path, "rb") as file:
         write_whole(target, file.read().decode())
 
 
 def digest(examples: Sequence[Example]) -> str:
-    """Of what is trained on, wherever it was made."""
+    """Returns the digest of what is trained on, wherever it was made."""
     made = [{**example_columns(example), "meta": None} for example in examples]
     return hashlib.sha256(json.dumps(made).encode()).hexdigest()[:16]
 
 
 def _with_turns(example: Example, numbers: Sequence[int]) -> Example:
-    """The example with these turns alone; lists of `meta` with an item a turn follow."""
+    """Returns the example with only these turns; lists of `meta` with an item a turn follow."""
     meta = {
         key: [value[number] for number in numbers]
         if isinstance(value, list) and len(value) == len(example.turns)

@@ -1,4 +1,4 @@
-"""What is run, in the order of its worth: a study that is cut short has the most telling runs."""
+"""The runs, the most telling first: a study that is cut short has these."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ class Run:
 
     @property
     def group(self) -> str:
-        """The line of the table that it belongs to: its name without the seed."""
+        """The line of the table that the run belongs to: its name without the seed."""
         return self.name.removesuffix(f"-s{self.seed}")
 
 
@@ -157,7 +157,7 @@ def longpo(setting: Setting) -> Method:
 
 
 def methods(setting: Setting) -> list[Method]:
-    """LongPO and what it is compared with, LongPO first, then as published: no NLL of answers."""
+    """Returns LongPO, LongPO as published (no NLL of answers), and what they are compared with."""
     first = longpo(setting)
     beta, weight, _ = setting
     preference = longpo((beta, weight, 0.0))
@@ -199,7 +199,7 @@ def methods(setting: Setting) -> list[Method]:
 
 
 def plan(setting: Setting, *, is_tiny: bool = False) -> list[Run]:
-    """All runs, the most telling first; a tiny study has one seed and no other settings."""
+    """Returns all runs, the most telling first; a tiny study has one seed and no other settings."""
     compared = methods(setting)
     main = compared[0]
     first, *further = SEEDS[:1] if is_tiny else SEEDS
@@ -226,8 +226,8 @@ def plan(setting: Setting, *, is_tiny: bool = False) -> list[Run]:
 
 
 def _other_settings(compared: Sequence[Method], seed: int) -> Iterator[Run]:
-    """What explains the comparison: plain NLL with more steps, all methods with a lower rate, the
-    most telling with all seeds, and theta 4e5, which costs less on short input than 1e6."""
+    """Yields what explains the comparison: plain NLL with more steps, all methods with a lower rate,
+    the most telling with all seeds, and theta 4e5, which costs less on short input than 1e6."""
     main, *others = compared
     plain_nll, sft = (
         next(method for method in compared if method.name == name) for name in ("nll", "sft")
@@ -268,7 +268,7 @@ def _varied(
     iteration: int = 1,
     is_parent: bool = False,
 ) -> Run:
-    """A run outside the comparison; `what` differs, such as "lr 3e-5"."""
+    """Returns a run outside the comparison; `what` differs, such as "lr 3e-5"."""
     short = what.replace(" steps", "").replace(" iteration", "").replace(", ", "-")
     return Run(
         name=f"{method.name}-{short.replace(' ', '')}-s{seed}",

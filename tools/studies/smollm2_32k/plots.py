@@ -31,7 +31,7 @@ CURVE_POINTS = 16
 
 
 def draw_all(groups: Groups, folder: Path) -> list[str]:
-    """Draws what there are numbers for, and returns the names of the files."""
+    """Draws the plots that have numbers, and returns the names of the files."""
     trained = {title: found for title, found in groups.items() if found[0].curves}
     figures = {
         "retrieval.png": draw_retrieval(groups),
@@ -42,12 +42,12 @@ def draw_all(groups: Groups, folder: Path) -> list[str]:
 
 
 def retrieval(result: Result) -> dict[int, float]:
-    """Shares of numbers found, by length."""
+    """Returns shares of numbers found, by length."""
     return _by_length(result, "retrieval/")
 
 
 def ended(result: Result, *, longest: int) -> float | None:
-    """Share of answers ended, mean over lengths up to that one; None where not measured."""
+    """Returns the share of answers ended, mean of lengths up to `longest`; None if not measured."""
     by_length = _by_length(result, "ends/")
     values = [value for length, value in by_length.items() if length <= longest]
     return statistics.mean(values) if values else None
@@ -63,12 +63,12 @@ def _by_length(result: Result, prefix: str) -> dict[int, float]:
 
 
 def gained(result: Result) -> float:
-    """Mean retrieval at the two longest lengths."""
+    """Returns mean retrieval at the two longest lengths."""
     return statistics.mean(list(retrieval(result).values())[-2:])
 
 
 def draw_retrieval(groups: Groups) -> Figure:
-    """Numbers found and answers ended: means over seeds; bars from the least to the most."""
+    """Draws numbers found and answers ended: means over seeds; bars from the least to the most."""
     figure, both_axes = grid(2, width=5.6, height=4.4)
     panels = (("numbers found", "retrieval/"), ("answers ended", "ends/"))
     for axes, (what, prefix) in zip(both_axes, panels, strict=True):
@@ -92,7 +92,7 @@ def draw_retrieval(groups: Groups) -> Figure:
 
 
 def draw_retention(groups: Groups) -> Figure:
-    """A dot a run: retrieval at the two longest lengths over what short prompts have lost."""
+    """Draws a dot a run: retrieval at the two longest lengths over KL on short prompts."""
     figure, (axes,) = grid(1, width=9.0, height=4.6)
     for number, (title, results) in enumerate(groups.items()):
         lost = [result.numbers["retention/kl"] for result in results]
@@ -110,7 +110,7 @@ def draw_retention(groups: Groups) -> Figure:
 
 
 def draw_curves(groups: Groups) -> Figure:
-    """The first seed's run of each: evaluations in training, and losses, smoothed."""
+    """Draws the first seed's run of each: evaluations in training, and losses, smoothed."""
     runs = [(title, results[0]) for title, results in groups.items()]
     keys = list(dict.fromkeys(key for _, run in runs for row in run.evaluations for key in row))
     evaluated = [
@@ -141,7 +141,7 @@ def draw_curves(groups: Groups) -> Figure:
 
 
 def _smooth(curves: Mapping[str, Sequence[float | None]], key: str) -> list[tuple[float, float]]:
-    """Means over stretches of steps, at the last step of each."""
+    """Returns means over stretches of steps, at the last step of each."""
     rows = zip(curves["step"], curves.get(key, ()), strict=False)
     values = [(step, value) for step, value in rows if step is not None and value is not None]
     length = max(1, len(values) // CURVE_POINTS)

@@ -66,7 +66,7 @@ class Result:
         return statistics.median(times) if times else None
 
     def is_by_settings_of(self, run: Run) -> bool:
-        """Whether that run, made now, would be made by the same settings."""
+        """Returns whether that run, made now, would have the same settings."""
         return self.settings in (None, settings_of(run))
 
 
@@ -88,7 +88,7 @@ def write_result(
     device: str,
     pairs: str | None,
 ) -> None:
-    """Puts together what a run has left."""
+    """Writes the result of a run from the files that it left."""
     evaluation = {} if evaluation_file is None else read_json(evaluation_file)
     rows = []
     if metrics_file is not None:
@@ -127,12 +127,12 @@ def write_result(
 
 
 def read_results(folder: Path) -> list[Result]:
-    """All results of a folder, by name."""
+    """Returns all results of a folder, by name."""
     return [read_result(path) for path in sorted(folder.glob("run-*.json"))]
 
 
 def read_result(path: Path) -> Result:
-    """The result that `write_result` wrote there."""
+    """Returns the result that `write_result` wrote there."""
     return Result(**read_json(path))
 
 
@@ -145,5 +145,5 @@ def read_json(path: Path) -> Any:
 
 
 def _short(value: Any) -> Any:
-    """Six digits are enough for a curve."""
+    """Returns a number with six digits, which are enough for a curve."""
     return float(f"{value:.6g}") if isinstance(value, float) else value

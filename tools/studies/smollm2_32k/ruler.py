@@ -14,8 +14,8 @@ from tools.studies.smollm2_32k.stages import Study
 
 
 def measure_ruler(study: Study, data: Path | None) -> None:
-    """RULER for the base and the models that are kept, side by side; goes on task by task. `data`
-    is harness.data.
+    """Runs RULER on the base and the models that are kept, side by side, and resumes task by task.
+    `data` is harness.data.
 
     Raises:
         OutOfTime: where the time was over before the end.
@@ -61,8 +61,10 @@ def measure_ruler(study: Study, data: Path | None) -> None:
 def write_ruler(
     path: Path, evaluation_file: Path, *, title: str, device: str, pairs: str | None
 ) -> None:
-    """What a model does on RULER: `longpo evaluate`'s numbers, by task and length. `pairs` as in
-    `Result`."""
+    """Writes the result of a model on RULER: `longpo evaluate`'s numbers, by task and length.
+
+    `pairs` as in `Result`.
+    """
     evaluation = read_json(evaluation_file)
     contents = {
         "title": title,
@@ -76,13 +78,13 @@ def write_ruler(
 
 
 def read_ruler(folder: Path, *, pairs: str | None) -> dict[str, Mapping[str, float]]:
-    """Numbers of RULER by the model's title: of the base, and of a model of these pairs."""
+    """Returns numbers of RULER by the model's title: of the base, and of a model of these pairs."""
     found = [read_json(path) for path in sorted(folder.glob("ruler-*.json"))]
     return {one["title"]: one["numbers"] for one in found if one["pairs"] in (None, pairs)}
 
 
 def has_ruler(path: Path, *, pairs: str | None) -> bool:
-    """Whether a model of these pairs was measured there."""
+    """Returns whether a model of these pairs was measured there."""
     return path.exists() and read_json(path)["pairs"] == pairs
 
 

@@ -26,7 +26,7 @@ from tools.studies.smollm2_32k.results import (
 
 HELD_OUT = ("git-doc", "r-doc", "debian-policy", "developers-reference")
 LEAST_GENERATION_SECONDS = 60
-"""Generation goes on where it was stopped, so it is begun with as little as this."""
+"""Generation resumes where it was stopped, so it is started with as little as this."""
 TRAINED = "trained.json"
 """In a run's folder when its training has ended."""
 START_SECONDS, SAVE_SECONDS, EVALUATE_SECONDS = 30, 10, 45
@@ -74,24 +74,24 @@ class Study:
 
     @property
     def first_model(self) -> Path:
-        """What the second iteration starts from."""
+        """The model that the second iteration starts from."""
         return self.exported(self.parent)
 
     def exported(self, run: Run) -> Path:
-        """Where a run's model is in Hugging Face's format, if it is kept."""
+        """Returns where a run's model is in Hugging Face's format, if it is kept."""
         return self._made_by(run) / f"{run.name}-hf"
 
     def _made_of(self, iteration: int) -> Path:
-        """Where everything is that was made of an iteration's pairs, and of no others."""
+        """Returns the folder of everything that was made of an iteration's pairs."""
         return self.output / f"of-pairs-{self.digest(iteration)}"
 
     def _made_by(self, run: Run) -> Path:
-        """Within that, or without pairs for the base, what was made by settings as they are."""
+        """Returns the folder within it of what was made by the present settings."""
         above = self.output if run.method is None else self._made_of(run.iteration)
         return above / f"by-{settings_of(run)}"
 
     def digest(self, iteration: int) -> str | None:
-        """Of the pairs that are there; None where another model has written them."""
+        """Returns the digest of the present pairs; None if another model has written them."""
         if not self._pairs(iteration).exists():
             return None
         return digest_in(self.keep, iteration, writer=self._writer(iteration))
@@ -126,7 +126,7 @@ class Study:
         )
 
     def take_our_pairs(self) -> None:
-        """Puts the pairs that the results are of back into their documents.
+        """Makes the pairs of the results again, from their outlines and the documents.
 
         Raises:
             UserError: where these are not the same documents, or there are other pairs.
@@ -221,8 +221,8 @@ class Study:
         return self._made_by(run) / "runs" / run.name
 
     def is_done(self, run: Run) -> bool:
-        """Whether its result is there, by these settings and of the pairs that are there: others
-        are another study's."""
+        """Returns whether the run's result exists, by these settings and of the present pairs;
+        others are another study's."""
         path = result_path(self.results, run)
         if not path.exists():
             return False
@@ -233,7 +233,7 @@ class Study:
         return run.method is None or (digest is not None and result.pairs == digest)
 
     def do(self, run: Run) -> None:
-        """Makes the result of a run; its rows are there.
+        """Makes the result of a run, whose rows exist.
 
         Raises:
             OutOfTime: where the time left is not enough for all of it, or was not.
@@ -262,14 +262,14 @@ class Study:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
     def make_first_model(self) -> None:
-        """The model of the first iteration, trained again where it has not outlived a machine."""
+        """Makes the model of the first iteration, again if it was lost with a machine."""
         if self.first_model.exists():
             return
         self.require(self._predicted_training(self.parent), self.parent.name)
         self.train(self.parent, self._folder(self.parent), self.make_rows(1))
 
     def train(self, run: Run, folder: Path, rows: Path) -> float:
-        """Trains, if that has not been done here; returns the seconds it took."""
+        """Trains a run unless that was done here; returns the seconds it took."""
         done = folder / TRAINED
         if not self._must_train(run):
             return float(json.loads(done.read_text())["seconds"])
@@ -302,7 +302,7 @@ class Study:
         return taken
 
     def _must_train(self, run: Run) -> bool:
-        """Also where it was done and its checkpoint, which went with its result, is needed."""
+        """Returns whether to train, also again if a checkpoint that is needed was removed."""
         lacks_export = run.is_exported and not self.exported(run).exists()
         made = (self._folder(run) / name for name in (TRAINED, "checkpoints"))
         return lacks_export or not all(path.exists() for path in made)
@@ -324,7 +324,7 @@ class Study:
     # ---------------------------------------------------------------- time
 
     def require(self, seconds: float, what: str) -> None:
-        """Ends the study for now where the time left is not enough.
+        """Ends the study for now if the time left is not enough.
 
         Raises:
             OutOfTime: then.
@@ -335,7 +335,7 @@ class Study:
             raise OutOfTime
 
     def predicted_seconds(self, run: Run) -> float:
-        """Of what is missing of a run, from results of this device where there are some."""
+        """Returns seconds of what a run lacks, from results of this device if there are any."""
         total = 0.0
         if run.method is not None and self._must_train(run):
             total += self._predicted_training(run)
@@ -351,7 +351,7 @@ class Study:
         return self._seconds(run, "train") or predicted
 
     def _seconds(self, run: Run, part: str) -> float | None:
-        """What that part took in other runs: of the same method, else of any."""
+        """Returns what that part took in other runs: of the same method, else of any."""
         found = [
             result
             for result in read_results(self.results)

@@ -4,7 +4,7 @@
     python -m tools.studies.smollm2_32k.study --tiny     # all of it on a CPU, on a random model
 
 Makes what is missing, in this order: documents, pairs, and run by run a model and its evaluation;
-then the page. What is finished is never done again, so the same command goes on after any kind of
+then the page. Finished parts are not repeated, so the same command resumes after any kind of
 end. OUTPUT/keep (documents and pairs) and the results are all that has to outlive a machine; with
 other pairs all trained runs are done again, since they are compared on the same rows.
 """
@@ -178,7 +178,7 @@ def do_all(
 
 
 def do_one(study: Study, free: SimpleQueue[str | None], run: Run) -> int:
-    """Makes one run on a GPU that is free; one that fails leaves the others theirs."""
+    """Makes one run on a free GPU; its failure does not end the others."""
     gpu = free.get()
     try:
         with nullcontext() if gpu is None else study.commands.on_gpu(gpu):
@@ -205,7 +205,7 @@ def do_ruler(study: Study, data: Path | None) -> int:
 
 
 def _stopped() -> int:
-    print("stopped in time; the same command goes on", flush=True)
+    print("stopped in time; the same command resumes", flush=True)
     return EXIT_STOPPED_ON_REQUEST
 
 
