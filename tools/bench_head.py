@@ -147,7 +147,7 @@ def liger_call(inputs: HeadInputs, one: groups.Groups) -> Callable[[], None]:
 
 
 def timed_with_memory(call: Callable[[], None], inputs: HeadInputs) -> tuple[float, float | None]:
-    """Returns seconds, and GiB beyond inputs and gradients; a first call, which compiles, is apart."""
+    """Returns seconds, and GiB beyond inputs and gradients; a first call only compiles."""
     if not inputs.hidden.is_cuda:
         return fastest(call), None
     call()

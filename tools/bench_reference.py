@@ -126,7 +126,7 @@ def random_pair(rng: np.random.Generator, arguments: argparse.Namespace) -> Pref
 
 
 def measured(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Returns median seconds of a step, peak memory and last loss; or those of the reference pass."""
+    """Returns seconds of a step (median) or of the reference pass, peak memory and loss."""
     config = settings(arguments, folder)
     if arguments.mode == "reference":
         return measured_reference(config, num_rows=arguments.steps)

@@ -86,7 +86,7 @@ def make_tiny_model(
 
 
 def make_byte_tokenizer(vocab_size: int = 300) -> PreTrainedTokenizerFast:
-    """Returns a tokenizer: a token a byte, three special ones, ChatML; `<|im_end|>` is EOS and pad."""
+    """Returns a tokenizer: a token a byte, three special ones, ChatML, EOS as padding."""
     if vocab_size < SMALLEST_VOCABULARY:
         raise ValueError(f"vocab_size ({vocab_size}) must be at least {SMALLEST_VOCABULARY}")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
