@@ -19,7 +19,7 @@ TRANSFORMERS4_DONE := $(VENV)/transformers4/.done
 MISTRAL := tests/data/mistral_common.txt
 MISTRAL_DONE := $(VENV)/mistral_common/.done
 
-# Tests in as many processes as there are cores; more than four would crowd the tests of ranks.
+# Tests run in a process a core, four at most: tests of ranks start processes of their own.
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
 
 help: ## show this list

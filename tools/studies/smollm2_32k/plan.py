@@ -227,7 +227,8 @@ def plan(setting: Setting, *, is_tiny: bool = False) -> list[Run]:
 
 def _other_settings(compared: Sequence[Method], seed: int) -> Iterator[Run]:
     """Yields what explains the comparison: plain NLL with more steps, all methods with a lower
-    rate, the most telling with all seeds, and theta 4e5, which costs less on short input than 1e6."""
+    rate, the most telling with all seeds, and theta 4e5, which costs less than 1e6 on short
+    input."""
     main, *others = compared
     plain_nll, sft = (
         next(method for method in compared if method.name == name) for name in ("nll", "sft")
