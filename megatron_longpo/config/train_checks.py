@@ -58,7 +58,7 @@ def resolve_reference(config: TrainConfig) -> TrainConfig:
 
 
 def check_world(config: TrainConfig, world_size: int) -> int:
-    """Returns the data-parallel size, or raises UserError if the sizes do not fit the world."""
+    """Returns the data-parallel size, or raises where the sizes do not fit the world."""
     parallel = config.parallel
     model_ranks = parallel.tensor * parallel.pipeline * parallel.context
     sizes = (
