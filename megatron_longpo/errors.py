@@ -1,4 +1,4 @@
-"""The one exception a user is meant to read, and the exit codes of every command."""
+"""Exceptions whose messages are for the user, and the exit codes of all commands."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 EXIT_DONE = 0
 EXIT_CHECK_FAILED = 1
-"""A command that compares has found a difference, and has shown it."""
+"""A command that compares has found a difference and shown it."""
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 EXIT_STOPPED_ON_REQUEST = 75
@@ -22,9 +22,9 @@ class UserError(ValueError):
 
 
 class CheckFailed(Exception):
-    """A comparison that the user asked for found a difference (exit code 1); one line says which.
+    """A comparison that the user asked for found a difference (exit code 1).
 
-    Unlike a `UserError` nobody's input is wrong: the two things compared are not the same.
+    The message is one line that names the difference. Unlike a `UserError`, no input is wrong.
     """
 
 
@@ -33,6 +33,6 @@ class StopRequested(Exception):
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str | None:
-    """Returns the candidate most like `name`, or None where nothing is close."""
+    """Returns the candidate that is most similar to `name`, or None if none is close."""
     matches = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)
     return matches[0] if matches else None

@@ -41,7 +41,7 @@ def help_text(
         *_entry("--help [SECTION]", _help_meaning(settings)),
         *_entry(
             "--config FILE",
-            "YAML file of the settings below. Options win over files.",
+            "YAML file of the settings below. Options win over files, the last file over others.",
         ),
         *_entry("--print_config", "Print all settings as YAML, with meaning and default."),
     ]

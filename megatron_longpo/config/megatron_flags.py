@@ -108,14 +108,14 @@ SWIFT_FLAGS = {
     "lora_alpha": "lora.alpha",
     "target_modules": "lora.targets",
 }
-"""ms-swift's own names and those it takes over from the Hugging Face trainers."""
+"""ms-swift's own names, and those that it has from the Hugging Face trainers."""
 
 
 def suggestion(unknown: str, keys: Collection[str]) -> str:
-    """What to write instead of an unknown key, as a sentence.
+    """Returns what to write instead of an unknown key, as a sentence.
 
-    `keys` are the keys of the command at hand, so Megatron's names are only offered where they
-    lead to one of them.
+    `keys` are the keys of the command. A name of Megatron or ms-swift is only offered if it leads
+    to one of them.
     """
     name = unknown.lower().replace("-", "_")
     leaf = name.rpartition(".")[2]

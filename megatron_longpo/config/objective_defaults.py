@@ -1,4 +1,4 @@
-"""What an objective's name decides of the settings, and which settings it has no use for.
+"""Default settings of each objective, and the settings that an objective does not use.
 
 A message says field, value, rule and remedy in one line.
 """
@@ -15,7 +15,7 @@ from megatron_longpo.errors import UserError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ObjectiveDefaults:
-    """Values of `objective.*` and `reference.*` that a name stands for; 0 = has no such term."""
+    """Defaults of `objective.*` and `reference.*` for one name; 0 = the loss has no such term."""
 
     beta: float = 0.0
     preference_weight: float = 0.0
@@ -28,19 +28,21 @@ class ObjectiveDefaults:
     context: ReferenceContext = "long"
     mode: Literal["online", "none"] = "none"
     unused: tuple[str, ...] = ()
-    """Keys of `objective.*` that this objective has no use for and that only its default fits."""
+    """Keys of `objective.*` that this objective does not use; only the default is accepted."""
 
     @property
     def has_preference(self) -> bool:
+        """Whether the loss compares answers."""
         return self.preference_weight > 0
 
     @property
     def has_divergence(self) -> bool:
+        """Whether the loss has a KL of next-token distributions."""
         return self.divergence_weight > 0
 
 
 WITHOUT_PREFERENCE = ("label_smoothing", "turns", "answer_nll_weight")
-"""Keys that mean nothing where no answers are compared."""
+"""Keys that mean nothing if no answers are compared."""
 
 OBJECTIVE_DEFAULTS: dict[ObjectiveName, ObjectiveDefaults] = {
     "longpo": ObjectiveDefaults(
@@ -98,7 +100,7 @@ SWITCHED_OFF = ("beta", "gamma", "preference_weight", "alignment_weight", "diver
 
 
 def filled_objective(objective: ObjectiveConfig, defaults: ObjectiveDefaults) -> ObjectiveConfig:
-    """`objective` without a null: what the user left out has the default of its name.
+    """Returns `objective` without nulls: what the user left out gets the default of its name.
 
     An objective without a temperature has beta 0, whatever a YAML that several share says.
     """
@@ -113,7 +115,7 @@ def filled_objective(objective: ObjectiveConfig, defaults: ObjectiveDefaults) ->
 
 
 def check_objective(config: TrainConfig, defaults: ObjectiveDefaults) -> None:
-    """Refuses settings that the named objective cannot mean; `config` is filled."""
+    """Refuses settings that the named objective does not use; `config` has no nulls left."""
     objective = config.objective
     for key in SWITCHED_OFF:
         if getattr(objective, key) and not getattr(defaults, key):

@@ -1,6 +1,7 @@
 """Rules between the settings of `train`, and the defaults that depend on other settings.
 
-A message says field, value, rule and remedy in one line.
+A message says key, value, rule and remedy in one line. It begins with the key, so that the parser
+can put file and line before it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from megatron_longpo.errors import UserError
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
-    """Checks the settings and fills what depends on others; resolving twice changes nothing."""
+    """Returns the config, checked and without nulls that depend on others; twice is the same."""
     check_limits(config)
     defaults = OBJECTIVE_DEFAULTS[config.objective.name]
     resolved = replace(
@@ -46,7 +47,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
 
 
 def resolve_reference(config: TrainConfig) -> TrainConfig:
-    """The settings of `longpo reference`: those of a training run that will read what it makes."""
+    """Returns the config of `longpo reference`: that of the training run that reads its output."""
     reference = config.reference
     if reference.mode == "none":
         raise UserError(
@@ -133,7 +134,7 @@ def _check_context(parallel: ParallelConfig) -> None:
 
 
 def _filled_virtual_pipeline(parallel: ParallelConfig) -> int | None:
-    """Chunks a stage, None for one; where it is left out, as many as the layout has."""
+    """Returns the chunks per stage, None for one; if left out, as many as the layout has."""
     pipeline, virtual = parallel.pipeline, parallel.virtual_pipeline
     if parallel.pipeline_layout is not None:
         stages = len(parse_layout(parallel.pipeline_layout))
@@ -213,9 +214,10 @@ def _check_rest(config: TrainConfig) -> None:
 
 
 def _check_state_dtype(optimizer: OptimizerConfig) -> None:
-    """An average in bf16 must be able to fall: its last bit is up to 2^-7 of it, half of it lost.
+    """Refuses decays that are too slow for averages in bf16.
 
-    With a slower decay than that a square average stays where one large gradient put it.
+    The last bit of bf16 is up to 2^-7 of a value, and rounding loses half of that. With a slower
+    decay, an average of squares stays where one large gradient has put it.
     """
     if optimizer.state_dtype == "fp32":
         return

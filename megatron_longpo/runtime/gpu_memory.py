@@ -1,4 +1,4 @@
-"""How torch is to hand out GPU memory; decided before torch is imported."""
+"""The setting of torch's GPU memory allocator, made before torch is imported."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import os
 
 
 def allow_expandable_segments() -> None:
-    """Lets torch's GPU memory grow in place, unless the user has set its allocator up.
+    """Lets torch's GPU memory segments grow, unless the user has configured the allocator.
 
-    Lengths differ from pair to pair, and with fixed segments every length leaves holes that the
-    next does not fit. Does nothing on a machine without a GPU.
+    Lengths differ from pair to pair. With fixed segments every length leaves holes that the next
+    one does not fit into. On a machine without a GPU this has no effect.
     """
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
     if any(name in os.environ for name in names):

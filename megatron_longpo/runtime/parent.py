@@ -1,7 +1,7 @@
-"""Processes that end with the one that started them, however that one ends.
+"""Processes that end when the process that started them ends, for whatever reason.
 
-By Linux's prctl: the kernel kills them. It goes by the thread that did the starting, which is the
-main one in torchrun and in training.
+Linux's prctl does it: the kernel kills them when the thread that started them ends. That is the
+main thread in torchrun and in training.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from contextlib import contextmanager
 
 PR_SET_PDEATHSIG = 1
 LAUNCHER_PID = "LONGPO_LAUNCHER_PID"
-"""Set by `--nproc` for its ranks."""
+"""Environment variable that `--nproc` sets for its ranks."""
 
 # Loaded here, since loading may hang in a process that was forked beside threads.
 _prctl = ctypes.CDLL(None).prctl if sys.platform.startswith("linux") else None
 _forking_pid: int | None = None
-"""Within `ending_children`, of the process that has forked last."""
+"""Within `ending_children`: the id of the process that forked last."""
 
 
 def end_with_launcher() -> None:
-    """Where this process is one of torchrun's, or of `--nproc`."""
-    # Not for what this process starts, a torchrun perhaps.
+    """Makes this process end with its launcher, if torchrun or `--nproc` has started it."""
+    # Removed, since it is not meant for what this process starts, such as a torchrun.
     launcher = os.environ.pop(LAUNCHER_PID, None)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _end_with_parent(None if launcher is None else int(launcher))
@@ -33,7 +33,7 @@ def end_with_launcher() -> None:
 
 @contextmanager
 def ending_children() -> Iterator[None]:
-    """Processes that are forked within, and those that they fork, end with who has forked them."""
+    """Makes processes that are forked within, and those that they fork, end with their parent."""
     global _forking_pid
     before, _forking_pid = _forking_pid, os.getpid()
     try:
@@ -43,7 +43,7 @@ def ending_children() -> Iterator[None]:
 
 
 def _end_with_parent(expected_pid: int | None) -> None:
-    """`expected_pid`: of the parent, which may have ended before."""
+    """Makes this process end with its parent; `expected_pid` tells if that has ended already."""
     if _prctl is None:
         return
     _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

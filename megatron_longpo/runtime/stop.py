@@ -16,25 +16,26 @@ _was_requested = False
 
 
 def listen() -> None:
-    """From now on a stop signal is remembered instead of ending the process."""
+    """Makes stop signals be remembered instead of ending the process."""
     for number in STOP_SIGNALS:
         signal.signal(number, _remember)
 
 
 def was_requested() -> bool:
-    """Whether a stop signal came since `listen`."""
+    """Whether a stop signal has come since `listen`."""
     return _was_requested
 
 
 @contextmanager
 def spare_children() -> Iterator[None]:
-    """Processes that are started inside are not ended by a stop signal; forked ones end with this.
+    """Protects processes that are started within from stop signals; forked ones end with this one.
 
-    Launchers send it to all processes of a job, and those that write a checkpoint are needed. Here
-    a signal that comes meanwhile is remembered at the end. Without this process they would keep its
-    GPU memory, and write into the folder of the run that takes over.
+    Launchers send stop signals to all processes of a job, but those that write a checkpoint are
+    still needed. A signal that comes to this process meanwhile is remembered at the end. If forked
+    processes outlived this one, they would keep its GPU memory, and write into the folder of the
+    run that takes over.
     """
-    # Where it starts, Python lets these signals through again.
+    # Starting it makes Python unblock these signals, so it is started before they are blocked.
     resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
