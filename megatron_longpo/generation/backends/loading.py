@@ -9,7 +9,7 @@ import torch
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from megatron_longpo.config.backends import BackendConfig
-from megatron_longpo.data.text.tokenizers import ChatTokenizer
+from megatron_longpo.data.text.chat_tokenizer import ChatTokenizer
 from megatron_longpo.errors import UserError
 from megatron_longpo.generation.backends.attention import ATTENTION, cached_attention
 from megatron_longpo.generation.backends.kv_cache import PromptCache, forward

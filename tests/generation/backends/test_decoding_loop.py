@@ -16,13 +16,8 @@ from megatron_longpo.generation.backends.base import BackendError, Completion, R
 from megatron_longpo.generation.backends.factory import make_backend
 from megatron_longpo.generation.backends.slots import SlotCache, SlotShape
 from megatron_longpo.generation.backends.transformers import TransformersBackend
-from tests.generation.backends.test_transformers import (
-    config,
-    copy_of,
-    make_blocks_small,
-    request,
-    text,
-)
+from tests.generation.backends.test_loading import copy_of
+from tests.generation.backends.test_transformers import config, make_blocks_small, request, text
 from tests.generation.scripted import settings
 
 Answers = list[Completion | BackendError]

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import random
-import shutil
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,11 +11,8 @@ import torch
 
 from megatron_longpo.config.backends import BackendConfig
 from megatron_longpo.data.text.chat import prompt_ids
-from megatron_longpo.errors import UserError
 from megatron_longpo.generation.backends import prefill, running, slots
 from megatron_longpo.generation.backends.base import BackendError, Completion, Request, Sampling
-from megatron_longpo.generation.backends.factory import make_backend
-from megatron_longpo.generation.backends.sampling import draw, nucleus
 from megatron_longpo.generation.backends.transformers import TransformersBackend
 
 WORDS = [
@@ -103,9 +97,8 @@ def test_a_batch_writes_what_generate_writes_one_by_one(
     assert len({str(answer) for answer in expected}) == len(requests)
 
 
-def test_a_shared_prefix_is_read_once(
-    backend: TransformersBackend, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def count_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Returns a list to which every call of the model adds how many tokens it reads."""
     read: list[int] = []
     for module in (prefill, slots):
         forward = module.forward
@@ -115,6 +108,13 @@ def test_a_shared_prefix_is_read_once(
             return forward(*args, **more)
 
         monkeypatch.setattr(module, "forward", counted)
+    return read
+
+
+def test_a_shared_prefix_is_read_once(
+    backend: TransformersBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = count_read(monkeypatch)
     sampling = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=1)
     requests = [request(one.messages[0]["content"], sampling) for one in SHARED]
     lengths = [len(prompt_ids(backend.tokenizer, one.messages)) for one in requests]
@@ -124,6 +124,25 @@ def test_a_shared_prefix_is_read_once(
     read.clear()
     assert complete(backend, requests) == first
     assert sum(read) < 4 * 150  # whole blocks of the prefix are there from the call before
+
+
+@pytest.mark.parametrize("documents_at_once", [1, 2])
+def test_larger_slots_keep_the_prefix(
+    model: str,
+    backend: TransformersBackend,
+    monkeypatch: pytest.MonkeyPatch,
+    documents_at_once: int,
+) -> None:
+    expected = complete(backend, SHARED)
+    other = TransformersBackend(config(model, documents_at_once=documents_at_once))
+    complete(other, SHARED[:2])
+    slots_before = other._loop._slots
+    read = count_read(monkeypatch)
+    assert complete(other, SHARED) == expected
+    assert other._loop._slots is not slots_before  # two requests needed less room
+    # The rests of four prompts, each of less than a block of the prefix more, and new tokens.
+    assert sum(read) < 4 * 150 + 4 * GREEDY.max_new_tokens
+    assert len(prompt_ids(other.tokenizer, SHARED[0].messages)) > 1000
 
 
 def test_kept_keys_change_no_bit(
@@ -219,78 +238,3 @@ def test_short_memory_halves_a_batch_once(
     assert answers[0] == whole[0]
     assert all(isinstance(answer, BackendError) for answer in answers[1:])
     assert str(answers[1]) == "prompt that does not fit in GPU memory"
-
-
-# ---------------------------------------------------------------- sampling
-
-
-def test_nucleus() -> None:
-    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
-
-    def kept(temperature: float, top_p: float) -> list[float]:
-        sampling = Sampling(temperature=temperature, top_p=top_p, max_new_tokens=1)
-        return [round(p, 6) for p in nucleus(logits, sampling).tolist()]
-
-    assert kept(1.0, 1.0) == [0.5, 0.3, 0.15, 0.05]
-    assert kept(1.0, 0.79) == [0.5, 0.3, 0, 0]
-    assert kept(1.0, 0.01) == [0.5, 0, 0, 0]
-    sharper = kept(0.5, 1.0)
-    assert sharper[0] == pytest.approx(0.25 / (0.25 + 0.09 + 0.0225 + 0.0025), abs=1e-6)
-
-
-def test_samples_follow_the_probabilities() -> None:
-    logits = torch.tensor([[0.5, 0.3, 0.2, 0.0]]).log()
-    sampling = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=1)
-    generator = torch.Generator().manual_seed(0)
-    drawn = [int(draw(logits, {0: (sampling, generator)})) for _ in range(2000)]
-    shares = [drawn.count(token) / 2000 for token in range(4)]
-    assert shares == pytest.approx([0.5, 0.3, 0.2, 0.0], abs=0.04)
-    assert draw(logits, {}).tolist() == [0]
-
-
-# ---------------------------------------------------------------- models that cannot be used
-
-
-def copy_of(model: str, tmp_path: Path, **changes: dict[str, Any]) -> str:
-    """A copy of the folder with keys of its JSON files changed; None removes one."""
-    folder = tmp_path / "copy"
-    shutil.copytree(model, folder)
-    for name, values in changes.items():
-        path = folder / f"{name}.json"
-        content = {**json.loads(path.read_text()), **values}
-        path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
-    return str(folder)
-
-
-def test_a_model_without_an_end_token_is_refused(model: str, tmp_path: Path) -> None:
-    nothing: dict[str, Any] = {"eos_token_id": None}
-    folder = copy_of(
-        model,
-        tmp_path,
-        config=nothing,
-        generation_config=nothing,
-        tokenizer_config={"eos_token": None},
-    )
-    with pytest.raises(UserError, match=r"model \(.*\): neither its tokenizer nor .* end-of-text"):
-        make_backend(config(folder))
-
-
-def test_a_model_without_a_chat_template_is_refused(model: str, tmp_path: Path) -> None:
-    folder = copy_of(model, tmp_path)
-    (Path(folder) / "chat_template.jinja").unlink()
-    with pytest.raises(UserError, match="this tokenizer has no chat template; give chat_template"):
-        make_backend(config(folder))
-
-
-def test_other_attention_is_refused(model: str, tmp_path: Path) -> None:
-    folder = copy_of(
-        model,
-        tmp_path,
-        config={
-            "model_type": "mistral",
-            "architectures": ["MistralForCausalLM"],
-            "sliding_window": 64,
-        },
-    )
-    with pytest.raises(UserError, match=r"MistralForCausalLM has layers .* set backend: server"):
-        make_backend(config(folder))
