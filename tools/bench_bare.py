@@ -122,7 +122,7 @@ class Limit:
         *,
         timer: Timer = fastest,
     ) -> dict[str, float]:
-        """Returns seconds of one microbatch by part; the reference's passes are forward only."""
+        """Returns one microbatch's seconds by part; the reference's passes are forward only."""
         long = pack.policy
         parts = self._model_parts(
             policy, long.num_tokens, long.attention, len(long.edges.sources), True, timer
@@ -225,7 +225,7 @@ class Limit:
     def product_seconds(
         self, tokens: int, width_in: int, width_out: int, *, backward: bool, timer: Timer
     ) -> float:
-        """Returns the seconds of a linear layer's product, with `backward` its gradients' too."""
+        """Returns the seconds of a linear layer's product, and with `backward` of its gradients."""
         if not tokens:
             return 0.0
         timed = _timed_length(tokens, LARGEST_PRODUCT)
@@ -354,7 +354,7 @@ def bare_matmul(
     backward: bool = True,
     timer: Timer = fastest,
 ) -> float:
-    """Returns the seconds of a linear layer's product; with `backward` also of its gradients."""
+    """Returns the seconds of a linear layer's product, and with `backward` of its gradients."""
     states = torch.randn(tokens, width_in, device=device, dtype=dtype)
     weight = torch.randn(width_out, width_in, device=device, dtype=dtype)
     forward = timer(lambda: states @ weight.T)
