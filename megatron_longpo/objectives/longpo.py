@@ -18,8 +18,8 @@ class LongPO(ReferencedPreference):
 
     Source: LongPO (arXiv 2502.13922), the DPO loss with the short-to-long constraint, plus the
     language-modelling term of its public code, where `preference_weight` is lambda. With several
-    turns the logistic takes their sum, as LongPO was trained, or (`per_turn`) each turn, averaged over
-    the pair's own turns.
+    turns the logistic takes their sum, as LongPO was trained, or (`per_turn`) each turn, averaged
+    over the pair's own turns.
 
     If `reference.mode` is `none`, R_w = R_l = 0: the preference is over plain log-probs.
     """

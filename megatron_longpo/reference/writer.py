@@ -1,4 +1,4 @@
-"""Writes the log-probabilities of a reference part by part, in the format of `reference_cache.py`."""
+"""Writes the log-probabilities of a reference in parts, in the format of `reference_cache.py`."""
 
 from __future__ import annotations
 

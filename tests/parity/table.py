@@ -95,8 +95,8 @@ def page(results: Sequence[Result]) -> str:
 
 {len(results)} combinations of features, each trained for five optimizer steps and compared with
 plain transformers and torch (`tests/oracle.py`: no packing, no sharing, one process). The rows
-cover every allowed pair of values from two feature columns: {len(allowed_pairs())} pairs. `make parity`
-runs them all and writes this page; `make test` runs a part of them.
+cover every allowed pair of values from two feature columns: {len(allowed_pairs())} pairs.
+`make parity` runs them all and writes this page; `make test` runs a part of them.
 
 Training: RMSprop with eps 1e-5, learning rate 1e-3, clipped gradients, batches of 4 of 6 pairs in
 a random order. All differences are relative to the oracle. For loss and gradient norm it is the
