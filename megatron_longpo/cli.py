@@ -12,11 +12,11 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_longpo import __version__
-from megatron_longpo.config.help import config_text, help_text
+from megatron_longpo.config.help import config_text, help_text, section_text
 from megatron_longpo.config.parser import load_config, unchecked_values
 from megatron_longpo.errors import (
     EXIT_BAD_INPUT,
@@ -31,28 +31,31 @@ from megatron_longpo.errors import (
 )
 from megatron_longpo.runtime import parent, stop
 from megatron_longpo.runtime.gpu_memory import allow_expandable_segments
-from megatron_longpo.runtime.launch import Launch, run_torchrun
+from megatron_longpo.runtime.launch import LAUNCH_HELP, run_torchrun, take_launch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Command:
-    """One command: where its settings and its function live."""
+    """One command: its config class, its function, and what `--help` says of it."""
 
     name: str
     summary: str
     config: str
-    """`module:Class` of the settings."""
+    """`module:Class` of the config."""
     run: str
-    """`module:function` that takes them."""
+    """`module:function` that takes the config."""
     examples: tuple[str, ...]
     positionals: tuple[str, ...] = ()
     """Settings that may be given by position, in this order."""
     resolve: str | None = None
-    """`module:function` from parsed to resolved settings, where a command has one."""
+    """`module:function` that checks the settings against each other and fills what depends on
+    others, from config to config. It needs no torch."""
+    takes_keywords: bool = False
+    """Whether `run` takes each setting as an argument: runtime/ knows no config."""
     check_world: str = "megatron_longpo.config.train:check_world"
-    """`module:function` that takes settings and a number of processes, where it launches."""
+    """`module:function` that checks a config and a number of processes, if the command launches."""
     launches: bool = False
-    """Whether it runs in many processes, which `--nproc` starts."""
+    """Whether it can run in many processes, which `--nproc` starts."""
     stops: bool = False
     """Whether it saves and ends when a signal tells it to stop."""
 
@@ -63,6 +66,7 @@ COMMANDS = (
         summary="Write preference examples about long documents, with the model's own answers.",
         config="megatron_longpo.config.generate:GenerateConfig",
         run="megatron_longpo.generation.generate:run_generate",
+        resolve="megatron_longpo.config.generate:resolve_generate",
         examples=(
             "longpo generate --model models/hf --documents books --output examples.jsonl",
             "longpo generate --config generate.yaml --shard 0/8",
@@ -75,6 +79,7 @@ COMMANDS = (
         summary="Let a model score the answers of preference examples, and drop what scores low.",
         config="megatron_longpo.config.judge:JudgeConfig",
         run="megatron_longpo.generation.judge.run:run_judge",
+        resolve="megatron_longpo.config.judge:resolve_judge",
         examples=(
             "longpo judge examples.jsonl --output judged.jsonl --model models/hf",
             "longpo judge examples.jsonl --output good.jsonl --model models/hf --least_support 4 "
@@ -97,7 +102,7 @@ COMMANDS = (
     Command(
         name="inspect",
         summary="Show what is in a set of token rows or examples: text, labels, lengths, turns.",
-        config="megatron_longpo.config.tokenize:InspectConfig",
+        config="megatron_longpo.config.inspect:InspectConfig",
         run="megatron_longpo.data.inspect.run:run_inspect",
         examples=(
             "longpo inspect rows.jsonl",
@@ -126,8 +131,7 @@ COMMANDS = (
     Command(
         name="reference",
         summary="Compute the reference's log-probabilities of all rows once, for training with "
-        "reference.mode cached. Takes the settings and options of train, and goes on where it was "
-        "stopped.",
+        "reference.mode cached. Takes the settings and options of train. A stopped run is resumed.",
         config="megatron_longpo.config.train:TrainConfig",
         run="megatron_longpo.reference.run:run_reference",
         resolve="megatron_longpo.config.train:resolve_reference",
@@ -160,7 +164,7 @@ COMMANDS = (
     ),
     Command(
         name="convert verify",
-        summary="Prove the converters on a Hugging Face model: import and export it, then compare "
+        summary="Test the converters on a Hugging Face model: import and export it, then compare "
         "weights, logits on real text, tokenizer and config.",
         config="megatron_longpo.config.convert:VerifyConfig",
         run="checkpoints_convert.verify:run_verify",
@@ -174,9 +178,9 @@ COMMANDS = (
     ),
     Command(
         name="evaluate",
-        summary="Measure a model: retrieval by length and depth, long documents' NLL by position, "
-        "retention of a base model on short prompts. Or compare what was measured. Several "
-        "processes start with --nproc.",
+        summary="Measure a model: retrieval by length and depth, NLL of long documents by "
+        "position, retention of a base model on short prompts, benchmarks. Or compare evaluations. "
+        "Several processes start with --nproc.",
         config="megatron_longpo.config.evaluate:EvaluateConfig",
         run="megatron_longpo.evaluation.evaluate:run_evaluate",
         resolve="megatron_longpo.config.evaluate:resolve_evaluate",
@@ -194,7 +198,7 @@ COMMANDS = (
     Command(
         name="report",
         summary="Plot and summarise what training runs logged.",
-        config="megatron_longpo.engine.report:ReportConfig",
+        config="megatron_longpo.config.report:ReportConfig",
         run="megatron_longpo.engine.report:run_report",
         examples=("longpo report runs/a", "longpo report runs/a runs/b --output comparison.png"),
         positionals=("runs",),
@@ -202,15 +206,19 @@ COMMANDS = (
     Command(
         name="env",
         summary="Show versions, GPUs and which optional packages are missing.",
-        config="megatron_longpo.runtime.env:EnvConfig",
+        config="megatron_longpo.config.env:EnvConfig",
         run="megatron_longpo.runtime.env:run_env",
+        takes_keywords=True,
         examples=("longpo env", "longpo env --json"),
     ),
 )
 
 
+HELP_OPTIONS = frozenset(("-h", "--help"))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code; faults that are not the user's propagate."""
+    """Runs one command and returns its exit code. Errors that are not the user's propagate."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     # Megatron says so six times; `longpo env` says it once, with what it costs.
     warnings.filterwarnings("ignore", message=r".*Apex (is|are) not installed")
@@ -254,6 +262,7 @@ def _launches(arguments: Sequence[str]) -> bool:
 
 
 def overview() -> str:
+    """Returns the text of `longpo --help`: all commands, each with an example."""
     width = max(len(command.name) for command in COMMANDS)
     return "\n".join(
         [
@@ -265,7 +274,8 @@ def overview() -> str:
             "examples:",
             *(f"  {command.examples[0]}" for command in COMMANDS),
             "",
-            "longpo COMMAND --help shows the settings and more examples of a command.",
+            "longpo COMMAND --help shows the settings and more examples of a command;",
+            "longpo COMMAND --help SECTION shows one section: longpo train --help optimizer.",
         ]
     )
 
@@ -286,13 +296,13 @@ def find_command(arguments: Sequence[str]) -> tuple[Command, list[str]]:
 
 
 def run_command(command: Command, arguments: list[str]) -> int:
-    """Parses the settings of a command and runs it, in this process or in many."""
+    """Parses the settings of a command and runs it, in this process or in many processes."""
     if command.launches:
         # Ranks without a launcher would wait for each other, for up to an hour.
         parent.end_with_launcher()
     config_class = _load(command.config)
-    if "-h" in arguments or "--help" in arguments:
-        print(_help(command, config_class))
+    if HELP_OPTIONS & set(arguments):
+        print(_help(command, config_class, _asked_section(arguments)))
         return EXIT_DONE
     launch = None
     if command.launches:
@@ -305,70 +315,39 @@ def run_command(command: Command, arguments: list[str]) -> int:
         print(config_text(config_class, values))
         return EXIT_DONE
     config = load_config(
-        config_class, arguments, command=command.name, positionals=command.positionals
+        config_class,
+        arguments,
+        command=command.name,
+        positionals=command.positionals,
+        resolve=None if command.resolve is None else _load(command.resolve),
     )
-    if command.resolve is not None:
-        config = _load(command.resolve)(config)
     if launch is None:
         if command.stops:
             # Before the imports, which take seconds in which a signal would end the process.
             stop.listen()
         if command.launches:
             allow_expandable_segments()
-        _load(command.run)(config)
+        run = _load(command.run)
+        if command.takes_keywords:
+            run(**asdict(config))
+        else:
+            run(config)
         return EXIT_DONE
     _load(command.check_world)(config, launch.num_processes * launch.num_nodes)
     return run_torchrun(launch, command.name, arguments)
 
 
-LAUNCH_HELP = (
-    ("--nproc M", "Start M processes on this machine, one a GPU."),
-    ("--nnodes N", "Nodes that run this command together, with the next two the same."),
-    ("--rdzv_endpoint HOST:PORT", "Where they meet: a port of one of them."),
-    ("--rdzv_id ID", "Tells this run from others at that endpoint; default longpo."),
-)
-"""Options of the commands that launch, on the command line alone, with their meaning."""
-LAUNCH_OPTIONS = tuple(option.split()[0] for option, _ in LAUNCH_HELP)
+def _asked_section(arguments: Sequence[str]) -> str | None:
+    """Returns the word after `--help`, or None: then all sections are shown."""
+    after = next(index for index, word in enumerate(arguments) if word in HELP_OPTIONS) + 1
+    if after == len(arguments) or arguments[after].startswith("-"):
+        return None
+    return arguments[after]
 
 
-def take_launch(arguments: Sequence[str]) -> tuple[Launch | None, list[str]]:
-    """Takes the launcher's options out of a command line; None where they are not there."""
-    rest: list[str] = []
-    found: dict[str, str] = {}
-    tokens = iter(arguments)
-    for token in tokens:
-        option, _, value = token.partition("=")
-        if option in LAUNCH_OPTIONS:
-            found[option] = value or next(tokens, "")
-        else:
-            rest.append(token)
-    if not found:
-        return None, rest
-    for option in ("--nproc", "--nnodes"):
-        value = found.get(option, "1")
-        if not value.isdecimal() or int(value) < 1:
-            raise UserError(f"{option} ({value}) must be an integer, at least 1")
-    if "WORLD_SIZE" in os.environ:
-        option, value = next(iter(found.items()))
-        raise UserError(
-            f"{option} ({value}): a launcher has started this process already. Leave {option} out"
-        )
-    num_nodes = int(found.get("--nnodes", "1"))
-    if num_nodes > 1 and not found.get("--rdzv_endpoint"):
-        raise UserError(
-            f"--nnodes ({num_nodes}) needs --rdzv_endpoint HOST:PORT, the same on every node: the "
-            "first node's name and a free port there"
-        )
-    launch = Launch(
-        num_processes=int(found.get("--nproc", "1")),
-        num_nodes=num_nodes,
-        rdzv_endpoint=found.get("--rdzv_endpoint"),
-        rdzv_id=found.get("--rdzv_id", "longpo"),
-    )
-    return launch, rest
-
-
-def _help(command: Command, config_class: type) -> str:
+def _help(command: Command, config_class: type, section: str | None) -> str:
+    if section is not None:
+        return section_text(config_class, section, command=command.name)
     return help_text(
         config_class,
         command=command.name,

@@ -15,11 +15,11 @@ import pytest
 import yaml
 
 from megatron_longpo import __version__, cli
-from megatron_longpo.cli import COMMANDS, Command, find_command, main, take_launch
+from megatron_longpo.cli import COMMANDS, Command, find_command, main
 from megatron_longpo.config.help import config_text
 from megatron_longpo.config.parser import load_config, unchecked_values
 from megatron_longpo.errors import CheckFailed, StopRequested, UserError
-from megatron_longpo.runtime.launch import Launch
+from megatron_longpo.runtime.launch import LAUNCH_HELP, Launch, take_launch
 
 ROOT = Path(__file__).parents[1]
 TRAIN = ["--model.hf_path=m", "--data.path=d", "--logging.dir=l"]
@@ -79,7 +79,7 @@ def test_help_has_examples_and_every_setting(
     config_class = getattr(importlib.import_module(module), attribute)
     assert f"usage: longpo {command.name} " in text
     assert all(example in text for example in command.examples)
-    assert all((f"{option}\n" in text) == command.launches for option, _ in cli.LAUNCH_HELP)
+    assert all((f"{option}\n" in text) == command.launches for option, _ in LAUNCH_HELP)
     for field in dataclasses.fields(config_class):
         assert f"--{field.name}" in text
     for name in command.positionals:
@@ -125,6 +125,47 @@ def test_help_of_every_command_is_quick_and_needs_no_torch() -> None:
         assert command.summary in done.stdout
 
 
+def test_help_of_one_section(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--help"]) == 0
+    whole = capsys.readouterr().out
+    assert "--help [SECTION]\n" in whole and "such as --help model." in whole
+    for name, keys in (
+        ("optimizer", {"optimizer.lr", "optimizer.eps"}),
+        ("evaluation", {"evaluation.nll.length", "evaluation.retrieval.depths"}),
+        ("evaluation.retrieval", {"evaluation.retrieval.depths"}),
+        ("train.eval-interval", {"train.eval_interval"}),
+    ):
+        assert main(["train", "--help", name]) == 0
+        text = capsys.readouterr().out
+        assert text.strip() in whole
+        shown = {line.strip()[2:] for line in text.splitlines() if line.startswith("  --")}
+        assert keys <= shown
+        assert all(key.startswith(name.replace("-", "_")) for key in shown)
+    assert shown == {"train.eval_interval"}
+    assert main(["generate", "--model", "m", "-h", "server"]) == 0
+    assert capsys.readouterr().out.startswith("server: An OpenAI-compatible server")
+    assert main(["train", "--help", "--config", "absent.yaml"]) == 0
+    assert capsys.readouterr().out == whole
+
+
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        (
+            "optimzer",
+            "longpo train has no such section or key. The nearest is optimizer",
+        ),
+        ("lr", "Did you mean optimizer.lr?"),
+        ("micro_batch_size", "Megatron-LM's micro_batch_size is data.pack_tokens here"),
+    ],
+)
+def test_help_of_an_unknown_section(
+    section: str, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "--help", section]) == 2
+    assert expected in error_line(capsys.readouterr())
+
+
 def test_readme_names_only_commands_that_exist() -> None:
     for page in ("README.md", "docs/settings.md", "docs/megatron_flags.md"):
         for line in (ROOT / page).read_text().splitlines():
@@ -135,6 +176,18 @@ def test_readme_names_only_commands_that_exist() -> None:
 
 
 # Parsing
+
+
+@pytest.mark.parametrize("kernel", ["cudnn+te", "te", "varlen"])
+def test_evaluate_takes_the_kernels_of_train(kernel: str) -> None:
+    config_class = importlib.import_module("megatron_longpo.config.evaluate").EvaluateConfig
+    config = load_config(
+        config_class,
+        ["m", f"--attention_kernel={kernel}"],
+        command="evaluate",
+        positionals=("models",),
+    )
+    assert config.attention_kernel == kernel
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,12 +1,12 @@
 """The limit of a step: its attention calls and matrix products alone, by the fastest kernels here.
 
 Nothing is recomputed, normalised, added or communicated, and backward is given what it needs. A
-time is either the best of a few single calls (`fastest`), or the mean of a row of them
+time is either the best of a few single calls (`fastest`), or the mean of a series of them
 (`sustained`): a GPU that computes for long meets its power limit and lowers its clock, as it does
 in training, while a single call runs at the full clock.
 
-A shape costs a few seconds at most, however long the row: shapes that are alike are timed once, at
-a length that is a little shorter, and what is longer than the largest one in proportion; a kernel
+Timing a shape takes a few seconds at most, however long the row: similar shapes are timed once, at
+a slightly shorter length, and lengths above a largest one are extrapolated in proportion. A kernel
 that is far behind on a small block is not tried on the large one.
 """
 
@@ -52,7 +52,7 @@ Timer = Callable[[Callable[[], object]], float]
 
 
 def fastest(call: Callable[[], object], *, repeats: int = REPEATS) -> float:
-    """The best time of a call, after one that is not counted; 0 where that one is all."""
+    """Returns the best time of a call, after one that is not counted; 0 without `repeats`."""
     call()
     times: list[float] = []
     _wait()
@@ -65,9 +65,9 @@ def fastest(call: Callable[[], object], *, repeats: int = REPEATS) -> float:
 
 
 def sustained(call: Callable[[], object]) -> float:
-    """The mean time of a call in a row without a pause, behind another such row.
+    """Returns the mean time of a call in a series without a pause, after another such series.
 
-    A call that is as long as a row is one.
+    A call that is as long as a series is a series.
     """
     call()
     seconds = _row_seconds(call, 1)
@@ -89,7 +89,7 @@ def _row_seconds(call: Callable[[], object], count: int) -> float:
 
 
 class Limit:
-    """Bare seconds of microbatches on one rank; what has been timed is remembered.
+    """Bare seconds of microbatches on one rank; each shape is timed once.
 
     `tensor * context_inner` ranks share the heads out. Under pipeline parallelism the head is
     spread evenly over the stages.
@@ -122,7 +122,7 @@ class Limit:
         *,
         timer: Timer = fastest,
     ) -> dict[str, float]:
-        """Seconds by part of one microbatch; the reference's passes are forward only."""
+        """Returns seconds of one microbatch by part; the reference's passes are forward only."""
         long = pack.policy
         parts = self._model_parts(
             policy, long.num_tokens, long.attention, len(long.edges.sources), True, timer
@@ -169,7 +169,7 @@ class Limit:
     def block_seconds(
         self, block: BlockShape, num_heads: int, num_kv_heads: int, *, backward: bool, timer: Timer
     ) -> float:
-        """Of the kernel that is the fastest for this block."""
+        """Returns the seconds of the kernel that is the fastest for this block."""
         queries, keys, causal = block
         timed = (_timed_length(queries, LARGEST_BLOCK), _timed_length(keys, LARGEST_BLOCK), causal)
         seconds = self._block_seconds(timed, num_heads, num_kv_heads, backward, timer)
@@ -225,7 +225,7 @@ class Limit:
     def product_seconds(
         self, tokens: int, width_in: int, width_out: int, *, backward: bool, timer: Timer
     ) -> float:
-        """Of a linear layer's product, and of those of input and weight gradient."""
+        """Returns the seconds of a linear layer's product, with `backward` its gradients' too."""
         if not tokens:
             return 0.0
         timed = _timed_length(tokens, LARGEST_PRODUCT)
@@ -251,13 +251,13 @@ def _once(call: Callable[[], object]) -> float:
 
 
 def _timed_length(length: int, largest: int) -> int:
-    """`largest`, or the multiple of a power of two below `length`, by a `STEPS`-th at most."""
+    """Rounds down to a multiple of a power of two, by a `STEPS`-th at most, or to `largest`."""
     step = 1 << max(0, (length // STEPS).bit_length() - 1)
     return min(largest, length - length % step)
 
 
 def num_attended(block: BlockShape) -> float:
-    """Pairs of a query and a key."""
+    """Returns the number of pairs of a query and a key that it attends."""
     queries, keys, causal = block
     return queries * (queries + 1) / 2 if causal else queries * keys
 
@@ -267,13 +267,13 @@ def available_kernels(
     *,
     device: torch.device,
     dtype: torch.dtype,
-    settings: Iterable[KernelName] = KERNELS,
+    names: Iterable[KernelName] = KERNELS,
 ) -> dict[str, AttentionKernel]:
-    """Every one of these kernels that runs here, by its setting."""
+    """Returns those of the named kernels that run here, by name."""
     kernels: dict[str, AttentionKernel] = {}
-    for setting in settings:
+    for name in names:
         try:
-            chosen = choose_kernel(setting, device=device, dtype=dtype, head_dim=head_dim)
+            chosen = choose_kernel(name, device=device, dtype=dtype, head_dim=head_dim)
         except UserError:
             continue
         kernels[chosen.setting] = chosen.kernel
@@ -281,7 +281,7 @@ def available_kernels(
 
 
 def blocks_of(plan: AttentionPlan) -> Counter[BlockShape]:
-    """The kernel calls of a layer, each with how often it is made."""
+    """Returns the kernel calls of a layer, each with how often it is made."""
     blocks: Counter[BlockShape] = Counter()
     for piece in plan.pieces:
         blocks[len(piece.queries), len(piece.own_keys), True] += 1
@@ -302,7 +302,7 @@ def attention_seconds(
     backward: bool = True,
     timer: Timer = fastest,
 ) -> tuple[float, float]:
-    """Seconds of one block, forward, and forward and, if `backward`, backward."""
+    """Returns the seconds of one block: of forward, and of forward and, if `backward`, backward."""
     queries, keys, causal = block
     query, key, value, grad = (
         torch.randn(length, heads, head_dim, device=device, dtype=dtype)
@@ -332,7 +332,7 @@ def attention_seconds(
 
 
 def linear_shapes(arch: Architecture, tensor: int = 1) -> Iterable[tuple[int, int]]:
-    """(in, out) of one layer's matrices on one tensor-parallel rank."""
+    """Returns (in, out) of one layer's matrices on one tensor-parallel rank."""
     width = arch.num_heads * arch.head_dim // tensor
     kv_width = max(1, arch.num_kv_heads // tensor) * arch.head_dim
     ffn = arch.ffn_hidden_size // tensor
@@ -354,7 +354,7 @@ def bare_matmul(
     backward: bool = True,
     timer: Timer = fastest,
 ) -> float:
-    """Seconds of a linear layer's product, and of those of input and weight gradient."""
+    """Returns the seconds of a linear layer's product; with `backward` also of its gradients."""
     states = torch.randn(tokens, width_in, device=device, dtype=dtype)
     weight = torch.randn(width_out, width_in, device=device, dtype=dtype)
     forward = timer(lambda: states @ weight.T)

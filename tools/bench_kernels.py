@@ -3,8 +3,8 @@
     python -m tools.bench_kernels --lengths 32768 131072 --json outputs/kernels.json
 
 For each length a causal block, and a branch of 1,024 tokens that attends all of it. TFLOP/s count
-4 (forward) and 14 (forward and backward) x pairs x heads x head size, as kernels are usually
-quoted. *First* is the first call of a new length: what a kernel that compiles a plan for it costs.
+4 (forward) and 14 (forward and backward) x pairs x heads x head size, as is usual for kernels.
+*First* is the first call of a new length: it includes compiling a plan, for kernels that have one.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ def main() -> None:
     )
     parser.add_argument("--shape", choices=SHAPES, default="mistral-7b")
     parser.add_argument("--lengths", type=int, nargs="+", default=[32768, 131072])
-    parser.add_argument("--kernels", nargs="+", default=(*KERNELS, "cudnn+te"), help="those alone")
+    parser.add_argument(
+        "--kernels", nargs="+", default=(*KERNELS, "cudnn+te"), help="time only these"
+    )
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     allow_expandable_segments()
@@ -51,7 +53,7 @@ def main() -> None:
     dtype = torch.bfloat16 if has_cuda else torch.float32
     head_dim = shape.hidden // shape.heads
     print(choose_kernel("auto", device=device, dtype=dtype, head_dim=head_dim).line)
-    kernels = available_kernels(head_dim, device=device, dtype=dtype, settings=arguments.kernels)
+    kernels = available_kernels(head_dim, device=device, dtype=dtype, names=arguments.kernels)
     rows = []
     for length in arguments.lengths:
         for block in ((length, length, True), (BRANCH, length, False)):
@@ -73,7 +75,7 @@ def measure(
     device: torch.device,
     dtype: torch.dtype,
 ) -> dict[str, Any]:
-    """One row of the table, times in milliseconds."""
+    """Returns one row of the table, times in milliseconds."""
     queries, keys, causal = block
     head_dim = shape.hidden // shape.heads
 

@@ -27,7 +27,6 @@ from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from pathlib import Path
 
-from examples.quickstart.documents import standard_library_files
 from megatron_longpo.data.jsonl import write_packed_jsonl
 from megatron_longpo.data.text.chat_tokenizer import ChatTokenizer
 from megatron_longpo.data.text.tokenizers import load_tokenizer
@@ -36,6 +35,7 @@ from megatron_longpo.generation.documents.chunking import chunk_document
 from megatron_longpo.generation.documents.kinds import find_kind
 from megatron_longpo.generation.documents.reading import DocumentSet
 from megatron_longpo.generation.documents.token_spans import find_token_spans
+from tools.standard_library import standard_library_files
 
 STANDARD_LIBRARY = "python-stdlib"
 PACKAGES = {

@@ -39,7 +39,7 @@ def main() -> None:
     before = tracked_changes()
     clear_old_results()
     make_model()
-    python("examples/quickstart/documents.py", OUTPUT / "documents", "--number", NUM_DOCUMENTS)
+    python("tools/standard_library.py", OUTPUT / "documents", "--number", NUM_DOCUMENTS)
     longpo(
         "generate",
         *("--model", MODEL),

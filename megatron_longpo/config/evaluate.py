@@ -1,14 +1,15 @@
-"""Settings of `longpo evaluate`; imports neither torch nor transformers."""
+"""The config of `longpo evaluate`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import PurePath
-from typing import Any, Literal
+from typing import Any
 
 from megatron_longpo.config.evaluation import EvaluationConfig, check_evaluation
 from megatron_longpo.config.fields import check_limits, limits
 from megatron_longpo.config.harness import HarnessConfig
+from megatron_longpo.config.names import AttentionKernel, Dtype, Layers
 from megatron_longpo.config.suites import read_suite
 from megatron_longpo.config.train import ParallelConfig
 from megatron_longpo.config.train_checks import data_parallel_size, filled_parallel
@@ -17,67 +18,67 @@ from megatron_longpo.errors import UserError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateConfig:
-    """What of which model is measured, or which evaluations are compared."""
+    """Which model is measured and how, or which evaluations are compared."""
 
     models: tuple[str, ...]
     """The model: a Hugging Face folder or hub id, or a Megatron checkpoint (an iter_* folder, or
-    its parent). With compare: what this command wrote, or logging.dir folders of training runs."""
+    its parent). With compare: outputs of this command, or logging.dir folders of training runs."""
     output: str | None = None
-    """Folder for evaluation.json, which is gone on with where it is there; with compare, for table
-    and plots, null = comparison."""
+    """Output folder. An existing evaluation.json is resumed. With compare: folder for table and
+    plots, null = comparison."""
     compare: bool = False
-    """Compare evaluations that are there: a table, JSON, CSV, Markdown and plots."""
+    """Compare existing evaluations: a table, JSON, CSV, Markdown and plots."""
     base: str | None = None
     """Hugging Face folder or hub id of the model that evaluation.retention compares with. It keeps
     its own RoPE."""
     adapter_base: str | None = None
-    """Where the model of a checkpoint's adapters is, if not where training found it."""
+    """Path of the model that a checkpoint's adapters belong to, if it has moved since training."""
     generate: bool = False
-    """Also let the model answer the retrieval questions, greedily, by transformers: one process and
-    a Hugging Face model."""
+    """Also let the model answer the retrieval questions, greedily, with transformers. This needs a
+    Hugging Face model, and runs in one process."""
     new_tokens: int = field(default=32, metadata=limits(at_least=1))
-    """Most tokens of such an answer."""
+    """Maximum tokens of such an answer."""
     rope_theta: float | None = field(default=None, metadata=limits(above=0))
     """RoPE base to evaluate with; null = the model's own."""
     rope_scaling: dict[str, Any] | None = None
     """RoPE scaling to evaluate with, written as in an HF config; null = the model's own."""
-    dtype: Literal["bf16", "fp32"] = "bf16"
+    dtype: Dtype = "bf16"
     """Type of weights and activations."""
-    attention_kernel: Literal["auto", "te", "cudnn", "flash_attn", "varlen", "sdpa"] = "auto"
+    attention_kernel: AttentionKernel = "auto"
     """Attention kernel, as model.attention_kernel of longpo train."""
-    layers: Literal["auto", "te", "local"] = "auto"
+    layers: Layers = "auto"
     """Layers, as model.layers of longpo train."""
     pack_tokens: int | None = field(default=None, metadata=limits(at_least=1))
-    """Most tokens of a microbatch; null = the longest row."""
+    """Maximum tokens of a microbatch; null = the longest row."""
     overwrite: bool = False
-    """Begin anew where the output holds an evaluation of other settings."""
+    """Start again if the output folder holds an evaluation with other settings."""
     suite: tuple[str, ...] | str = ()
-    """Benchmarks to run with lm-evaluation-harness, with harness's settings: ruler, infinitebench,
-    longbench, mmlu, arc_challenge, hellaswag, winogrande, mt_bench, longbench_chat; a list, or
-    names with commas."""
+    """Benchmarks to run with lm-evaluation-harness, as the section harness says: ruler,
+    infinitebench, longbench, mmlu, arc_challenge, hellaswag, winogrande, mt_bench, longbench_chat;
+    a list, or names with commas."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     harness: HarnessConfig = field(default_factory=HarnessConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     @property
     def folder(self) -> PurePath:
-        """`output`, filled."""
+        """The output folder: `output` or its default."""
         return PurePath(self.output or "comparison")
 
     @property
     def suites(self) -> tuple[str, ...]:
-        """`suite`, as a list without repetitions."""
+        """The names in `suite`, each once."""
         names = self.suite.split(",") if isinstance(self.suite, str) else self.suite
         return tuple(dict.fromkeys(name.strip() for name in names if name.strip()))
 
     @property
     def uses_megatron(self) -> bool:
-        """Whether a model is built in Megatron."""
+        """Whether the model is built in Megatron."""
         return not self.evaluation.is_off or self.harness.backend == "megatron"
 
 
 def resolve_evaluate(config: EvaluateConfig) -> EvaluateConfig:
-    """Checks the settings that depend on each other."""
+    """Returns the config, checked, with the parallel sizes filled."""
     check_limits(config)
     if config.compare:
         return config

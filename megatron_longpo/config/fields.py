@@ -1,7 +1,7 @@
-"""What a config dataclass says about its settings: keys, types, defaults, limits, meaning.
+"""What a config data class says about its settings: keys, types, defaults, limits, meaning.
 
-Every command's settings are a dataclass with a docstring under each field. This file reads such
-a class; it knows no command and imports neither torch nor numpy.
+Every command has a config: a data class with a docstring under each field. This file reads such a
+class. It knows no command, and imports neither torch nor numpy.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LIMITS = "limits"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """The range of a number; None = no bound on that side."""
+    """The range of a number, or of every number of a list; None = no bound on that side."""
 
     above: float | None = None
     at_least: float | None = None
@@ -32,6 +32,7 @@ class Limits:
     at_most: float | None = None
 
     def hold(self, number: float) -> bool:
+        """Whether a number is within the range; nan and infinity never are."""
         return (
             math.isfinite(number)
             and (self.above is None or number > self.above)
@@ -59,7 +60,7 @@ def limits(
     below: float | None = None,
     at_most: float | None = None,
 ) -> dict[str, Limits]:
-    """Field metadata: `beta: float = field(default=0.1, metadata=limits(above=0))`."""
+    """Returns field metadata: `beta: float = field(default=0.1, metadata=limits(above=0))`."""
     return {LIMITS: Limits(above=above, at_least=at_least, below=below, at_most=at_most)}
 
 
@@ -77,15 +78,16 @@ class Setting:
     """The docstring under the field, on one line."""
     limits: Limits | None
     is_section: bool
-    """A section holds settings, which follow it; an optional one may also be null."""
+    """Whether it is a section: it has keys of its own, and if optional it may be null."""
 
 
 def is_optional(annotation: Any) -> bool:
+    """Whether null is allowed: `int | None`."""
     return type(None) in get_args(annotation)
 
 
 def without_none(annotation: Any) -> Any:
-    """`int | None -> int`; a union of several types stays a union."""
+    """Returns a type without its null: `int | None -> int`."""
     if get_origin(annotation) not in (Union, types.UnionType):
         return annotation
     members = tuple(member for member in get_args(annotation) if member is not type(None))
@@ -94,7 +96,7 @@ def without_none(annotation: Any) -> Any:
 
 @functools.cache  # it parses the source of the class, and a resolved config needs it again
 def field_meanings(config_class: type) -> Mapping[str, str]:
-    """Field name -> its docstring on one line."""
+    """Returns the docstring of every field, by the field's name, on one line."""
     described = [
         param
         for owner in reversed(config_class.__mro__)
@@ -105,7 +107,7 @@ def field_meanings(config_class: type) -> Mapping[str, str]:
 
 
 def settings_of(config_class: type, prefix: str = "") -> dict[str, Setting]:
-    """Every key of a config class, sections before what they hold, in the order of the class."""
+    """Returns every key of a config class, in the order of the class, a section before its keys."""
     hints = get_type_hints(config_class)
     meanings = field_meanings(config_class)
     settings: dict[str, Setting] = {}
@@ -138,7 +140,7 @@ def settings_of(config_class: type, prefix: str = "") -> dict[str, Setting]:
 
 
 def optional_section_of(key: str, settings: Mapping[str, Setting]) -> str | None:
-    """The section around `key` that may be null (`lora.rank -> lora`), or None."""
+    """Returns the section around `key` that may be null (`lora.rank -> lora`), or None."""
     parts = key.split(".")
     for length in range(1, len(parts)):
         section = settings.get(".".join(parts[:length]))
@@ -148,7 +150,7 @@ def optional_section_of(key: str, settings: Mapping[str, Setting]) -> str | None
 
 
 def flat_values(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """`(key, value)` of every setting of a config object; a null section yields itself."""
+    """Yields `(key, value)` of every setting of a config; a null section yields itself."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
@@ -158,26 +160,35 @@ def flat_values(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def check_limits(config: Any, origins: Mapping[str, str] | None = None) -> None:
-    """Raises UserError for the first number out of its range.
+    """Raises UserError for the first number out of its range, also in a list.
 
     `origins` names a key as its user set it (`train.yaml:12: optimizer.lr`), for the message.
     """
     settings = settings_of(type(config))
     for key, value in flat_values(config):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            continue
-        allowed = settings[key].limits
         origin = (origins or {}).get(key, key)
-        if allowed is None:
-            if not math.isfinite(value):
-                raise UserError(f"{origin} ({value}) must be a finite number")
-        elif not allowed.hold(value):
-            remedy = default_text(settings[key].default)
-            raise UserError(f"{origin} ({value:g}) must be {allowed}. The default is {remedy}")
+        for number in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(number, (int, float)) and not isinstance(number, bool):
+                _check_number(number, settings[key], origin)
+
+
+def _check_number(number: float, setting: Setting, origin: str) -> None:
+    if setting.limits is None:
+        if not math.isfinite(number):
+            raise UserError(f"{origin} ({number}) must be a finite number")
+    elif not setting.limits.hold(number):
+        remedy = ""
+        if not setting.required:
+            remedy = f". The default is {default_text(setting.default)}"
+        raise UserError(f"{origin} ({_shown(number)}) must be {setting.limits}{remedy}")
+
+
+def _shown(number: float) -> str:
+    return str(number) if isinstance(number, int) else f"{number:g}"
 
 
 def expected(annotation: Any) -> str:
-    """What a user may write there: `one of bf16, fp32`, `an integer or null`."""
+    """Returns what a user may write: `one of bf16, fp32`, `an integer or null`."""
     inner = without_none(annotation)
     origin = get_origin(inner)
     if origin is Literal:
@@ -195,7 +206,7 @@ def expected(annotation: Any) -> str:
 
 
 def accepts(annotation: Any, node: yaml.Node) -> bool:
-    """Whether a YAML node may stand where the annotation asks; sections are not looked into."""
+    """Whether a YAML node has the annotated type; the keys of a section are not checked."""
     tag = node.tag.rpartition(":")[2]
     if tag == "null":
         return is_optional(annotation) or annotation is Any
@@ -220,7 +231,7 @@ def accepts(annotation: Any, node: yaml.Node) -> bool:
 
 
 def takes_text(annotation: Any) -> bool:
-    """Whether any text will do (`str`, `str | None`), so that 123 means "123"."""
+    """Whether any text is accepted (`str`, `str | None`), so that 123 means "123"."""
     inner = without_none(annotation)
     return inner is str or str in get_args(inner)
 
@@ -234,7 +245,7 @@ def _is_float(text: str) -> bool:
 
 
 def default_text(value: Any) -> str:
-    """A default as one writes it in YAML: `null`, `true`, `5e-7`."""
+    """Returns a default as it is written in YAML: `null`, `true`, `5e-7`."""
     if value is None:
         return "null"
     if isinstance(value, bool):

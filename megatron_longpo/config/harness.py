@@ -1,4 +1,4 @@
-"""Settings of the suites; imports neither torch nor lm-evaluation-harness."""
+"""The config of the suites that lm-evaluation-harness runs."""
 
 from __future__ import annotations
 
@@ -11,32 +11,33 @@ from megatron_longpo.config.fields import limits
 
 @dataclass(kw_only=True)
 class HarnessConfig:
-    """How `suite` is run by lm-evaluation-harness; null = as the suite's file says."""
+    """How lm-evaluation-harness runs `suite`; null = as the suite's file says."""
 
     backend: Literal["hf", "vllm", "megatron"] = "hf"
-    """`hf` (transformers) and `vllm` are the harness's; `megatron` scores the options of suites
-    that have some (mmlu, arc_challenge, hellaswag, winogrande) in Megatron, under any layout."""
-    lengths: tuple[int, ...] | None = None
-    """RULER's lengths: most tokens of a prompt with its answer."""
+    """`hf` (transformers) and `vllm` are backends of the harness. `megatron` runs in Megatron with
+    the sizes of parallel, only suites of options to choose from (mmlu, arc_challenge, hellaswag,
+    winogrande)."""
+    lengths: tuple[int, ...] | None = field(default=None, metadata=limits(at_least=1))
+    """RULER's lengths: maximum tokens of a prompt with its answer."""
     samples: int | None = field(default=None, metadata=limits(at_least=1))
-    """Most samples of a task, of RULER at each length."""
+    """Maximum samples of a task; for RULER, at each length."""
     tasks: tuple[str, ...] | None = None
-    """Only these tasks of the suites; numbers of a suite are then over these."""
+    """Run only these tasks of the suites; the number of a suite is then over these tasks."""
     chat_template: bool | None = None
-    """Whether prompts are messages in the model's chat template."""
+    """Whether prompts are put into the model's chat template."""
     max_length: int | None = field(default=None, metadata=limits(at_least=1))
-    """Most tokens of a prompt with its answer; null = the model's positions, for RULER the length.
-    Longer documents lose their middle."""
+    """Maximum tokens of a prompt with its answer; null = the model's positions, for RULER the
+    length. Longer documents are cut in their middle."""
     batch_size: int = field(default=1, metadata=limits(at_least=1))
-    """Prompts that transformers reads together; vLLM chooses itself."""
+    """Prompts that transformers reads together; vLLM chooses its own number."""
     model_args: dict[str, Any] | None = None
     """Further arguments of the harness's model, such as {tensor_parallel_size: 8} for vllm."""
     data: str | None = None
-    """Folder of local files in place of the hub: NAME/SPLIT.jsonl, NAME as in the hub with __ for
-    each slash; of RULER ruler/*.json; of judged suites SUITE/*."""
+    """Folder of local files to use instead of the hub: NAME/SPLIT.jsonl, where NAME is the hub id
+    with __ for each slash; ruler/*.json for RULER; SUITE/* for judged suites."""
     seed: int = 42
-    """Of RULER's rows."""
+    """Seed of RULER's rows."""
     judge: ServerConfig = field(default_factory=ServerConfig)
-    """What scores mt_bench and longbench_chat: an OpenAI-compatible server."""
+    """The OpenAI-compatible server that scores mt_bench and longbench_chat."""
     judge_tokens: int = field(default=2048, metadata=limits(at_least=1))
-    """Most tokens of a verdict."""
+    """Maximum tokens of a verdict."""

@@ -6,13 +6,11 @@ A message says field, value, rule and remedy in one line.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+from megatron_longpo.config.names import AnswerScope, NllScope, ObjectiveName, ReferenceContext
+from megatron_longpo.config.train_sections import ObjectiveConfig, TrainConfig
 from megatron_longpo.errors import UserError
-
-if TYPE_CHECKING:
-    # Only for types: config.py imports this file.
-    from megatron_longpo.config.train import ObjectiveConfig, TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,12 +20,12 @@ class ObjectiveDefaults:
     beta: float = 0.0
     preference_weight: float = 0.0
     nll_weight: float = 0.0
-    nll_scope: Literal["chosen_row", "chosen_answers"] = "chosen_answers"
+    nll_scope: NllScope = "chosen_answers"
     gamma: float = 0.0
     alignment_weight: float = 0.0
     divergence_weight: float = 0.0
-    divergence_scope: Literal["chosen_answers", "rejected_answers"] = "chosen_answers"
-    context: Literal["short", "long"] = "long"
+    divergence_scope: AnswerScope = "chosen_answers"
+    context: ReferenceContext = "long"
     mode: Literal["online", "none"] = "none"
     unused: tuple[str, ...] = ()
     """Keys of `objective.*` that this objective has no use for and that only its default fits."""
@@ -44,7 +42,7 @@ class ObjectiveDefaults:
 WITHOUT_PREFERENCE = ("label_smoothing", "turns", "answer_nll_weight")
 """Keys that mean nothing where no answers are compared."""
 
-OBJECTIVE_DEFAULTS = {
+OBJECTIVE_DEFAULTS: dict[ObjectiveName, ObjectiveDefaults] = {
     "longpo": ObjectiveDefaults(
         beta=0.01,
         preference_weight=0.01,

@@ -1,7 +1,7 @@
-"""From `--config X.yaml --section.key value` to a config object of any command.
+"""From `--config X.yaml --section.key value` to the config of any command.
 
-jsonargparse parses. Before it does, every key and value is checked here, where the YAML's lines
-are still known, so that a mistake is answered in one line with file, line, key and remedy.
+jsonargparse does the parsing. Every key and value is checked before, while the lines of the YAML
+are known, so that a mistake is answered in one line with file, line, key and remedy.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-from collections.abc import Collection, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_origin
@@ -35,11 +36,12 @@ Config = TypeVar("Config")
 
 
 RECORDED_KEYS = ("versions", "fingerprints")
-"""What a run adds to its config.yaml: no settings, and no reason not to start from that file."""
+"""Keys that a run adds to its config.yaml. They are no settings, and are ignored when the file
+starts another run."""
 
 
 class _Parser(ArgumentParser):
-    """jsonargparse, with its errors as ours: one line."""
+    """jsonargparse's parser, with errors of one line."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if isinstance(ex, UserError):
@@ -63,11 +65,21 @@ def load_config(
     *,
     command: str,
     positionals: Sequence[str] = (),
+    resolve: Callable[[Config], Config] | None = None,
 ) -> Config:
-    """Parses, checks types and ranges, and builds the config object.
+    """Parses a command line, checks types and ranges, and returns the config.
 
-    `positionals` are keys that may be given by position, in this order; a last one that is a
-    list takes all that are left.
+    Args:
+        config_class: the data class of the command's settings.
+        argv: the command line after the command's name.
+        command: the command's name, for messages.
+        positionals: keys that may be given by position, in this order. A last one that is a list
+            takes all arguments that are left.
+        resolve: checks the settings against each other and fills what depends on others. Its
+            messages get file and line, too.
+
+    Raises:
+        UserError: for the first mistake.
     """
     settings = settings_of(config_class)
     arguments = check_arguments(argv, settings, positionals)
@@ -76,13 +88,32 @@ def load_config(
     parsed = parser.parse_args(arguments.options)
     config = _build(config_class, parser.instantiate(parsed))
     check_limits(config, arguments.origins)
-    return config
+    if resolve is None:
+        return config
+    with _naming_origins(arguments.origins):
+        return resolve(config)
+
+
+@contextlib.contextmanager
+def _naming_origins(origins: Mapping[str, str]) -> Iterator[None]:
+    """Puts file and line before messages raised within, which begin with the key they are about."""
+    try:
+        yield
+    except UserError as error:
+        message = str(error)
+        key = _FIRST_KEY.match(message)
+        if key is None or key[0] not in origins:
+            raise
+        raise UserError(origins[key[0]] + message[key.end() :]) from None
+
+
+_FIRST_KEY = re.compile(r"[a-z_0-9]+(?:\.[a-z_0-9]+)*")
 
 
 def unchecked_values(
     config_class: type, argv: Sequence[str], *, command: str, positionals: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Settings as nested dicts, as far as files and options give them; what is missing is None."""
+    """Returns settings as nested dicts, from files, options and defaults; None if not given."""
     arguments = check_arguments(argv, settings_of(config_class), positionals)
     parser = build_parser(config_class, command=command)
     printed = io.StringIO()
@@ -93,7 +124,7 @@ def unchecked_values(
 
 
 def build_parser(config_class: type, *, command: str) -> ArgumentParser:
-    """The jsonargparse parser of a config class; help.py writes the help instead of it."""
+    """Returns the jsonargparse parser of a config class, without its help: help.py writes that."""
     parser = _Parser(prog=f"longpo {command}", add_help=False)
     parser.add_argument("--config", action=ActionConfigFile)
     settings = settings_of(config_class)
@@ -126,7 +157,7 @@ def _build(config_class: type[Config], parsed: Namespace) -> Config:
 def check_arguments(
     argv: Sequence[str], settings: Mapping[str, Setting], positionals: Sequence[str] = ()
 ) -> Arguments:
-    """Checks a command line and the YAML files it names against the settings."""
+    """Checks a command line, and the YAML files that it names, against the settings."""
     arguments = Arguments(options=[])
     given: list[str] = []
     tokens = list(argv)
@@ -171,7 +202,7 @@ def _value_keys(settings: Mapping[str, Setting]) -> Collection[str]:
 
 
 def _next_value(key: str, tokens: list[str], settings: Mapping[str, Setting]) -> str:
-    """Takes the value that follows an option; a bare true-or-false option means true."""
+    """Takes the value that follows an option; a true-or-false option without one means true."""
     is_switch = key in settings and without_none(settings[key].annotation) is bool
     if is_switch and (not tokens or not accepts(settings[key].annotation, _text_node(tokens[0]))):
         return "true"
@@ -240,7 +271,7 @@ def _check_positionals(
 
 
 def check_yaml(path: str, settings: Mapping[str, Setting]) -> dict[str, str]:
-    """Checks keys and types of a YAML file; returns `Arguments.origins` of its keys."""
+    """Checks keys and types of a YAML file, and returns `Arguments.origins` of its keys."""
     try:
         text = Path(path).read_text(encoding="utf-8")
         loader = yaml.SafeLoader(text)

@@ -1,4 +1,4 @@
-"""Suites: one YAML file each, with the LongPO paper's settings."""
+"""Suites of benchmarks: one YAML file each, with the LongPO paper's settings."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import yaml
 
+from megatron_longpo.config.backends import check_server
 from megatron_longpo.config.harness import HarnessConfig
 from megatron_longpo.errors import UserError, nearest
 
@@ -17,48 +18,49 @@ FOLDER = Path(__file__).with_name("suite_files")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HarnessSuite:
-    """A suite's file, with what the settings change of it."""
+    """A suite's file, with what the config changes of it."""
 
     name: str
     tasks: dict[str, str | None] = field(default_factory=dict)
-    """Names, or tags, of the harness's tasks; and the group that each belongs to."""
+    """Name, or tag, of each of the harness's tasks -> the group that it belongs to."""
     folders: tuple[str, ...] = ()
-    """Of the harness's task files, or ours/."""
+    """Folders of task files: the harness's, or ours if they begin with ours/."""
     metric: str = "score"
-    """The one that is reported."""
+    """The metric that is reported."""
     shots: int = 0
     chat_template: bool
     lengths: tuple[int, ...] | None = None
     samples: int | None = None
-    """Most of a task; None = all."""
+    """Maximum samples of a task; None = all."""
     shortened: str | None = None
-    """A column that loses its middle where the prompt is too long."""
+    """The column that is cut in its middle if the prompt is too long."""
     mean: Literal["tasks", "groups", "samples"]
-    """What weighs the same in the suite's number."""
+    """What has equal weight in the suite's number."""
     judged: str | None = None
-    """The kind of a suite that a judge scores."""
+    """Kind of a suite that a judge scores; None = no judge."""
     questions: str | None = None
-    """Its hub id."""
+    """Hub id of its questions."""
     new_tokens: int = 0
-    """Most tokens of its answers."""
+    """Maximum tokens of its answers."""
     temperatures: dict[str, float] = field(default_factory=dict)
-    """By category of its questions; others are answered greedily."""
+    """Sampling temperature by category of question; other questions are answered greedily."""
 
     @property
     def has_options(self) -> bool:
-        """Whether answers are chosen by log-likelihood, and nothing is written."""
+        """Whether the model chooses among options by log-likelihood, and writes nothing."""
         return self.metric.startswith("acc")
 
 
 def suite_names() -> list[str]:
+    """Returns the names of all suites."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
 def read_suite(name: str, config: HarnessConfig) -> HarnessSuite:
-    """A suite as the settings want it.
+    """Returns a suite, changed as the config says.
 
     Raises:
-        UserError: for an unknown name or settings that do not fit the suite.
+        UserError: for an unknown name, or a config that does not fit the suite.
     """
     path = FOLDER / f"{name}.yaml"
     if name not in suite_names():
@@ -80,7 +82,7 @@ def read_suite(name: str, config: HarnessConfig) -> HarnessSuite:
         if getattr(config, key) is not None:
             values[key] = getattr(config, key)
     suite = HarnessSuite(name=name, tasks=tasks, **values)
-    if suite.lengths is not None and (not suite.lengths or min(suite.lengths) < 1):
+    if suite.lengths == ():
         raise UserError("harness.lengths: must be one or more numbers above 0, such as [4096]")
     if config.backend == "megatron" and not suite.has_options:
         raise UserError(
@@ -92,6 +94,8 @@ def read_suite(name: str, config: HarnessConfig) -> HarnessSuite:
             f"harness.judge.endpoints ([]): {name} is scored by a judge. Give the URL of an "
             "OpenAI-compatible server, such as [http://localhost:8000/v1]"
         )
+    if suite.judged is not None:
+        check_server(config.judge, key="harness.judge")
     return suite
 
 

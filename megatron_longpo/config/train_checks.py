@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import PurePath
-from typing import TYPE_CHECKING
 
 from megatron_longpo.config.evaluation import check_evaluation
 from megatron_longpo.config.fields import check_limits
@@ -17,17 +16,14 @@ from megatron_longpo.config.objective_defaults import (
     check_objective,
     filled_objective,
 )
+from megatron_longpo.config.pipeline_layout import parse_layout
+from megatron_longpo.config.train_sections import (
+    OptimizerConfig,
+    ParallelConfig,
+    ReferenceConfig,
+    TrainConfig,
+)
 from megatron_longpo.errors import UserError
-from megatron_longpo.parallel.stages import parse_layout
-
-if TYPE_CHECKING:
-    # Only for types: config.py imports this file.
-    from megatron_longpo.config.train import (
-        OptimizerConfig,
-        ParallelConfig,
-        ReferenceConfig,
-        TrainConfig,
-    )
 
 
 def resolve(config: TrainConfig) -> TrainConfig:

@@ -23,7 +23,7 @@ def sum_pairs(scores: Tensor, pack: RankPack, *, context_group: ProcessGroup) ->
     """Returns sums by turn and pair, over all context-parallel ranks.
 
     Args:
-        scores: [e + d] nats, as `LongPOModel.forward` returns them.
+        scores: [e + d] nats, as `scores.score_pack` returns them.
         pack: the microbatch that they belong to.
         context_group: ranks that hold the other edges of the same pairs.
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_longpo.config.report import ReportConfig
 from megatron_longpo.engine.metric_names import loss_parts
 from megatron_longpo.errors import UserError
 
@@ -38,16 +39,6 @@ UNITS = {
     "tokens_per_second": "tokens/s",
 }
 """What the vertical axis of a panel counts, where it has a unit."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ReportConfig:
-    """What to plot."""
-
-    runs: tuple[str, ...]
-    """One or more logging.dir folders (or metrics.jsonl files)."""
-    output: str | None = None
-    """PNG to write; null = report.png in the first folder."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_longpo.config.names import RowName
 from megatron_longpo.engine.pair_sums import sum_pairs
+from megatron_longpo.model.head.final_states import Head
 from megatron_longpo.objectives import LossOutput, Objective, PairLogps
 from megatron_longpo.parallel.groups import Groups
 from megatron_longpo.parallel.layout import RankPack
@@ -74,11 +75,17 @@ def score_microbatches(
 
 
 def read_microbatches(
-    model: Sequence[Any], packs: Sequence[Pack], read: Callable[[Tensor, Pack], T]
+    model: Sequence[Any],
+    packs: Sequence[Pack],
+    read: Callable[[Tensor, Pack], T],
+    head: Head | None = None,
 ) -> list[T]:
-    """Runs microbatches forward and returns `read` of each output, on the last stage."""
+    """Runs microbatches forward and returns `read` of each output, on the last stage.
+
+    `head` makes the output; None = the head of training.
+    """
     return _run(
-        partial(_reading_step, read=read),
+        partial(_reading_step, read=read, head=head),
         model,
         packs,
         forward_only=True,
@@ -119,14 +126,14 @@ def _forward_step(
 
 
 def _reading_step(
-    packs: Iterator[Pack], model: Any, *, read: Callable[[Tensor, Pack], T]
+    packs: Iterator[Pack], model: Any, *, read: Callable[[Tensor, Pack], T], head: Head | None
 ) -> tuple[Tensor, Callable[..., T]]:
     pack = next(packs)
 
     def output_read(output: Tensor, non_loss_data: bool) -> T:
         return read(output, pack)
 
-    return model(pack), output_read
+    return model(pack, head), output_read
 
 
 def _loss(

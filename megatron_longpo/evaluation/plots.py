@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from megatron_longpo.config.evaluation import RetrievalKind
+from megatron_longpo.config.names import RetrievalKind
 from megatron_longpo.evaluation.compared import Evaluated
 from megatron_longpo.evaluation.figures import (
     color,

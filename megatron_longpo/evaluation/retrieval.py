@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from megatron_longpo.config.evaluation import RetrievalConfig, RetrievalKind
+from megatron_longpo.config.evaluation import RetrievalConfig
+from megatron_longpo.config.names import RetrievalKind
 from megatron_longpo.data.text.chat_tokenizer import ChatTokenizer
 from megatron_longpo.errors import UserError
 from megatron_longpo.evaluation.frames import Frame, make_frame, plain_ids

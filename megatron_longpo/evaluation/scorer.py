@@ -21,8 +21,8 @@ from megatron_longpo.data.trees.packing import Microbatch
 from megatron_longpo.engine.batches import lay_out_microbatch, rank_microbatches, split_parts
 from megatron_longpo.engine.pair_sums import binned
 from megatron_longpo.engine.schedule import read_microbatches
+from megatron_longpo.evaluation.probe_pack import BaseStates, ProbePack, policy_states, probe
 from megatron_longpo.evaluation.probes import ProbeSet
-from megatron_longpo.model.head.probe import BaseStates, ProbePack
 from megatron_longpo.parallel.groups import Groups
 from megatron_longpo.parallel.layout import RankPack
 
@@ -81,6 +81,7 @@ class Scorer:
             len(probes), 2 * num_groups + 2, dtype=torch.float64, device=self.groups.device
         )
         read = partial(_sums, num_groups=num_groups, groups=self.groups)
+        head = partial(probe, context_group=self.groups.context)
         budget = self.budget_tokens if base is None else base.budget_tokens
         for microbatches, packs in self._parts(probes, track, budget_tokens=budget):
             asked = [
@@ -90,7 +91,7 @@ class Scorer:
                 )
                 for microbatch, pack in zip(microbatches, packs, strict=True)
             ]
-            self._collect(totals, microbatches, read_microbatches(self.model, asked, read))
+            self._collect(totals, microbatches, read_microbatches(self.model, asked, read, head))
         # One rank of each data-parallel group has filled in its rows, the others left zeros.
         dist.all_reduce(totals)
         values = totals.cpu().numpy()
@@ -106,10 +107,8 @@ class Scorer:
         states: dict[Rows, Tensor] = {}
         read = partial(_whole_states, groups=self.groups)
         for microbatches, packs in self._parts(probes, iter, budget_tokens=self.budget_tokens):
-            asked = [
-                ProbePack.of(replace(pack, reference=None), wants_states=True) for pack in packs
-            ]
-            found = read_microbatches(self.model, asked, read)
+            asked = [replace(pack, reference=None) for pack in packs]
+            found = read_microbatches(self.model, asked, read, policy_states)
             states.update(zip([m.pairs for m in microbatches], found, strict=bool(found)))
         weight = None
         if self.groups.is_last_stage():
@@ -159,7 +158,7 @@ def _sums(output: Tensor, pack: ProbePack, *, num_groups: int, groups: Groups) -
     return total
 
 
-def _whole_states(states: Tensor, pack: ProbePack, *, groups: Groups) -> Tensor:
+def _whole_states(states: Tensor, pack: RankPack, *, groups: Groups) -> Tensor:
     """Gathers states, [d, h] -> [slots of the whole pack, h], on every context-parallel rank."""
     places = pack.policy.divergence
     whole = states.new_zeros(places.num_slots, states.shape[1])

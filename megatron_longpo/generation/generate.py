@@ -50,7 +50,6 @@ def run_generate(config: GenerateConfig) -> GenerateSummary:
     Raises:
         StopRequested: a signal asked to stop; finished documents are saved.
     """
-    _check(config)
     output, shard = Path(config.output), parse_shard(config.shard)
     folder = partial_path(output)
     if config.merge:
@@ -223,62 +222,12 @@ class _ShardRun:
 # ---------------------------------------------------------------- config and files
 
 
-def _check(config: GenerateConfig) -> None:
-    for key in (
-        "turns",
-        "rejected_candidates",
-        "max_new_tokens",
-        "chunk_min_tokens",
-        "chunk_max_tokens",
-        "min_document_tokens",
-        "max_document_tokens",
-        "max_document_bytes",
-        "max_prompt_tokens",
-        "limit",
-        "num_threads",
-    ):
-        value = getattr(config, key)
-        if value is not None and value < 1:
-            raise UserError(f"{key} ({value}): must be at least 1")
-    for branch in ("chosen", "rejected", "question"):
-        temperature, top_p = (
-            getattr(config, f"{branch}_{part}") for part in ("temperature", "top_p")
-        )
-        if not temperature >= 0:
-            raise UserError(f"{branch}_temperature ({temperature}): must be 0 (greedy) or more")
-        if not 0 < top_p <= 1:
-            raise UserError(f"{branch}_top_p ({top_p}): must be above 0 and at most 1")
-    if not config.candidate_temperature > 0:
-        raise UserError(
-            f"candidate_temperature ({config.candidate_temperature}): must be above 0; greedy "
-            "candidates would all be the same"
-        )
-    if config.require_fact and config.instructions not in ("template", "planted"):
-        raise UserError(
-            "require_fact (true): only questions of instructions: template and planted have facts"
-        )
-    if config.rope_theta is not None and None in (
-        config.context_length,
-        config.chunk_min_tokens,
-        config.chunk_max_tokens,
-    ):
-        raise UserError(
-            f"rope_theta ({config.rope_theta:g}): needs context_length, the tokens that the model "
-            "is to read with it, and chunk_min_tokens and chunk_max_tokens, the chunks that it "
-            "reads without trouble"
-        )
-
-
 def _prepare(config: GenerateConfig, output: Path, shard: Shard) -> None:
     """Refuses an output that exists; with `overwrite`, removes what an earlier run left."""
+    assert not config.overwrite or shard.count == 1, "config is resolved"
     folder = partial_path(output)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output ({output}): {folder} is in the way; remove it")
-    if config.overwrite and shard.count > 1:
-        raise UserError(
-            f"overwrite (true): would remove what other shards write; remove {output} and "
-            f"{folder} before the first shard begins"
-        )
     if config.overwrite and folder.exists():
         for lock in sorted(folder.glob("*.lock")):
             with hold(lock, what=str(output)):

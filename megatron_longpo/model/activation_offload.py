@@ -1,8 +1,8 @@
-"""What backward needs of the policy's layers, in CPU memory from forward until then.
+"""Keeps what backward needs of the policy's layers in CPU memory from forward to backward.
 
-Copies run on streams of their own, beside the computation: out while later layers run, and back
-while the layers above run backward. They go through pinned blocks of one size, which are used again
-and again: the host's allocator would round every tensor up to a power of two.
+Copies run on their own streams, in parallel with the computation: to the host while later layers
+run, and back while the layers above run backward. They use pinned blocks of one size, again and
+again: the host's allocator would round every tensor up to a power of two.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ import torch
 from torch import Tensor, nn
 
 BLOCK_BYTES = 64 * 2**20
-"""Of a piece of host memory; a tensor wastes less than one."""
+"""Size of a block of host memory. A tensor wastes less than one block."""
 
 SMALLEST_BYTES = 2**20
-"""Tensors below this stay: of a long row they are none of those that matter."""
+"""Smaller tensors stay on the device: those of a long row that need memory are larger."""
 
 AHEAD = 2
-"""Tensors that are on their way out, and back, at a time; they are on the device for that long."""
+"""Tensors that are being copied at a time, each way; they stay on the device that long."""
 
 
 @dataclass(slots=True)
 class _Block:
-    """Host memory, and the copy that was the last to use it."""
+    """A block of host memory, and the last copy that used it."""
 
     memory: Tensor
     last_use: Any = None
@@ -37,9 +37,9 @@ class _Block:
 
 @dataclass(slots=True, eq=False)
 class Offloaded:
-    """A tensor that has left the device, or is about to; `ActivationOffload.fetch` returns it.
+    """A tensor that is or will be in host memory; `ActivationOffload.fetch` brings it back.
 
-    Its blocks are free again when nobody holds it: autograd lets go of it after its backward.
+    Its blocks are free again when nothing refers to it: autograd drops it after its backward.
     """
 
     shape: tuple[int, ...]
@@ -48,11 +48,11 @@ class Offloaded:
     blocks: list[_Block]
     pool: list[_Block]
     before: Offloaded | None
-    """The one that left before it in the same pass: backward wants it next."""
+    """The tensor that was put before it in the same pass: backward needs it next."""
     on_device: Tensor | None
-    """Its elements, or their copy that came back, as long as there is one; see `_elements`."""
+    """Its elements (`_elements`) while they are on the device, before or after; else None."""
     is_home: Any = None
-    """When the copy that is under way, out or back, is done."""
+    """Event of the end of the last copy, in either direction."""
 
     def __del__(self) -> None:
         for block in self.blocks:
@@ -69,10 +69,10 @@ class _Pass:
 
 
 class ActivationOffload:
-    """Takes what autograd saves inside `forward_pass`, and what is `put` there, off the device.
+    """Moves what autograd saves inside `forward_pass`, and what is `put` there, to host memory.
 
-    Weights stay, and so do small tensors and those that `forward_pass` is told to keep. Without a
-    GPU the copies are plain ones, so that the same code runs.
+    Weights stay on the device, and so do small tensors and those that `forward_pass` is told to
+    keep. Without a GPU the same code runs with plain copies.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -85,7 +85,10 @@ class ActivationOffload:
 
     @contextmanager
     def forward_pass(self, module: nn.Module, keep: Iterable[Tensor] = ()) -> Iterator[None]:
-        """Inside, tensors that are saved for backward leave, but for `module`'s weights."""
+        """Moves tensors that are saved for backward inside to the host.
+
+        The weights of `module` and the tensors of `keep` stay.
+        """
         staying = {_storage(tensor) for tensor in (*module.parameters(), *keep)}
         self._current = _Pass()
 
@@ -99,7 +102,10 @@ class ActivationOffload:
             self._current = None
 
     def put(self, tensor: Tensor) -> Tensor | Offloaded:
-        """Sends a tensor on its way, where it is large enough, inside of `forward_pass`."""
+        """Starts to copy a tensor to the host, if it is large enough and inside `forward_pass`.
+
+        Returns what `fetch` takes.
+        """
         size = math.prod(_once(tensor.shape, tensor.stride())) * tensor.element_size()
         passing = self._current
         if passing is None or tensor.device.type != self._device.type or size < SMALLEST_BYTES:
@@ -132,9 +138,9 @@ class ActivationOffload:
         return taken
 
     def fetch(self, saved: Tensor | Offloaded) -> Tensor:
-        """The tensor that was `put`, on the device; those before it set out on their way back.
+        """Returns the tensor that was `put`, and starts to copy those before it to the device.
 
-        It has the strides that it had: some kernels sum in another order where they differ.
+        Its strides are as before: with other ones some kernels sum in another order.
         """
         if isinstance(saved, Tensor):
             return saved
@@ -168,7 +174,7 @@ class ActivationOffload:
 
     @contextmanager
     def _stream(self, stream: Any) -> Iterator[None]:
-        """Work inside comes after what the device was given so far, and beside what follows."""
+        """Queues work inside after all earlier work of the device, in parallel with later work."""
         if stream is not None:
             stream.wait_stream(torch.cuda.current_stream())
         with nullcontext() if stream is None else torch.cuda.stream(stream):
@@ -179,7 +185,7 @@ class ActivationOffload:
 
 
 def _wait(event: Any) -> None:
-    """What the device is given from now on waits for `event`; the host does not."""
+    """Makes later work of the device wait for `event`; the host does not wait."""
     if event is not None:
         event.wait()
 
@@ -189,12 +195,12 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _once(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...]:
-    """The shape without what `expand` repeats."""
+    """Returns the shape without the dimensions that `expand` repeats."""
     return tuple(1 if step == 0 else size for size, step in zip(shape, strides, strict=True))
 
 
 def _has_gaps(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Whether the elements lie otherwise than side by side, in whichever order."""
+    """Whether the elements, in any order, do not fill one piece of memory."""
     count = 1
     for step, size in sorted(zip(strides, shape, strict=True)):
         if size > 1 and step != count:
@@ -204,7 +210,7 @@ def _has_gaps(shape: Sequence[int], strides: Sequence[int]) -> bool:
 
 
 def _elements(tensor: Tensor) -> Tensor:
-    """Each element of a tensor once, [n]: in the order of memory where there are no gaps."""
+    """Returns each element of a tensor once, [n]: in memory's order if there are no gaps."""
     shape, strides = _once(tensor.shape, tensor.stride()), tensor.stride()
     once = tensor.as_strided(shape, strides)
     if _has_gaps(shape, strides):
@@ -213,7 +219,7 @@ def _elements(tensor: Tensor) -> Tensor:
 
 
 def _laid_out(elements: Tensor, shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
-    """The tensor of this shape and these strides whose `_elements` they are."""
+    """Returns the tensor of this shape and strides whose `_elements` these are."""
     once = _once(shape, strides)
     if not _has_gaps(once, strides):
         return elements.as_strided(once, strides).expand(shape)
@@ -222,7 +228,7 @@ def _laid_out(elements: Tensor, shape: tuple[int, ...], strides: tuple[int, ...]
 
 
 def _pieces(blocks: list[_Block], elements: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pairs of equally many bytes: of the blocks, and of the elements."""
+    """Yields pieces of the blocks and of the elements, in pairs of the same number of bytes."""
     whole = elements.view(torch.uint8)
     for block, piece in zip(blocks, whole.split(BLOCK_BYTES), strict=True):
         yield block.memory[: len(piece)], piece

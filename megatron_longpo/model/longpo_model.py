@@ -1,31 +1,24 @@
 """Policy and reference in one module: the reference rides in the policy's pipeline pass.
 
-Letters: p and r policy and reference tokens on this rank, padding included; t those of one of them;
-h hidden size; e edges of this rank, the policy's before the reference's; d the policy's places that
-are compared with the reference's.
+Letters: p and r policy and reference tokens on this rank, padding included; h hidden size.
 """
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.tensor_parallel import (
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-)
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megatron_longpo.model.activation_offload import ActivationOffload
-from megatron_longpo.model.head.divergence import reverse_kl
-from megatron_longpo.model.head.logprobs import VocabularyShard, edge_logps
-from megatron_longpo.model.head.probe import ProbePack, compare_with_base, edge_outcomes
+from megatron_longpo.model.head.final_states import FinalStates, Head, OutputLayer
+from megatron_longpo.model.head.scores import score_pack
 from megatron_longpo.model.lora import adapter_state, adapters, adapters_off, load_adapter_state
 from megatron_longpo.model.offload import OffloadedWeights
 from megatron_longpo.model.rope import rotary_angles
@@ -38,7 +31,7 @@ class ChunkModel:
 
     gpt: GPTModel
     inv_freq: Tensor
-    """[head_dim / 2] fp32, radians a position; no buffer, which `.bfloat16()` would round."""
+    """[head_dim / 2] fp32, radians a position. It is no buffer, which `.bfloat16()` would round."""
     vocab_size: int
     """Token ids that exist; the embedding's further rows are padding."""
 
@@ -46,11 +39,11 @@ class ChunkModel:
 class LongPOModel(MegatronModule):
     """A pipeline chunk of the policy and, beside it, the same layers of the frozen reference.
 
-    Under pipeline parallelism what travels between stages is one tensor, `[policy tokens |
-    reference tokens]`; every stage knows both lengths from the pack. The policy runs with
-    gradients, the reference without. Megatron sees the policy: its config, its embeddings and, in
-    checkpoints, its parameters under the keys of a plain GPTModel, or its adapters where it has
-    some. A reference on the policy's own GPTModel is that model with its adapters off.
+    Pipeline stages send each other one tensor, `[policy tokens | reference tokens]`; every stage
+    knows both lengths from the pack. The policy runs with gradients, the reference without.
+    Megatron sees the policy: its config, its embeddings and, in checkpoints, its parameters under
+    the keys of a plain GPTModel, or only its adapters if it has some. A reference on the policy's
+    own GPTModel is that model with its adapters off.
     """
 
     def __init__(
@@ -62,7 +55,7 @@ class LongPOModel(MegatronModule):
         context_group: ProcessGroup,
         activations: ActivationOffload | None = None,
     ) -> None:
-        """`activations` has what the policy's layers keep for backward; None = the device has."""
+        """`activations` stores what the policy's layers keep for backward; None = on the device."""
         super().__init__(config=policy.gpt.config)
         self.policy = policy.gpt
         self.reference: GPTModel | None = None
@@ -70,7 +63,7 @@ class LongPOModel(MegatronModule):
             self.reference = reference.gpt
         self._chunks = {"policy": policy, "reference": reference}
         self._tensor_group = tensor_group
-        self._context_group = context_group
+        self._score: Head = partial(score_pack, context_group=context_group)
         self._activations = activations
         self._received: Tensor | None = None
         self._offloaded: OffloadedWeights | None = None
@@ -83,78 +76,47 @@ class LongPOModel(MegatronModule):
             self.reference.requires_grad_(False)
             self.reference.eval()
 
-    def forward(self, pack: RankPack) -> Tensor:
+    def forward(self, pack: RankPack, head: Head | None = None) -> Tensor:
         """Runs this stage.
 
+        Args:
+            pack: the microbatch.
+            head: what the last stage makes of the final states; None = `scores.score_pack`.
+
         Returns:
-            On the last stage [e + d] fp32, in nats: log-probabilities of the policy's edges and
-            then the reference's, and after them the divergence of each of the policy's places; of
-            a `ProbePack` what it asks for. Else the hidden states [p + r, 1, h] for the next stage.
+            On the last stage what `head` returns, else the hidden states [p + r, 1, h] for the next
+            stage.
         """
+        read = head or self._score
         policy_input, reference_input = self._split_received(pack)
         policy = self._chunk("policy")
         policy_hidden = self._hidden(policy, pack.policy, policy_input)
         if pack.reference is None:
             if not self.post_process:
                 return policy_hidden
-            return self._read(pack, self._whole(policy, policy_hidden), None)
+            return read(pack, self._final(policy, policy_hidden), None)
         reference = self._chunk("reference")
         with self._reference_at_hand():
             with torch.no_grad(), adapters_off(reference.gpt):
                 reference_hidden = self._hidden(reference, pack.reference, reference_input)
             if not self.post_process:
                 return torch.cat([policy_hidden, reference_hidden])
-            return self._read(pack, self._whole(policy, policy_hidden), reference_hidden)
-
-    def _read(
-        self, pack: RankPack, policy_hidden: Tensor, reference_hidden: Tensor | None
-    ) -> Tensor:
-        """What the last stage gives: from the policy's whole final states and, as this rank has
-        them, the reference's."""
-        policy = self._chunk("policy")
-        if isinstance(pack, ProbePack):
-            return self._probe(pack, policy_hidden, reference_hidden)
-        outputs = [self._logps(policy, pack.policy, policy_hidden)]
-        if pack.reference is not None and reference_hidden is not None:
-            with torch.no_grad():
-                reference = self._chunk("reference")
-                reference_hidden = self._whole(reference, reference_hidden)
-                outputs.append(self._logps(reference, pack.reference, reference_hidden))
-            if pack.policy.divergence.num_slots:
-                outputs.append(self._divergence(pack, policy_hidden, reference_hidden))
-        return torch.cat(outputs)
-
-    def _probe(
-        self, pack: ProbePack, policy_hidden: Tensor, reference_hidden: Tensor | None
-    ) -> Tensor:
-        """What a `ProbePack` asks for."""
-        places, edges = pack.policy.divergence, pack.policy.edges
-        if pack.wants_states:
-            return policy_hidden[places.sources]
-        policy = self._chunk("policy")
-        weight, shard = self._head(policy)
-        outputs = [edge_outcomes(policy_hidden, weight, edges.sources, edges.targets, shard)]
-        if places.num_slots:
-            if reference_hidden is not None:
-                reference = self._chunk("reference")
-                base_states = self._teacher_states(pack, self._whole(reference, reference_hidden))
-                base_weight, _ = self._head(reference)
-            else:
-                assert pack.base is not None, "nothing to compare with"
-                base_states, base_weight = pack.base.states, pack.base.weight
-            compared = compare_with_base(
-                policy_hidden,
-                weight,
-                places.sources,
-                base_states[places.slots].to(weight.dtype),
-                base_weight.to(weight),
-                shard,
+            return read(
+                pack,
+                self._final(policy, policy_hidden),
+                self._final(reference, reference_hidden),
             )
-            outputs.append(compared)
-        return torch.cat(outputs, dim=1)
+
+    def _final(self, chunk: ChunkModel, hidden: Tensor) -> FinalStates:
+        return FinalStates(
+            hidden=hidden,
+            gpt=chunk.gpt,
+            vocab_size=chunk.vocab_size,
+            tensor_group=self._tensor_group,
+        )
 
     def offload_reference(self) -> None:
-        """From now on the reference's weights are on the device only while it runs."""
+        """Moves the reference's weights to CPU memory; they are on the device while it runs."""
         assert self.reference is not None
         device = next(self.policy.parameters()).device
         self._offloaded = OffloadedWeights(self.reference, device)
@@ -163,7 +125,7 @@ class LongPOModel(MegatronModule):
         return nullcontext() if self._offloaded is None else self._offloaded.on_device()
 
     def _hidden(self, chunk: ChunkModel, tokens: RankTokens, received: Tensor | None) -> Tensor:
-        """Hidden states after this stage, [tokens of this rank, 1, h]."""
+        """Runs one model's layers of this stage -> [tokens of this rank, 1, h]."""
         gpt = chunk.gpt
         embedded = None
         if gpt.pre_process:
@@ -187,81 +149,12 @@ class LongPOModel(MegatronModule):
         # All layers keep the same angles.
         return self._activations.forward_pass(gpt, keep=[angles])
 
-    def _whole(self, chunk: ChunkModel, hidden: Tensor) -> Tensor:
-        """Final states of all this context rank's tokens, [t, h], on every tensor rank.
-
-        A head's gradient is a tensor rank's part of a sum, which backward adds up here, once.
-        """
-        if chunk.gpt.config.sequence_parallel:
-            hidden = gather_from_sequence_parallel_region(
-                hidden, tensor_parallel_output_grad=True, group=self._tensor_group
-            )
-        else:
-            hidden = copy_to_tensor_model_parallel_region(hidden, group=self._tensor_group)
-        return hidden.squeeze(1)
-
-    def _logps(self, chunk: ChunkModel, tokens: RankTokens, hidden: Tensor) -> Tensor:
-        edges = tokens.edges
-        weight, shard = self._head(chunk)
-        return edge_logps(
-            hidden,
-            weight,
-            edges.sources,
-            edges.targets,
-            shard,
-            sources_on_host=edges.sources_on_host,
-        )
-
-    def _divergence(
-        self, pack: RankPack, policy_hidden: Tensor, reference_hidden: Tensor
-    ) -> Tensor:
-        """KL of policy and reference at this rank's places, [d]."""
-        taught = pack.policy.divergence
-        states = self._teacher_states(pack, reference_hidden)
-        weight, shard = self._head(self._chunk("policy"))
-        reference_weight, _ = self._head(self._chunk("reference"))
-        return reverse_kl(
-            policy_hidden,
-            weight,
-            taught.sources,
-            states[taught.slots],
-            # Backward needs it on this device, which an offloaded parameter has left by then.
-            reference_weight.detach(),
-            shard,
-        )
-
-    def _teacher_states(self, pack: RankPack, reference_hidden: Tensor) -> Tensor:
-        """The reference's final states at all places of the pack, by slot.
-
-        The same place lies on other context-parallel ranks in the short row than in the long one,
-        so the reference's states there, answers alone, go to all of them.
-        """
-        assert pack.reference is not None
-        teaching = pack.reference.divergence
-        states = reference_hidden.new_zeros(teaching.num_slots, reference_hidden.shape[1])
-        states[teaching.slots] = reference_hidden[teaching.sources]
-        if self._context_group.size() > 1:
-            dist.all_reduce(states, group=self._context_group)
-        return states
-
     def output_weight(self) -> Tensor:
-        """This rank's rows of the policy's output weight; the last stage has one."""
-        weight, _ = self._head(self._chunk("policy"))
-        return weight
-
-    def _head(self, chunk: ChunkModel) -> tuple[Tensor, VocabularyShard]:
-        """This rank's rows of the output weight, and the token ids that they stand for."""
-        gpt = chunk.gpt
-        _await_parameters(gpt.output_layer)
-        weight = (
-            gpt.shared_embedding_or_output_weight()
-            if gpt.share_embeddings_and_output_weights
-            else gpt.output_layer.weight
-        )
-        shard = VocabularyShard.of_rank(
-            rows=weight.shape[0], vocab_size=chunk.vocab_size, group=self._tensor_group
-        )
-        return weight, shard
+        """Returns this rank's rows of the policy's output weight; the last stage has one."""
+        policy = self._chunk("policy")
+        return OutputLayer.of(
+            policy.gpt, vocab_size=policy.vocab_size, tensor_group=self._tensor_group
+        ).weight
 
     def _split_received(self, pack: RankPack) -> tuple[Tensor | None, Tensor | None]:
         if self._received is None:
@@ -290,23 +183,23 @@ class LongPOModel(MegatronModule):
         return self.policy.shared_embedding_or_output_weight()
 
     def train(self, mode: bool = True) -> nn.Module:
-        """The reference stays in eval mode."""
+        """Sets the policy's mode; the reference stays in eval mode."""
         super().train(mode)
         if self.reference is not None:
             self.reference.eval()
         return self
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The policy's, under the keys of a plain GPTModel; the reference is not saved.
+        """Returns the policy's state, under the keys of a plain GPTModel, without the reference.
 
-        Of a policy with adapters they alone are saved.
+        Of a policy with adapters it returns those alone.
         """
         if self.has_adapters:
             return adapter_state(self.policy)
         return self.policy.sharded_state_dict(*args, **kwargs)
 
     def load_saved(self, state: dict[str, Any]) -> None:
-        """Writes what was loaded by `sharded_state_dict`."""
+        """Writes a state that was loaded for `sharded_state_dict`."""
         if self.has_adapters:
             load_adapter_state(self.policy, state)
         else:
@@ -315,13 +208,3 @@ class LongPOModel(MegatronModule):
     @property
     def has_adapters(self) -> bool:
         return any(True for _ in adapters(self.policy))
-
-
-def _await_parameters(module: nn.Module) -> None:
-    """Does before a module's weights are read what calling the module would have done first.
-
-    Megatron's DDP waits in forward pre-hooks for weights that are still being gathered
-    (`optimizer.overlap_param_gather`), and the output layer's own forward never runs here.
-    """
-    for hook in module._forward_pre_hooks.values():
-        hook(module, ())

@@ -42,7 +42,7 @@ from megatron_longpo.errors import UserError
 from megatron_longpo.parallel.groups import megatron_groups
 
 ADAPTER_NAME = "adapter"
-TARGETS: dict[LoraTarget, str] = {
+TARGETS = {
     "linear_qkv": "self_attention",
     "linear_proj": "self_attention",
     "linear_fc1": "mlp",

@@ -1,4 +1,4 @@
-"""Weights of a frozen module that live in CPU memory and visit the device to be used."""
+"""Weights of a frozen module that are kept in CPU memory, and on the device only during use."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 
 class OffloadedWeights:
-    """Takes a frozen module's parameters off the device, where they return for each use.
+    """Moves a frozen module's parameters to CPU memory and copies them to the device for each use.
 
-    On a GPU the CPU's copy is pinned, so that bringing it over runs at the full speed of the bus
-    and in the stream's order. Without one both copies are the same memory.
+    With a GPU the CPU's copy is pinned, so that copying runs at the full speed of the bus and in
+    the stream's order. Without a GPU both copies are the same memory.
     """
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
@@ -28,10 +28,10 @@ class OffloadedWeights:
 
     @contextmanager
     def on_device(self) -> Iterator[None]:
-        """The parameters are on the device inside, and its memory is free again outside.
+        """Keeps the parameters on the device inside, and frees their memory there on leaving.
 
-        A backward that needs one of them must save a tensor of its own (`detach`), not the
-        parameter, which by then is on the CPU again.
+        A backward that needs one of them must save its own tensor (`detach`), not the parameter,
+        which by then is on the CPU again.
         """
         try:
             for parameter, kept in self._kept.items():

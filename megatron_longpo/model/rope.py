@@ -1,7 +1,8 @@
-"""Rotary position embedding: frequencies as transformers computes them, angles as Megatron wants.
+"""Rotary position embedding: frequencies as transformers computes them, angles as Megatron takes.
 
-Megatron's own module derives positions from the packed offset and fixes llama3's factors, so the
-model is built without it and the angles come from here, for the positions of a pack's segments.
+Megatron's own module derives positions from offsets in the pack and has fixed factors for llama3.
+The model is therefore built without it, and takes the angles from here, for the positions of a
+pack's segments.
 """
 
 from __future__ import annotations
@@ -49,20 +50,24 @@ def inverse_frequencies(arch: Architecture) -> torch.Tensor:
 
 
 def attention_scale(arch: Architecture) -> float | None:
-    """What scores are multiplied by before the softmax; None = the usual 1 / sqrt(head_dim).
+    """Returns the factor of scores before the softmax; None = the usual 1 / sqrt(head_dim).
 
-    YaRN multiplies cosines and sines by a factor, so queries and keys both, and scores by its
-    square. Here the angles are left alone and the scores get the square.
+    YaRN multiplies cosines and sines by a factor: queries and keys both, and so scores by its
+    square. Here the angles stay as they are, and the scores get the square.
     """
     factor = _yarn_attention_factor(arch.rope.scaling or {})
     return None if factor == 1.0 else factor**2 / math.sqrt(arch.head_dim)
 
 
 def rotary_angles(inv_freq: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-    """[head_dim / 2] float32, [T] integer positions -> [T, 1, 1, head_dim] float32 angles.
+    """Returns [T, 1, 1, head_dim] float32 angles for [T] integer positions.
 
-    The halves are concatenated, not interleaved: what Megatron's `apply_rotary_pos_emb` takes for
-    `sbhd` tensors. Positions stay exact in float32 up to 2^24.
+    The halves are concatenated, not interleaved, as Megatron's `apply_rotary_pos_emb` takes them
+    for `sbhd` tensors. Positions are exact in float32 up to 2^24.
+
+    Args:
+        inv_freq: [head_dim / 2] float32, radians a position.
+        position_ids: [T].
     """
     angles = position_ids.to(torch.float32)[:, None] * inv_freq.to(position_ids.device)[None, :]
     return torch.cat((angles, angles), dim=-1)[:, None, None, :]
@@ -76,7 +81,7 @@ def _llama3_frequencies(
     high_factor: float,
     original_positions: int,
 ) -> torch.Tensor:
-    """Slow frequencies are divided by `factor`, fast ones kept, those between interpolated."""
+    """Divides slow frequencies by `factor`, keeps fast ones, and interpolates between."""
     wavelengths = 2 * math.pi / frequencies
     longest_kept = original_positions / high_factor
     shortest_divided = original_positions / low_factor
@@ -97,11 +102,14 @@ def _yarn_frequencies(
     original_positions: int,
     truncate: bool,
 ) -> torch.Tensor:
-    """YaRN (arXiv 2309.00071): frequencies that turn often within the original positions are kept,
-    those that turn seldom divided by `factor`, and those between blended along a ramp."""
+    """Returns the frequencies of YaRN (arXiv 2309.00071).
+
+    Those that turn often within the original positions are kept, those that turn seldom are divided
+    by `factor`, and those between are blended along a ramp.
+    """
 
     def dimension_of(turns: float) -> float:
-        """Where a frequency makes so many turns over the original positions."""
+        """Returns the dimension whose frequency turns so often over the original positions."""
         wavelength = original_positions / (turns * 2 * math.pi)
         return (head_dim * math.log(wavelength)) / (2 * math.log(theta))
 
@@ -118,7 +126,7 @@ def _yarn_frequencies(
 
 
 def _yarn_attention_factor(scaling: Mapping[str, Any]) -> float:
-    """What transformers multiplies cosines and sines by; 1 for any other scaling."""
+    """Returns transformers' factor of cosines and sines; 1 for any other scaling."""
     if scaling.get("rope_type") != "yarn":
         return 1.0
     if scaling.get("attention_factor") is not None:

@@ -17,15 +17,16 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_longpo.config.names import Dtype, LayerKind, Recompute, RecomputeModule
+from megatron_longpo.config.pipeline_layout import parse_layout
 from megatron_longpo.errors import UserError
 from megatron_longpo.model.architectures import Architecture
 from megatron_longpo.model.layer_specs import layer_spec, norm_class
 from megatron_longpo.model.norm_recompute import mend_norm_recompute
 from megatron_longpo.model.rope import attention_scale
 from megatron_longpo.parallel.groups import megatron_groups
-from megatron_longpo.parallel.stages import Split, even_split, megatron_layout, parse_layout
+from megatron_longpo.parallel.stages import Split, even_split, megatron_layout
 
-DTYPES: dict[Dtype, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """Dtypes by their names in a config."""
 
 VOCAB_MULTIPLE = 128

@@ -1,4 +1,4 @@
-"""Collectives that autograd must not mistake for something else, and agreements among ranks."""
+"""A sum over ranks with the right gradient, and decisions that all ranks share."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ T = TypeVar("T")
 
 
 def sum_over(tensor: Tensor, group: ProcessGroup) -> Tensor:
-    """Sums a tensor over ranks that then all compute the same loss from it.
+    """Sums a tensor over ranks, which then all compute the same loss from it.
 
-    Backward is the identity: each rank holds the gradient of the one loss with respect to its own
-    part. (An all-reduce in backward too would count the loss once a rank.)
+    Backward is the identity: each rank has the gradient of the one loss with respect to its own
+    part. (Another all-reduce in backward would count the loss once for every rank.)
     """
     return tensor if group.size() == 1 else _SumOver.apply(tensor, group)
 
@@ -44,12 +44,12 @@ def on_any_rank(flag: bool, device: torch.device) -> bool:
 
 
 def from_main_rank(compute: Callable[[], T]) -> T:
-    """What `compute` returns on rank 0, on every rank; nobody else calls it.
+    """Calls `compute` on rank 0 alone, and returns its result on every rank.
 
-    For what looks at files, so that all ranks see the same ones.
+    Use it for what reads files, so that all ranks see the same ones.
 
     Raises:
-        UserError: on every rank, where rank 0 raised it.
+        UserError: on every rank, if rank 0 raised it.
     """
     answer: list[Any] = [None, None]
     if dist.get_rank() == 0:

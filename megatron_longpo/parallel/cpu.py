@@ -1,8 +1,8 @@
 """Answers Megatron-Core's CUDA calls on a machine that has no GPU.
 
-Megatron names its device in the code: `device="cuda"`, `.cuda()`, `tensor.type() ==
+Megatron's code names its device: `device="cuda"`, `.cuda()`, `tensor.type() ==
 "torch.cuda.FloatTensor"`, `torch.cuda.current_device()`. `install` makes all of these mean the CPU,
-so that the code above is one path for both. It does nothing where CUDA is available.
+so that CPUs and GPUs run the same code. It does nothing where CUDA is available.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _active_mode: CudaMeansCpu | None = None
 
 
 class CudaMeansCpu(TorchFunctionMode):
-    """Rewrites requests for CUDA tensors to the CPU, in the thread that entered it."""
+    """Turns requests for CUDA tensors into ones for CPU tensors, in the thread that entered it."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -39,7 +39,7 @@ class CudaMeansCpu(TorchFunctionMode):
 
 
 def install() -> None:
-    """Makes CUDA mean CPU in this process, if there is no CUDA. Safe to call again."""
+    """Makes CUDA mean CPU in this process, if there is no CUDA. A second call does nothing."""
     global _active_mode
     if torch.cuda.is_available() or _active_mode is not None:
         return
@@ -76,7 +76,7 @@ def _answer_cuda_functions() -> None:
 
 
 class _NoStream:
-    """A stream on which everything has already happened."""
+    """A stream whose work is always done."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass

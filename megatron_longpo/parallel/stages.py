@@ -8,57 +8,20 @@ always on the first stage and the output layer on the last, which may have no la
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Sequence
-
-from megatron_longpo.errors import UserError
 
 Split = tuple[int, ...]
 
-KEY = "parallel.pipeline_layout"
-
-
-def parse_layout(text: str) -> Split:
-    """Reads Megatron's notation: `Ettt|(tt|)*2tL` -> (3, 2, 2, 1).
-
-    `|` ends a stage, `E` is the embedding, `t` a layer, `L` the output layer and the loss; `x*3`
-    and `(xy)*3` repeat, commas mean nothing.
-
-    Raises:
-        UserError: if it is no layout of a model like ours.
-    """
-    unrolled = text.replace(",", "").replace(" ", "")
-    for repeated in (r"\(([^()]*)\)\*(\d+)", r"([^()*\d])\*(\d+)"):
-        unrolled = re.sub(repeated, lambda match: match[1] * int(match[2]), unrolled)
-    stages = unrolled.split("|")
-    if unknown := sorted(set(unrolled) - set("EtL|")):
-        hint = "; models here have no multi-token prediction" if "m" in unknown else ""
-        raise UserError(
-            f"{KEY} ({text}): {' '.join(unknown)} is none of E (embedding), t (layer), L (loss), | "
-            f"(next stage), x*n and (xy)*n{hint}. Write for example Ett|tttL"
-        )
-    if not re.fullmatch(r"E[t|]*L", unrolled):
-        raise UserError(
-            f"{KEY} ({text}): it must begin with the only E and end with the only L. Write for "
-            "example Ett|tttL"
-        )
-    if "" in stages:
-        raise UserError(
-            f"{KEY} ({text}): stage {stages.index('') + 1} has nothing to do. Give it a layer (t), "
-            "or remove it"
-        )
-    return tuple(stage.count("t") for stage in stages)
-
 
 def even_split(num_layers: int, num_stages: int) -> Split:
-    """As evenly as possible; the last stages, which compute the loss as well, have fewer layers."""
+    """Splits layers as evenly as possible; the last stages have fewer, as they compute the loss."""
     return tuple(
         num_layers // num_stages + (stage < num_layers % num_stages) for stage in range(num_stages)
     )
 
 
 def like_split(num_layers: int, split: Sequence[int]) -> Split:
-    """Splits another model's layers in the proportions of `split`, which it equals for as many."""
+    """Splits another model's layers in the proportions of `split`; as many layers give `split`."""
     total, before = sum(split), 0
     cuts = [0]
     for layers in split:
@@ -69,7 +32,10 @@ def like_split(num_layers: int, split: Sequence[int]) -> Split:
 
 
 def megatron_layout(split: Sequence[int]) -> list[list[str]] | None:
-    """The split as Megatron's `pipeline_model_parallel_layout`; None where its own is the same."""
+    """Returns the split as Megatron's `pipeline_model_parallel_layout`.
+
+    None = all stages have as many layers, as Megatron itself splits them.
+    """
     if len(set(split)) == 1:
         return None
     stages = [["decoder"] * layers for layers in split]

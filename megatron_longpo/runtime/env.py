@@ -10,7 +10,6 @@ import json
 import os
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from megatron_longpo import __version__
@@ -42,7 +41,7 @@ OPTIONAL = {
 """Package -> what its absence costs."""
 
 MODULES = {
-    # PyPI has another package of this name; the one we mean brings this extension.
+    # PyPI has another package of this name; the one we need has this extension.
     "apex": "fused_weight_gradient_mlp_cuda",
     "transformer-engine": "transformer_engine",
     "flash-attn": "flash_attn",
@@ -50,28 +49,20 @@ MODULES = {
     "lm-eval": "lm_eval",
     "megatron-core": "megatron.core",
 }
-"""Packages whose module is spelled otherwise."""
+"""Package -> its module, if that has another name."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EnvConfig:
-    """What `longpo env` prints."""
-
-    json: bool = False
-    """Print JSON, to attach to a bug report, instead of tables."""
-
-
-def run_env(config: EnvConfig) -> None:
+def run_env(*, json: bool = False) -> None:
     """Prints the report; a broken package is a line of it, never a traceback."""
     facts = environment()
-    if config.json:
-        print(json.dumps(facts, indent=2))
+    if json:
+        _print_json(facts)
     else:
         _print_tables(facts)
 
 
 def environment() -> dict[str, Any]:
-    """Everything `longpo env` shows, as plain JSON types."""
+    """Returns everything that `longpo env` shows, as plain JSON types."""
     optional = {name: package_version(name) for name in OPTIONAL}
     return {
         "megatron_longpo": __version__,
@@ -86,9 +77,9 @@ def environment() -> dict[str, Any]:
 
 
 def package_version(name: str) -> str | None:
-    """A package's version, or None where it cannot be imported.
+    """Returns a package's version, or None if it cannot be imported.
 
-    Some containers ship modules without their metadata: those have a module and no version.
+    Some containers ship modules without their metadata. For these it returns "installed".
     """
     module = MODULES.get(name, name)
     found = False
@@ -136,6 +127,10 @@ def _tried(ask: Callable[[], Any]) -> Any:
         return ask()
     except Exception as error:
         return f"unknown ({' '.join(str(error).split())})"
+
+
+def _print_json(facts: dict[str, Any]) -> None:
+    print(json.dumps(facts, indent=2))
 
 
 def _print_tables(facts: dict[str, Any]) -> None:

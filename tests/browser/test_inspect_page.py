@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from megatron_longpo.config.tokenize import InspectConfig, TokenizeConfig
+from megatron_longpo.config.inspect import InspectConfig
+from megatron_longpo.config.tokenize import TokenizeConfig
 from megatron_longpo.data.inspect.run import run_inspect
 from megatron_longpo.data.text.tokenize import run_tokenize
 from tests import small_tokenizers as small

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import subprocess
 import sys
@@ -13,11 +14,13 @@ import pytest
 import yaml
 
 from megatron_longpo import objectives
-from megatron_longpo.config.fields import default_text, flat_values, settings_of
+from megatron_longpo.config.fields import Setting, flat_values, settings_of
+from megatron_longpo.config.help import value_note
 from megatron_longpo.config.megatron_flags import MEGATRON_FLAGS, SWIFT_FLAGS, suggestion
+from megatron_longpo.config.names import LoraTarget, ObjectiveName
+from megatron_longpo.config.objective_defaults import OBJECTIVE_DEFAULTS
 from megatron_longpo.config.train import (
     LoraConfig,
-    LoraTarget,
     ModelConfig,
     ObjectiveConfig,
     TrainConfig,
@@ -25,7 +28,6 @@ from megatron_longpo.config.train import (
     load_train_config,
     resolve,
 )
-from megatron_longpo.config.train_checks import OBJECTIVE_DEFAULTS
 from megatron_longpo.errors import UserError
 from megatron_longpo.model import lora
 
@@ -201,9 +203,9 @@ def test_resolving_twice_changes_nothing() -> None:
 
 
 def test_objective_names_agree_with_the_objectives() -> None:
-    names = tuple(objectives.OBJECTIVES)
+    names = get_args(ObjectiveName)
     assert get_args(get_type_hints(ObjectiveConfig)["name"]) == names
-    assert tuple(OBJECTIVE_DEFAULTS) == names
+    assert tuple(OBJECTIVE_DEFAULTS) == tuple(objectives.OBJECTIVES) == names
 
 
 @pytest.mark.parametrize("name", list(OBJECTIVE_DEFAULTS))
@@ -562,15 +564,30 @@ def test_more_ranks_than_pairs_are_refused() -> None:
 # Documentation and import cost
 
 
-def test_every_setting_is_documented_with_its_default() -> None:
+def test_every_setting_is_documented_as_in_the_help() -> None:
     page = (ROOT / "docs" / "settings.md").read_text()
-    row = re.compile(r"^\| `([a-z_0-9.]+)` \| [^|]+ \| `?([^|`]+)`? \| (.+) \|$", re.MULTILINE)
-    documented = {key: default for key, default, _ in row.findall(page) if "." in key}
-    settings = {key: s for key, s in settings_of(TrainConfig).items() if not s.is_section}
-    assert documented == {
-        key: "required" if setting.required else default_text(setting.default)
-        for key, setting in settings.items()
-    }
+    documented = re.findall(r"^\| `[a-z_0-9]+\..*", page[page.index("## `model`") :], re.MULTILINE)
+    assert documented == [
+        settings_row(setting)
+        for setting in settings_of(TrainConfig).values()
+        if not setting.is_section
+    ]
+    for key, setting in settings_of(TrainConfig).items():
+        if setting.is_section:
+            assert f"## `{key}`\n\n{with_links(setting.meaning)}\n" in page, key
+
+
+def with_links(meaning: str) -> str:
+    return re.sub(r"docs/(\w+\.md)", r"[\1](\1)", meaning)
+
+
+def settings_row(setting: Setting) -> str:
+    """The line of docs/settings.md for a setting."""
+    values, _, default = value_note(setting).partition("; ")
+    default = default.removeprefix("default ")
+    shown = default if setting.required else f"`{default}`"
+    meaning = with_links(setting.meaning.replace("|", "\\|"))
+    return f"| `{setting.key}` | {values} | {shown} | {meaning} |"
 
 
 def test_the_page_has_the_defaults_by_objective() -> None:
@@ -619,7 +636,7 @@ def test_validation_needs_no_torch_and_little_time(tmp_path: Path) -> None:
     code = (
         "import sys, time; start = time.perf_counter()\n"
         "from megatron_longpo.cli import main\n"
-        "from megatron_longpo.config import load_train_config\n"
+        "from megatron_longpo.config.train import load_train_config\n"
         f"load_train_config(['--config', {path!r}])\n"
         f"assert main(['train', '--config', {path!r}, '--parallel.tensr', '2']) == 2\n"
         "seconds = time.perf_counter() - start\n"
@@ -643,3 +660,180 @@ def test_a_runs_own_config_yaml_starts_another(tmp_path: Path) -> None:
     recorded = "versions:\n  torch: 2.13.0\nfingerprints:\n  data: 1234\n"
     file.write_text("model: {hf_path: m}\ndata: {path: d}\nlogging: {dir: l}\n" + recorded)
     assert load_train_config(["--config", str(file)]).model.hf_path == "m"
+
+
+CONFIG_OF_0_1 = """\
+model:
+  hf_path: models/Mistral-7B
+  rope_theta: 10000000.0
+  rope_scaling: null
+  max_position_embeddings: null
+  dtype: bf16
+  attention_kernel: auto
+  layers: auto
+reference:
+  mode: online
+  hf_path: models/Mistral-7B
+  context: short
+  cache_path: null
+  offload: false
+data:
+  path: rows.jsonl
+  eval_path: null
+  max_length: 131072
+  too_long: error
+  pack_tokens: null
+  share_prefix: true
+  shuffle: true
+  seed: 42
+objective:
+  name: longpo
+  beta: 0.01
+  preference_weight: 0.01
+  nll_weight: 1.0
+  nll_scope: chosen_row
+  answer_nll_weight: 0.0
+  turns: summed
+  label_smoothing: 0.0
+  gamma: 0.0
+  alignment_weight: 0.0
+  divergence_weight: 0.0
+  divergence_scope: chosen_answers
+parallel:
+  tensor: 4
+  pipeline: 2
+  virtual_pipeline: 2
+  pipeline_layout: Et*7|t*8|t*8|t*9L
+  context: 1
+  context_comm: all_gather
+  context_inner: null
+  sequence: true
+  timeout_minutes: 60.0
+optimizer:
+  name: rmsprop
+  lr: 5.0e-07
+  weight_decay: 0.0
+  clip_grad: 1.0
+  alpha: 0.99
+  beta1: 0.9
+  beta2: 0.95
+  eps: 1.0e-08
+  lr_schedule: cosine
+  warmup_ratio: 0.1
+  min_lr: 0.0
+  distributed: true
+  grad_dtype: fp32
+  state_dtype: fp32
+  overlap_grad_reduce: false
+  overlap_param_gather: false
+train:
+  global_batch_pairs: 8
+  epochs: 1
+  steps: null
+  seed: 42
+  recompute: selective
+  recompute_modules:
+  - layernorm
+  - mlp
+  recompute_layers: null
+  offload_activations: false
+  eval_interval: 50
+  eval_at_start: true
+  dry_run: false
+checkpoint:
+  dir: runs/a/checkpoints
+  interval: 500
+  keep: 2
+  async_save: false
+  resume: auto
+  load_optimizer: true
+logging:
+  dir: runs/a
+  interval: 1
+  tensorboard: true
+  wandb:
+    project: longpo
+    name: null
+    mode: offline
+lora:
+  rank: 16
+  alpha: 32.0
+  targets:
+  - linear_qkv
+  - linear_proj
+evaluation:
+  retrieval:
+    kinds:
+    - passkey
+    lengths:
+    - 4096
+    - 32768
+    depths:
+    - 0.0
+    - 0.5
+    - 1.0
+    samples: 4
+    haystack: null
+    seed: 0
+  nll: null
+  retention:
+    prompts: null
+    max_length: 2048
+versions:
+  megatron_longpo: 0.1.0
+  python: 3.11.7
+  torch: 2.13.0
+  transformers: missing
+fingerprints:
+  data: 5b0d1c2e9f30
+  policy: 9a7c66e01b42
+"""
+"""What a run of version 0.1.0 wrote as its config.yaml."""
+
+
+def test_the_config_yaml_of_0_1_still_starts_a_run(tmp_path: Path) -> None:
+    config = load_train_config(["--config", write(tmp_path, CONFIG_OF_0_1)])
+    written = yaml.safe_load(CONFIG_OF_0_1)
+    assert written.pop("versions") and written.pop("fingerprints")
+    read = json.loads(json.dumps(dataclasses.asdict(config)))
+    assert read == written
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "expected"),
+    [
+        ("optimizer:\n  min_lr: 1\n", [], "train.yaml:2: optimizer.min_lr (1) must not exceed"),
+        ("", ["--optimizer.min_lr=1"], "--optimizer.min_lr (1) must not exceed optimizer.lr"),
+        (
+            "optimizer:\n  min_lr: 1\n",
+            ["--optimizer.min_lr=2"],
+            "--optimizer.min_lr (2) must not exceed",
+        ),
+        (
+            "parallel:\n  pipeline_layout: Et|m|L\n",
+            [],
+            "train.yaml:2: parallel.pipeline_layout (Et|m|L): m is none of",
+        ),
+        ("lora:\n  targets: []\n", [], "train.yaml:2: lora.targets ([]): nothing is left"),
+        (
+            "evaluation:\n  retrieval:\n    depths: [0, 2]\n",
+            [],
+            "train.yaml:3: evaluation.retrieval.depths (2) must be at least 0 and at most 1",
+        ),
+        (
+            "evaluation:\n  retrieval:\n    lengths: [0]\n",
+            [],
+            "train.yaml:3: evaluation.retrieval.lengths (0) must be at least 1",
+        ),
+        (
+            "evaluation: {nll: {documents: d, length: 8,\n  bucket: 9}}\n",
+            [],
+            "train.yaml:2: evaluation.nll.bucket (9) must not exceed",
+        ),
+    ],
+)
+def test_settings_that_contradict_are_named_with_their_line(
+    tmp_path: Path, text: str, options: list[str], expected: str
+) -> None:
+    message = message_of(f"--config={write(tmp_path, text)}", *options)
+    assert message.removeprefix(f"{tmp_path}/").startswith(expected)

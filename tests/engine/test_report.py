@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from megatron_longpo.cli import main
-from megatron_longpo.engine.report import ReportConfig, panels_of, read_run, run_report
+from megatron_longpo.config.report import ReportConfig
+from megatron_longpo.engine.report import panels_of, read_run, run_report
 from megatron_longpo.errors import UserError
 
 PNG = b"\x89PNG\r\n\x1a\n"

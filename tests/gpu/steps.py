@@ -75,10 +75,10 @@ def run_step(
         shelf,
         parallel=parallel_config(groups.sizes, pipeline_layout=layout),
     )
-    settings: ModelConfig = replace(config.model, **model)
+    model_config: ModelConfig = replace(config.model, **model)
     config = replace(
         config,
-        model=settings,
+        model=model_config,
         optimizer=replace(config.optimizer, **(optimizer or {})),
         train=replace(config.train, **(train or {})),
     )

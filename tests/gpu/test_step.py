@@ -131,7 +131,7 @@ def test_a_checkpoint_goes_on_with_the_other_kind_of_layers(
     case = CASES[2]
 
     def config(layers: str, steps: int) -> Any:
-        settings = train_config(
+        made = train_config(
             case,
             bf16_shelf,
             optimizer=OptimizerConfig(lr=1e-3, warmup_ratio=0.0),
@@ -139,7 +139,7 @@ def test_a_checkpoint_goes_on_with_the_other_kind_of_layers(
             checkpoint=CheckpointConfig(interval=1),
             logging=LoggingConfig(dir=str(tmp_path / first), tensorboard=False),
         )
-        return replace(settings, model=replace(settings.model, layers=layers))
+        return replace(made, model=replace(made.model, layers=layers))
 
     saved = loop.prepare(config(first, 2))
     loop.train(saved)

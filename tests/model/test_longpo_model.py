@@ -19,6 +19,7 @@ from checkpoints_convert.hf_to_megatron import NoAttention
 from megatron_longpo.config.train import OptimizerConfig
 from megatron_longpo.data.trees.packing import make_pack
 from megatron_longpo.engine.pair_sums import sum_pairs
+from megatron_longpo.model.head.final_states import FinalStates
 from megatron_longpo.model.longpo_model import LongPOModel
 from megatron_longpo.model.spec import build_gpt, transformer_config
 from megatron_longpo.objectives import PairLogps
@@ -91,6 +92,28 @@ def test_a_pairs_sums_do_not_depend_on_its_place(run: loop.Run) -> None:
             rtol=1e-6,
             atol=1e-5,
         )
+
+
+def test_a_caller_may_bring_its_own_head(run: loop.Run) -> None:
+    """It gets the pack and both models' final states with their output layers."""
+    model, pack = model_of(run), pack_of(run, [0, 1])
+    seen: list[FinalStates] = []
+
+    def head(asked: RankPack, policy: FinalStates, reference: FinalStates | None) -> Tensor:
+        assert asked is pack and reference is not None
+        seen.extend((policy, reference))
+        return policy.whole()[:3]
+
+    with torch.no_grad():
+        output = model(pack, head)
+    policy, reference = seen
+    assert pack.reference is not None and model.reference is not None
+    assert len(policy.whole()) == pack.policy.num_tokens
+    assert len(reference.whole()) == pack.reference.num_tokens
+    assert torch.equal(output, policy.whole()[:3])
+    assert policy.output_layer().weight is model.output_weight()
+    assert reference.output_layer().weight is model.reference.output_layer.weight
+    assert policy.output_layer().shard.num_valid == run.sources.policy.vocab_size
 
 
 def test_the_reference_reads_its_own_weights_and_rope(run: loop.Run) -> None:

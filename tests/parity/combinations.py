@@ -15,8 +15,9 @@ from typing import Any, get_args
 
 import numpy as np
 
+from megatron_longpo.config.names import ObjectiveName
 from megatron_longpo.config.objective_defaults import OBJECTIVE_DEFAULTS
-from megatron_longpo.config.train import ObjectiveConfig, ObjectiveName, ParallelConfig
+from megatron_longpo.config.train import ObjectiveConfig, ParallelConfig
 from tests.parity.cases import LORA, RowShape
 from tests.parity.steps import Steps
 

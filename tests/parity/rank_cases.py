@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
-from megatron_longpo.config.train import ObjectiveConfig, ObjectiveName, ParallelConfig
+from megatron_longpo.config.names import ObjectiveName
+from megatron_longpo.config.train import ObjectiveConfig, ParallelConfig
 from megatron_longpo.parallel.groups import ParallelSizes
 from tests.parity.cases import ALL_SHAPES, LORA, ROW_SHAPES, Case, TinyModel
 from tests.parity.harness import parallel_config

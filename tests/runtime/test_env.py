@@ -56,7 +56,7 @@ def test_gpus_are_listed_with_memory_and_architecture(
     facts = env.environment()
     facts["cuda"]["gpus"] = ["H100, 80 GiB, sm_90"] * 2
     monkeypatch.setattr(env, "environment", lambda: facts)
-    env.run_env(env.EnvConfig())
+    env.run_env()
     text = capsys.readouterr().out
     assert "0: H100, 80 GiB, sm_90" in text
     assert "1: H100, 80 GiB, sm_90" in text

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 LAUNCHER = """
 import sys
 from torch.distributed import run
-from megatron_longpo.launch import Launch, run_torchrun
+from megatron_longpo.runtime.launch import Launch, run_torchrun
 
 def with_worker(arguments, parse=run.parse_args):
     module = arguments.index("-m")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from megatron_longpo.config.tokenize import InspectConfig
+from megatron_longpo.config.inspect import InspectConfig
 from megatron_longpo.data.inspect.console import show_sample, show_statistics
 from megatron_longpo.data.inspect.page import write_page
 from megatron_longpo.data.inspect.row_samples import sample_of_row
@@ -28,15 +28,10 @@ from megatron_longpo.errors import UserError
 
 def run_inspect(config: InspectConfig) -> None:
     """Prints one row or example and statistics over the set; writes the page if `html` is set."""
-    for key in ("max_chars", "html_samples"):
-        if getattr(config, key) < 1:
-            raise UserError(f"{key} ({getattr(config, key)}): must be at least 1")
-    if config.sample < 0:
-        raise UserError(f"sample ({config.sample}): must be at least 0, and 0 reads all")
     if config.html is not None:
         refuse_existing(config.html, overwrite=config.overwrite, key="html")
     items = _open(config.rows)
-    if not 0 <= config.row < len(items):
+    if config.row >= len(items):
         raise UserError(f"row ({config.row}): must be below the number of rows, {len(items)}")
     tokenizer = None if config.tokenizer is None else load_tokenizer(config.tokenizer)
     is_rows = isinstance(items, RowDataset)

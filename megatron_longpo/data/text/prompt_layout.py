@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import numpy as np
 
+from megatron_longpo.config.names import CutFrom
 from megatron_longpo.data.text.chat_tokenizer import Message
-
-CutFrom = Literal["middle", "tail"]
 
 
 def user_message(context: str, question: str) -> str:

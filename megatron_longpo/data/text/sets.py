@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
+from megatron_longpo.config.names import TextFormat
 from megatron_longpo.data.rows.sources import open_source
 from megatron_longpo.data.text.dpo_sets import DpoPair, check_dpo_pair, describe_dpo_form
 from megatron_longpo.data.text.examples import Example, check_example
 from megatron_longpo.errors import UserError
-
-TextFormat = Literal["longpo", "dpo"]
 
 NEEDED_COLUMNS: dict[TextFormat, tuple[str, ...]] = {
     "longpo": ("document", "turns"),

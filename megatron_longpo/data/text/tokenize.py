@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron_longpo.config.names import TextFormat
 from megatron_longpo.config.tokenize import TokenizeConfig
 from megatron_longpo.data.jsonl import refuse_existing, write_lines
 from megatron_longpo.data.progress import Dropped, format_counts, track
@@ -20,7 +21,7 @@ from megatron_longpo.data.rows.writing import row_line, row_table, write_rows_da
 from megatron_longpo.data.text.dpo_sets import DpoPair
 from megatron_longpo.data.text.example_rows import dpo_row, example_row
 from megatron_longpo.data.text.renderings import TemplateChangesText
-from megatron_longpo.data.text.sets import TextFormat, TextSet
+from megatron_longpo.data.text.sets import TextSet
 from megatron_longpo.data.text.tokenizers import load_tokenizer
 from megatron_longpo.data.workers import WorkerPool, usable_cpus
 from megatron_longpo.errors import UserError
@@ -104,11 +105,6 @@ class ExampleTokenizer:
 
 def run_tokenize(config: TokenizeConfig) -> TokenizeSummary:
     """Reads the examples, writes the rows and prints counts."""
-    for key in ("max_length", "short_max_length"):
-        if getattr(config, key) < 2:
-            raise UserError(f"{key} ({getattr(config, key)}): must be at least 2 tokens")
-    if config.num_workers is not None and config.num_workers < 1:
-        raise UserError(f"num_workers ({config.num_workers}): must be at least 1, or null")
     refuse_existing(config.output, overwrite=config.overwrite, key="output")
     examples = TextSet(config.examples, format=config.format, split=config.split)
     print(f"{config.examples}: {examples.description}")

@@ -13,7 +13,7 @@ from megatron_longpo.errors import UserError
 from megatron_longpo.evaluation.probes import ProbeBranch, ProbeRow, ProbeSet
 from megatron_longpo.evaluation.scorer import Scorer
 
-Request = tuple[tuple[str, str], list[int], list[int]]
+LogpRequest = tuple[tuple[str, str], list[int], list[int]]
 """Context and answer as text, then as token ids."""
 
 
@@ -71,7 +71,7 @@ class MegatronModel(TemplateLM):
         return list(self.tokenizer.encode(string, add_special_tokens=add_special_tokens))
 
     def _loglikelihood_tokens(
-        self, requests: Sequence[Request], **others: Any
+        self, requests: Sequence[LogpRequest], **others: Any
     ) -> list[tuple[float, bool]]:
         """Returns answers' log-likelihoods in nats, and whether greedy decoding gives them."""
         rows = []

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_longpo.generation.documents.kinds import Kind
+from megatron_longpo.config.names import DocumentKind
 from megatron_longpo.generation.documents.structure import INNER, Borders, find_borders
 from megatron_longpo.generation.documents.token_spans import TokenSpans
 
@@ -34,7 +34,7 @@ class Chunk:
 
 
 def chunk_document(
-    text: str, *, tokens: TokenSpans, kind: Kind = "text", min_tokens: int, max_tokens: int
+    text: str, *, tokens: TokenSpans, kind: DocumentKind = "text", min_tokens: int, max_tokens: int
 ) -> list[Chunk]:
     """Divides a document into chunks of `min_tokens` to `max_tokens`, each as long as possible.
 

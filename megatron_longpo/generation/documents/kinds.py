@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import PurePath
-from typing import Literal, get_args
+from typing import get_args
 
-Kind = Literal["text", "markdown", "rst", "latex", "code"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+from megatron_longpo.config.names import DocumentKind
 
-_SUFFIXES: dict[Kind, str] = {
+KINDS: tuple[DocumentKind, ...] = get_args(DocumentKind)
+
+_SUFFIXES: dict[DocumentKind, str] = {
     "markdown": "md markdown mdown mkd mdx qmd rmd",
     "rst": "rst rest",
     "latex": "tex ltx latex",
@@ -30,7 +31,7 @@ _CODE_LINE = (
 )
 
 
-def find_kind(text: str, name: str = "") -> Kind:
+def find_kind(text: str, name: str = "") -> DocumentKind:
     """Returns the kind of a text, by the ending of its file's name, else by its beginning."""
     suffix = PurePath(name).suffix.lower().removeprefix(".")
     if suffix in _KIND_OF_SUFFIX:

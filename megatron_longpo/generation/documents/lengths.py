@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
+from megatron_longpo.config.names import DocumentTooLong
 from megatron_longpo.data.progress import Dropped
 from megatron_longpo.generation.documents.token_spans import SpansOf, TokenSpans, find_token_spans
 
@@ -15,7 +15,7 @@ class LengthBounds:
 
     min_tokens: int | None = None
     max_tokens: int | None = None
-    too_long: Literal["cut", "drop"] = "cut"
+    too_long: DocumentTooLong = "cut"
 
 
 def fit_document(text: str, spans_of: SpansOf, bounds: LengthBounds) -> tuple[str, TokenSpans]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Literal
 
 from megatron_longpo.config.generate import GenerateConfig
+from megatron_longpo.config.names import HtmlMode
 from megatron_longpo.data.progress import Dropped
 from megatron_longpo.errors import UserError
 from megatron_longpo.generation.documents.encodings import check_text, is_html
@@ -46,7 +45,7 @@ class DocumentSet:
         path: str,
         *,
         options: ReadOptions | None = None,
-        html: Literal["drop", "extract", "keep"] = "drop",
+        html: HtmlMode = "drop",
         near_duplicates: float | None = None,
         limit: int | None = None,
         shard: tuple[int, int] = (0, 1),
@@ -138,24 +137,7 @@ class DocumentSet:
 
 
 def open_documents(config: GenerateConfig, *, shard: tuple[int, int] = (0, 1)) -> DocumentSet:
-    """Opens the documents of a config; raises `UserError` for settings that are impossible."""
-    if config.near_duplicates is not None and not 0 < config.near_duplicates <= 1:
-        raise UserError(
-            f"near_duplicates ({config.near_duplicates}): must be above 0 and at most 1, "
-            "or null to compare whole texts only"
-        )
-    if config.encoding is not None:
-        try:
-            codecs.lookup(config.encoding)
-        except LookupError:
-            raise UserError(
-                f"encoding ({config.encoding}): Python knows no such encoding; try utf-8 or latin-1"
-            ) from None
-    low, high = config.min_document_tokens, config.max_document_tokens
-    if low is not None and high is not None and low > high:
-        raise UserError(
-            f"min_document_tokens ({low}): must not exceed max_document_tokens ({high})"
-        )
+    """Opens the documents of a config; raises `UserError` if there are none."""
     return DocumentSet(
         config.documents,
         options=ReadOptions(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_longpo.generation.documents.kinds import Kind
+from megatron_longpo.config.names import DocumentKind
 
 PARAGRAPH = 20
 """Rank of a border between paragraphs; those of sections are smaller, the higher the section."""
@@ -17,6 +17,7 @@ INNER = 30
 """From this rank on, borders divide something that is kept whole if it fits: code blocks, LaTeX
 environments, classes."""
 _INNER_BLANK = 31
+
 
 _ATX_HEADING = re.compile(r" {0,3}(#{1,6})(?:[ \t]|$)")
 _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})(.*)")
@@ -50,7 +51,7 @@ class Borders:
     """[num_borders], the smaller the better."""
 
 
-def find_borders(text: str, kind: Kind) -> Borders:
+def find_borders(text: str, kind: DocumentKind) -> Borders:
     """Finds the borders of a text, in time linear in its length."""
     ranks: dict[int, int] = {}
     for position, rank in _FINDERS[kind](text):
@@ -262,7 +263,7 @@ def _code(text: str) -> Iterator[tuple[int, int]]:
             attached = None
 
 
-_FINDERS: dict[Kind, Callable[[str], Iterator[tuple[int, int]]]] = {
+_FINDERS: dict[DocumentKind, Callable[[str], Iterator[tuple[int, int]]]] = {
     "text": _text,
     "markdown": _markdown,
     "rst": _rst,

@@ -5,31 +5,10 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Collection
-from typing import Any, Literal, get_args
+from typing import Any
 
+from megatron_longpo.config.names import DEFAULT_FILTERS, FilterName
 from megatron_longpo.generation.documents.near_duplicates import SPACELESS
-
-FilterName = Literal[
-    "empty",
-    "wordless",
-    "refusal",
-    "repetition",
-    "thinking",
-    "language",
-    "same",
-    "chosen_loop",
-    "loop",
-    "chosen_unfinished",
-    "unfinished",
-]
-"""`chosen_loop` is `loop` for chosen answers alone, and so on."""
-
-DEFAULT_FILTERS: tuple[FilterName, ...] = tuple(
-    name
-    for name in get_args(FilterName)
-    # Loops are what short-context models write after long documents: a preference worth learning.
-    if name not in ("loop", "chosen_unfinished", "unfinished")
-)
 
 REFUSALS = (
     "i cannot answer",

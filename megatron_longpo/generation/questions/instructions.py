@@ -152,13 +152,9 @@ def _check_kinds(config: GenerateConfig) -> None:
         return
     if config.instructions == "planted":
         known = [name for name, kind in PLANTED_KINDS.items() if kind.split == config.fact_split]
-    elif config.instructions == "template":
-        known = list(FINDERS)
     else:
-        raise UserError("fact_kinds: only instructions: template and planted ask for facts")
+        known = list(FINDERS)
     for name in config.fact_kinds:
         if name not in known:
             hint = nearest(name, known) or ", ".join(known)
             raise UserError(f"fact_kinds ({name}): no such kind here. There is {hint}")
-    if not config.fact_kinds:
-        raise UserError("fact_kinds ([]): name at least one, or leave it null for all")

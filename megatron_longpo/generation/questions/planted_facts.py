@@ -12,16 +12,15 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
-Split = Literal["train", "test"]
+from megatron_longpo.config.names import FactSplit
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlantedKind:
     """One kind of fact; texts have the fields of `made_up_fields`."""
 
-    split: Split
+    split: FactSplit
     statements: tuple[tuple[str, ...], ...]
     """Wordings; several sentences of one wording go to different places of the chunk."""
     questions: tuple[str, ...]
@@ -248,7 +247,7 @@ _POOLS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
-def made_up_fields(rng: random.Random, split: Split) -> dict[str, str]:
+def made_up_fields(rng: random.Random, split: FactSplit) -> dict[str, str]:
     """Draws a value for each field that the texts of a fact may have, with names of that split."""
 
     def pool(name: str) -> list[str]:

@@ -8,8 +8,9 @@ import string
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from megatron_longpo.config.names import FactSplit
 from megatron_longpo.generation.questions.facts import Fact
-from megatron_longpo.generation.questions.planted_facts import PLANTED_KINDS, Split, made_up_fields
+from megatron_longpo.generation.questions.planted_facts import PLANTED_KINDS, made_up_fields
 
 Span = tuple[int, int]
 
@@ -43,7 +44,7 @@ def plant(
     index: int,
     rng: random.Random,
     *,
-    split: Split = "train",
+    split: FactSplit = "train",
     kinds: Collection[str] | None = None,
 ) -> Planting | None:
     """Plants one fact in the chunk `spans[index]`; returns None if the chunk has no place for it.
@@ -86,7 +87,7 @@ def plant(
 
 
 def _make_up(
-    document: str, name: str, split: Split, rng: random.Random
+    document: str, name: str, split: FactSplit, rng: random.Random
 ) -> tuple[Fact, tuple[str, ...]] | None:
     """Makes up a fact whose names and answer are not in the document, with its sentences."""
     kind = PLANTED_KINDS[name]

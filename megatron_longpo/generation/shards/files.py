@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -19,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from megatron_longpo.config.generate import shard_place
 from megatron_longpo.data.jsonl import disk_errors, dump_line
 from megatron_longpo.data.text.examples import Example, example_columns
 from megatron_longpo.errors import UserError
@@ -51,20 +51,9 @@ class Shard:
 
 
 def parse_shard(text: str | None) -> Shard:
-    """Reads `i/n`; i counts from 0, as in `sbatch --array=0-7`. None is the only shard."""
-    if text is None:
-        return Shard(index=0, count=1)
-    found = re.fullmatch(r"(\d+)/(\d+)", text.strip())
-    if found is None:
-        raise UserError(f"shard ({text}): must be i/n, such as 0/8 for the first of eight")
-    shard = Shard(index=int(found[1]), count=int(found[2]))
-    if not shard.index < shard.count:
-        last = max(shard.count - 1, 0)
-        raise UserError(
-            f"shard ({text}): i counts from 0, so n shards are 0/n to n-1/n; with sbatch use "
-            f"--array=0-{last}"
-        )
-    return shard
+    """Reads `i/n`; None is the only shard."""
+    index, count = shard_place(text)
+    return Shard(index=index, count=count)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -53,7 +53,7 @@ class FlashKernel:
             _batched(block.key, block),
             _batched(block.value, block),
             _batched(attended.output, block),
-            # The kernel reads it without regard to strides.
+            # The kernel ignores its strides.
             _batched(attended.logsumexp.contiguous(), block),
             *_operator_lengths(block),
             0.0,
@@ -68,12 +68,12 @@ class FlashKernel:
 
 
 def _batched(tensor: Tensor, block: Block) -> Tensor:
-    """[t,...] -> [1,t,...] for one block; the operator takes several as they are."""
+    """[t,...] -> [1,t,...] for one block; the operator takes several blocks as they are."""
     return tensor[None] if block.is_one else tensor
 
 
 def _operator_lengths(block: Block) -> tuple[Tensor | None, Tensor | None, int, int]:
-    """Ends of the blocks, which the operator wants of several alone, and the longest lengths."""
+    """Returns the ends of the blocks and the longest lengths; for one block it has no ends."""
     device = block.query.device
     return (
         None if block.is_one else block_ends(block.query_lengths, device),

@@ -1,9 +1,9 @@
 """Attention kernels: queries against keys, forward and backward, and the kernels of CPUs.
 
 A kernel returns the log-sum-exp of its scores beside its output, so that results over different
-keys can be merged exactly, and takes the merged output and log-sum-exp in backward, which makes
-each block's gradients those of the whole (Milakov and Gimelshein 2018; Dao 2023). The kernels of
-GPUs are in gpu_kernels.py and te_kernel.py; kernel_choice.py chooses.
+keys can be merged exactly. Its backward takes the merged output and log-sum-exp, which makes each
+block's gradients those of the whole (Milakov and Gimelshein 2018; Dao 2023). The kernels of GPUs
+are in gpu_kernels.py and te_kernel.py; kernel_choice.py chooses.
 
 Letters as in blocks.py.
 """
@@ -141,13 +141,13 @@ class MathKernel(BlockByBlock):
 
 
 def padded(tensor: Tensor, length: int) -> Tensor:
-    """Returns `tensor` [t,X,D] with zeros behind it up to [length,X,D]."""
+    """Returns `tensor` [t,X,D] with zeros behind it, [length,X,D]; itself if it is long enough."""
     missing = length - len(tensor)
     return F.pad(tensor, (0, 0, 0, 0, 0, missing)) if missing else tensor
 
 
 def _scores(block: Block) -> Tensor:
-    """[H,q,k] in fp32."""
+    """Returns [H,q,k] in fp32; -inf where a query does not attend a key."""
     keys = _repeated(block.key, block).float()
     scores = torch.einsum("qhd,khd->hqk", block.query.float(), keys) * block.scale
     if block.causal:
@@ -167,12 +167,12 @@ def _flat(tensor: Tensor) -> Tensor:
 
 
 def _groups(block: Block) -> int:
-    """Query heads of a key/value head."""
+    """Returns the number of query heads of a key/value head."""
     return block.query.shape[1] // block.key.shape[1]
 
 
 def _repeated(tensor: Tensor, block: Block) -> Tensor:
-    """[t,G,D] -> [t,H,D]: every key/value head for each of its query heads."""
+    """[t,G,D] -> [t,H,D]: repeats every key/value head for each of its query heads."""
     groups = _groups(block)
     return tensor if groups == 1 else tensor.repeat_interleave(groups, dim=1)
 

@@ -1,8 +1,8 @@
 """Long causal blocks by a kernel that is faster but wants few different lengths.
 
 torch has cuDNN compile a plan for every new length, a quarter of a second each, and documents have
-a new one in every pair. A long causal block is therefore called with its length rounded up: the
-tokens behind it are seen by none of its own, and what they give is dropped. All other blocks, whose
+a new one in every pair. A long causal block is therefore run with its length rounded up: none of
+its tokens attends those behind it, and the results of these are dropped. All other blocks, whose
 keys cannot be padded without a mask, go to a kernel that takes any length.
 """
 
@@ -15,20 +15,21 @@ from megatron_longpo.model.attention.blocks import Attended, Block, Gradients, o
 from megatron_longpo.model.attention.kernels import AttentionKernel, BlockByBlock, padded
 
 SHORTEST_LONG_BLOCK = 25_600
-"""Tokens from which on a plan pays: 4 % of a shorter block are less than its share of a plan."""
+"""Tokens from which a plan pays: 4 % of a shorter block's time is less than its share of one."""
 
 STEPS = 400
 """A length is rounded up by less than a 400th, its work by less than 0.5 %; between one length and
 twice that length there are at most 400 plans."""
 
 UNSEEN = 1e30
-"""Log-sum-exp of the queries that are dropped: gives each of their weights 0, with no infinity."""
+"""Log-sum-exp of the queries that are dropped: makes all their weights 0, without an infinity."""
 
 
 class LongBlockKernel(BlockByBlock):
-    """Causal blocks of `shortest` tokens and more by `long` at rounded lengths, others by `other`.
+    """Runs long causal blocks by `long` at rounded lengths, and all others by `other`.
 
-    What follows a block's rows in memory must be finite: rows of the same tensor, as here.
+    Long are `shortest` tokens or more. What follows a block's rows in memory must be finite: here
+    it is rows of the same tensor.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class LongBlockKernel(BlockByBlock):
         return super().forward(block) if self._has_long(block) else self.other.forward(block)
 
     def backward(self, block: Block, attended: Attended, output_grad: Tensor) -> Gradients:
-        """Returns the gradients of query, key and value, likewise."""
+        """Returns the gradients of query, key and value; the blocks go where forward sent them."""
         if self._has_long(block):
             return super().backward(block, attended, output_grad)
         return self.other.backward(block, attended, output_grad)
@@ -88,7 +89,7 @@ def rounded(length: int, steps: int = STEPS) -> int:
 
 
 def _lengthened_block(block: Block, length: int) -> Block:
-    """One causal block with what follows it in memory, `length` tokens in all."""
+    """Returns one causal block with what follows it in memory, `length` tokens in all."""
     query, key, value = (
         _lengthened(tensor, length) for tensor in (block.query, block.key, block.value)
     )
@@ -96,7 +97,7 @@ def _lengthened_block(block: Block, length: int) -> Block:
 
 
 def _lengthened(tensor: Tensor, length: int) -> Tensor:
-    """[t,X,D] -> [length,X,D]: with the rows that follow in memory, a view; else with zeros.
+    """[t,X,D] -> [length,X,D]: a view with the rows that follow in memory, else a copy with zeros.
 
     The values behind a causal block do not matter, and a copy of a long row takes time and memory.
     """

@@ -31,7 +31,7 @@ class TransformerEngineKernel(BlockByBlock):
         return self.forward_one(block) if self.takes_many else super().forward(block)
 
     def backward(self, block: Block, attended: Attended, output_grad: Tensor) -> Gradients:
-        """Returns the gradients of query, key and value, likewise."""
+        """Returns the gradients, in one call where the version allows it."""
         if self.takes_many:
             return self.backward_one(block, attended, output_grad)
         return super().backward(block, attended, output_grad)
@@ -80,7 +80,7 @@ class TransformerEngineKernel(BlockByBlock):
 
 
 def _lengths(block: Block) -> tuple[int, int, Tensor, Tensor]:
-    """The longest lengths, and the ends, of queries and keys."""
+    """Returns the longest lengths, and the ends, of queries and keys."""
     device = block.query.device
     return (
         max(block.query_lengths),

@@ -22,15 +22,15 @@ from megatron_longpo.parallel.context import ContextExchange, QueryKeyValue
 
 
 class TreeAttention(nn.Module):
-    """Each token attends its ancestors and, causally, its own segment (design.md section 2).
+    """Attention of each token to its ancestors and, causally, to its own segment.
 
-    Built and called as Megatron builds and calls any core attention, but for `kernel`, `exchange`,
-    `keeps_results` and `offload`; the `AttentionPlan` comes as `packed_seq_params`, and no mask is
-    read.
+    Megatron builds and calls it as any core attention, except for `kernel`, `exchange`,
+    `keeps_results` and `offload`. The `AttentionPlan` comes as `packed_seq_params`, and masks are
+    not read.
 
-    With `keeps_results`, a layer that is recomputed in backward gets its attention's results from
-    memory: they are small beside what computing them again would cost in a long row. If `offload`
-    is given, it stores the output until backward.
+    With `keeps_results`, a layer that is recomputed in backward takes its attention's results from
+    memory: they are small compared with the cost of computing them again in a long row. If
+    `offload` is given, it stores the output until backward.
     """
 
     def __init__(
@@ -53,8 +53,8 @@ class TreeAttention(nn.Module):
         self.kernel = kernel
         self.exchange = exchange
         self.keeps_results = keeps_results
-        # By the plan's id: of the microbatches whose backward is still to come. A plan is kept
-        # too, lest another one get its id.
+        # By the plan's id, for microbatches whose backward has not run. A plan is kept too, so that
+        # no other one gets its id.
         self._kept: dict[int, tuple[AttentionPlan, Tensor | Offloaded, Tensor]] = {}
         self.offload = offload
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
@@ -100,7 +100,7 @@ class TreeAttention(nn.Module):
 
 
 class _TreeAttentionFunction(torch.autograd.Function):
-    """Exchange, attend, exchange back; saves no tensor that is longer than this rank's share."""
+    """Exchanges, attends and exchanges back; saves no tensor longer than this rank's share."""
 
     @staticmethod
     def forward(
@@ -161,7 +161,7 @@ def attend(
         scale: of the scores.
 
     Returns:
-        Output [q,H,D] and log-sum-exp [H,q]; 0 for padding, which is in no piece.
+        Output [q,H,D] and log-sum-exp [H,q]; 0 for padding, which no piece contains.
     """
     query, key, value = entered
     if not plan.pieces:
@@ -203,11 +203,11 @@ def attend_backward(
     *,
     scale: float,
 ) -> QueryKeyValue:
-    """Gradients of `attend`'s query, key and value.
+    """Returns the gradients of the query, key and value of `attend`.
 
-    A key may be attended from several blocks, whose gradients must not be rounded in between: they
-    are summed in fp32 at least, and so are a query's over its blocks. Where there are two at most,
-    one sum in the tensors' own dtype is as exact.
+    Several blocks may attend one key. Their gradients must not be rounded in between: they are
+    summed in fp32 at least, and so are those of a query over its blocks. Where there are two at
+    most, one sum in the tensors' own dtype is as exact.
     """
     query, key, value = entered
     if not plan.pieces:
@@ -251,7 +251,7 @@ def attend_backward(
 
 
 def _rectangle(entered: QueryKeyValue, queries: Span, keys: Span, *, scale: float) -> Block:
-    """The block in which these queries attend all of these keys."""
+    """Returns the block in which these queries attend all of these keys."""
     query, key, value = entered
     return one_block(
         _rows(query, queries), _rows(key, keys), _rows(value, keys), causal=False, scale=scale
@@ -263,7 +263,7 @@ def _rows(tensor: Tensor, span: Span) -> Tensor:
 
 
 def _at(tensor: Tensor, rows: slice | Tensor) -> Tensor:
-    """`tensor[rows]`, where a whole tensor costs no operator."""
+    """Returns `tensor[rows]`; for all rows, the tensor itself without an operator."""
     is_whole = isinstance(rows, slice) and rows.stop - rows.start == len(tensor)
     return tensor if is_whole else tensor[rows]
 
@@ -271,7 +271,7 @@ def _at(tensor: Tensor, rows: slice | Tensor) -> Tensor:
 def _over_all_keys(
     gradient: Tensor, own: slice | Tensor, num_keys: int, *, dtype: torch.dtype
 ) -> Tensor:
-    """[n,G,D], of the keys `own` -> [k,G,D], 0 for all others."""
+    """[n,G,D] -> [k,G,D]: the gradient of the keys `own`, and 0 for all others."""
     if len(gradient) == num_keys and isinstance(own, slice):
         return gradient.to(dtype)
     whole = gradient.new_zeros(num_keys, *gradient.shape[1:], dtype=dtype)
@@ -280,10 +280,10 @@ def _over_all_keys(
 
 
 def _merge_(output: Tensor, logsumexp: Tensor, parts: list[Attended]) -> None:
-    """Joins `parts`, which are over other keys, to an output [q,H,D] and log-sum-exp [H,q].
+    """Merges `parts`, which are over other keys, into an output [q,H,D] and log-sum-exp [H,q].
 
-    Each is weighted by its share of the softmax denominator: of two, by a sigmoid. Outputs are
-    rounded once, when all are joined.
+    Each is weighted by its share of the softmax denominator, which is a sigmoid for two. Outputs
+    are rounded once, after all are merged.
     """
     exact = output
     for part, part_logsumexp in parts:

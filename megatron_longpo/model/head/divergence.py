@@ -1,10 +1,11 @@
 """Reverse KL divergence between next-token distributions, without ever building all logits.
 
-As the log-prob head, it runs over chunks of places whose logits live only while they are needed,
-and are computed again in backward; the vocabulary may be sharded over tensor-parallel ranks.
+As in logprobs.py, it runs over chunks of places whose logits are in memory only while they are
+needed, and are computed again in backward. The vocabulary may be sharded over tensor-parallel
+ranks.
 
-Letters: t student tokens, s teacher states, h and g hidden sizes of student and teacher, v this
-rank's share of the padded vocabulary, d places, c places of a chunk.
+Letters: t student tokens, h and g hidden sizes of student and teacher, v this rank's share of the
+padded vocabulary, d places, c places of a chunk.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch.distributed import ProcessGroup
 from megatron_longpo.model.head.logprobs import VocabularyShard, log_sum_exp
 
 CHUNK_BYTES = 256 * 2**20
-"""Room for one model's logits of a chunk in fp32; backward needs several times that."""
+"""Bytes of one model's logits of a chunk in fp32; backward needs several times that."""
 
 
 def reverse_kl(
@@ -33,10 +34,10 @@ def reverse_kl(
     *,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Tensor:
-    """KL( student || teacher ) = sum_v p_v (log p_v - log q_v) of each place, in nats.
+    """Returns KL(student || teacher) = sum_v p_v (log p_v - log q_v) of each place, in nats.
 
-    The teacher gets no gradient. `hidden`'s is this rank's part of a sum over tensor-parallel
-    ranks, as in `logprob_head.edge_logps`.
+    The teacher gets no gradient. That of `hidden` is this rank's part of a sum over tensor-parallel
+    ranks, as in `logprobs.edge_logps`.
 
     Args:
         hidden: [t,h] the student's final hidden states.
@@ -56,7 +57,10 @@ def reverse_kl(
 
 
 def place_chunks(num_places: int, weight: Tensor, chunk_bytes: int) -> Iterator[slice]:
-    """Places of which one model's logits take at most `chunk_bytes` in fp32; at least one."""
+    """Yields chunks of places; one model's logits of one take at most `chunk_bytes` in fp32.
+
+    A chunk has one place at least.
+    """
     size = max(1, chunk_bytes // (4 * weight.shape[0]))
     for begin in range(0, num_places, size):
         yield slice(begin, begin + size)
@@ -130,7 +134,7 @@ class _ReverseKL(torch.autograd.Function):
 
 
 def _logits(states: Tensor, weight: Tensor, shard: VocabularyShard, dtype: torch.dtype) -> Tensor:
-    """[c,h] -> [c, rows that stand for a token]: padding's 0 log 0 would be NaN."""
+    """[c,h] -> [c, rows that stand for a token]: with padding, 0 log 0 would be NaN."""
     return (states @ weight[: shard.num_valid].T).to(dtype)
 
 

@@ -1,7 +1,7 @@
 """Row-wise arithmetic over a chunk of logits: log-sum-exps, targets' logits, gradients.
 
-On GPUs each is one Triton kernel that reads the logits once, as they come, and computes in fp32;
-elsewhere, and where Triton is missing, plain torch in fp32 or better.
+On GPUs each is one Triton kernel that reads the logits once, in their own dtype, and computes in
+fp32. Elsewhere, and where Triton is missing, it is plain torch in fp32 or better.
 
 Letters: c edges of a chunk, v this rank's rows of the padded vocabulary.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 def row_statistics(logits: Tensor, targets: Tensor, *, num_valid: int) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp of every row, and the logit of its target.
+    """Returns the log-sum-exp of every row, and the logit of its target.
 
     Args:
         logits: [c,v]; not changed.
@@ -50,7 +50,7 @@ def logits_gradient_(
         num_valid: columns that stand for a token; the others' gradient is 0.
 
     Returns:
-        `logits`, in the dtype they came in.
+        `logits`, in their own dtype.
     """
     kernels = _triton_kernels(logits)
     if kernels is not None:

@@ -12,12 +12,12 @@ import triton.language as tl
 from torch import Tensor
 
 COLUMNS = 4096
-"""Of a block; a vocabulary of 32,000 is 8 blocks."""
+"""Columns of a block; a vocabulary of 32,000 is 8 blocks."""
 NUM_WARPS = 8
 
 
 def row_statistics(logits: Tensor, targets: Tensor, num_valid: int) -> tuple[Tensor, Tensor]:
-    """See logit_rows.row_statistics."""
+    """Computes `logit_rows.row_statistics`."""
     normalizers = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     picked = torch.empty_like(normalizers)
     if len(logits):
@@ -37,7 +37,7 @@ def row_statistics(logits: Tensor, targets: Tensor, num_valid: int) -> tuple[Ten
 def logits_gradient_(
     logits: Tensor, targets: Tensor, normalizers: Tensor, grads: Tensor, num_valid: int
 ) -> None:
-    """See logit_rows.logits_gradient_."""
+    """Computes `logit_rows.logits_gradient_`."""
     rows, columns = logits.shape
     if rows:
         _logits_gradient[(rows, triton.cdiv(columns, COLUMNS))](

@@ -1,8 +1,8 @@
 """Log-probabilities of edges from hidden states, without ever building all logits.
 
-The output layer runs over chunks of edges; a chunk's logits live only while its log-sum-exp is
-taken, and are computed again in backward. The vocabulary may be sharded over tensor-parallel
-ranks, as in `tensor_parallel.vocab_parallel_cross_entropy`.
+The output layer runs over chunks of edges. A chunk's logits are in memory only while its
+log-sum-exp is computed, and are computed again in backward. The vocabulary may be sharded over
+tensor-parallel ranks, as in `tensor_parallel.vocab_parallel_cross_entropy`.
 
 Letters: t tokens, h hidden size, v this rank's share of the padded vocabulary, e edges, c edges of
 a chunk.
@@ -26,13 +26,13 @@ from megatron_longpo.model.head.logit_rows import logits_gradient_, row_statisti
 from megatron_longpo.parallel.transfer import to_device
 
 CHUNK_BYTES = 1280 * 2**20
-"""Room for one chunk's logits, of which there is one copy: gradients overwrite them. Fewer chunks
-add to the weight's gradient, as large as 2 GiB in fp32, less often."""
+"""Bytes of one chunk's logits, of which there is one copy: gradients overwrite them. Fewer, larger
+chunks add less often to the weight's gradient, which takes up to 2 GiB in fp32."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VocabularyShard:
-    """Which token ids the rows of this rank's output weight stand for."""
+    """The token ids that the rows of this rank's output weight stand for."""
 
     start: int
     """Token id of the first row."""
@@ -42,7 +42,7 @@ class VocabularyShard:
 
     @staticmethod
     def of_rank(*, rows: int, vocab_size: int, group: ProcessGroup) -> VocabularyShard:
-        """The shard of this rank where each rank of `group` holds `rows` rows."""
+        """Returns the shard of this rank where each rank of `group` holds `rows` rows."""
         start = rows * group.rank()
         return VocabularyShard(
             start=start, num_valid=min(max(vocab_size - start, 0), rows), group=group
@@ -59,10 +59,10 @@ def edge_logps(
     sources_on_host: np.ndarray | None = None,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Tensor:
-    """Log-probability, in nats, that each edge's source token gives to its target.
+    """Returns the log-probability, in nats, that each edge's source token gives to its target.
 
     Under tensor parallelism `hidden` is whole on every rank, and its gradient is this rank's part
-    of a sum over ranks: the caller's gather or copy from the tensor-parallel region adds them up.
+    of a sum over ranks: the caller's gather or copy from the tensor-parallel region sums them.
 
     Args:
         hidden: [t,h] final hidden states.
@@ -70,7 +70,8 @@ def edge_logps(
         sources: [e] int64, indices into `hidden`; may repeat.
         targets: [e] int64 token ids.
         shard: what the rows of `weight` are.
-        sources_on_host: the same as `sources`; None = they are read back, which waits for a GPU.
+        sources_on_host: the same as `sources`; None = they are read back, and the CPU waits for the
+            GPU.
         chunk_bytes: bytes of one chunk's logits.
 
     Returns:
@@ -149,12 +150,12 @@ class _EdgeLogps(torch.autograd.Function):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Edges:
-    """Sources of all edges, looked at once on the CPU: which follow each other, which repeat."""
+    """Sources of all edges, and what the CPU finds out about them: which are adjacent or repeat."""
 
     sources: Tensor
-    """[e] on the device."""
+    """[e] int64 on the device."""
     on_host: np.ndarray
-    """[e], the same."""
+    """[e] int64, the same on the host."""
     repeated: np.ndarray
     """[r] sources of several edges, such as the last token of a shared prefix; ascending."""
     is_covered: bool
@@ -173,19 +174,19 @@ class _Edges:
         )
 
     def chunks(self) -> Iterator[slice]:
-        """Cuts of the edges; none is empty."""
+        """Yields chunks of the edges, none of them empty."""
         num_edges = len(self.on_host)
         for begin in range(0, num_edges, self.chunk_edges):
             yield slice(begin, min(begin + self.chunk_edges, num_edges))
 
     def run(self, chunk: slice) -> slice | None:
-        """The tokens that a chunk's sources are, where they are neighbours in ascending order."""
+        """Returns the tokens of a chunk's sources if they are adjacent and ascending, else None."""
         sources = self.on_host[chunk]
         is_run = (np.diff(sources) == 1).all()
         return slice(int(sources[0]), int(sources[-1]) + 1) if is_run else None
 
     def states(self, hidden: Tensor, chunk: slice) -> Tensor:
-        """[t,h] -> [c,h]; a view where the sources are neighbours."""
+        """[t,h] -> [c,h]: states of a chunk's sources; a view where they are adjacent."""
         run = self.run(chunk)
         return hidden[self.sources[chunk]] if run is None else hidden[run]
 
@@ -193,8 +194,8 @@ class _Edges:
 class _HiddenGradient:
     """The gradient of hidden states in their own dtype, summed in fp32 where sources repeat.
 
-    A gradient of all tokens in fp32 would be the largest tensor of the head, for the sake of the
-    few tokens that have more than one edge.
+    In fp32 for all tokens it would be the head's largest tensor, while only a few tokens have more
+    than one edge.
     """
 
     def __init__(self, edges: _Edges, hidden: Tensor, *, accumulator: torch.dtype) -> None:
@@ -205,7 +206,7 @@ class _HiddenGradient:
         self.sums = hidden.new_zeros(len(edges.repeated), hidden.shape[1], dtype=accumulator)
 
     def add(self, chunk: slice, logits_grad: Tensor, weight: Tensor) -> None:
-        """Takes in a chunk's [c,v]; rows of repeated sources are put right by `total`."""
+        """Adds a chunk's gradient [c,v]. `total` corrects the rows of repeated sources."""
         run = self.edges.run(chunk)
         if run is None:
             rows = logits_grad @ weight
@@ -222,13 +223,13 @@ class _HiddenGradient:
             )
 
     def total(self) -> Tensor:
-        """[t,h]."""
+        """Returns the gradient of all tokens, [t,h]."""
         self.gradient[self.repeated] = self.sums.to(self.gradient.dtype)
         return self.gradient
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, in the total's dtype though the factors have fewer digits."""
+    """Adds left @ right to `total` in its dtype, which may be more precise than the factors'."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
     elif left.is_cuda and _has_mixed_addmm():
@@ -244,12 +245,12 @@ def _has_mixed_addmm() -> bool:
 
 
 def log_sum_exp(logits: Tensor, group: ProcessGroup) -> Tensor:
-    """[c,v] -> [c], over the whole vocabulary."""
+    """[c,v] -> [c]: log-sum-exps over the whole vocabulary."""
     return log_sum_over(torch.logsumexp(logits, dim=-1), group)
 
 
 def log_sum_over(local: Tensor, group: ProcessGroup) -> Tensor:
-    """[e] log-sum-exps over each rank's vocabulary -> over the whole one."""
+    """[e] -> [e]: log-sum-exps over the whole vocabulary, from those over each rank's share."""
     if group.size() == 1:
         return local
     highest = local.clone()
@@ -260,6 +261,6 @@ def log_sum_over(local: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def local_columns(targets: Tensor, shard: VocabularyShard) -> Tensor:
-    """[e]: column of each target in this rank's logits, -1 where it has none."""
+    """Returns [e], the column of each target in this rank's logits, -1 where it has none."""
     columns = targets - shard.start
     return torch.where((columns >= 0) & (columns < shard.num_valid), columns, -1)

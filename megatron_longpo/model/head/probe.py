@@ -1,16 +1,13 @@
-"""What an evaluation asks of the head: greedy hits, and how far a base model's predictions are.
+"""Greedy hits, and divergences from a base model, without ever building all logits.
 
-Forward only, over chunks of places whose logits live while they are looked at, as in
-`logprob_head`; the vocabulary may be sharded over tensor-parallel ranks.
+Both run forward only, over chunks of places whose logits are in memory only while they are read, as
+in logprobs.py. The vocabulary may be sharded over tensor-parallel ranks.
 
-Letters: t tokens, s teacher states, h and g hidden sizes of policy and base, v this rank's share of
-the padded vocabulary, e edges, d places, c places of a chunk.
+Letters: t tokens, h and g hidden sizes of policy and base, v this rank's share of the padded
+vocabulary, e edges, d places, c places of a chunk.
 """
 
 from __future__ import annotations
-
-import dataclasses
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -25,40 +22,9 @@ from megatron_longpo.model.head.logprobs import (
     log_sum_exp,
     log_sum_over,
 )
-from megatron_longpo.parallel.layout import RankPack
 
 NO_TOKEN = torch.iinfo(torch.int64).max
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BaseStates:
-    """What a base model that is no longer in memory said at a pack's places."""
-
-    states: Tensor
-    """[s,g] its final hidden state at every place of the whole pack, by slot."""
-    weight: Tensor
-    """[v,g] this rank's rows of its output weight, on any device."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ProbePack(RankPack):
-    """A microbatch that is looked at, not learned from.
-
-    The last stage gives [2, e + d]: of every edge the log-probability in nats and whether its
-    target is what greedy decoding would write; of every place KL(base || policy) in nats and
-    whether the two would write the same token. The base is the reference, or `base`.
-    """
-
-    base: BaseStates | None = None
-    wants_states: bool = False
-    """The last stage gives the policy's final hidden states at the places instead, [d, h]."""
-
-    @staticmethod
-    def of(
-        pack: RankPack, *, base: BaseStates | None = None, wants_states: bool = False
-    ) -> ProbePack:
-        fields = {field.name: getattr(pack, field.name) for field in dataclasses.fields(RankPack)}
-        return ProbePack(**fields, base=base, wants_states=wants_states)
+"""In the place of a token id, larger than all of them."""
 
 
 def edge_outcomes(
@@ -70,7 +36,7 @@ def edge_outcomes(
     *,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Tensor:
-    """What the model says of each edge: how likely its target is, and whether the likeliest.
+    """Returns how likely each edge's target is, and whether it is the likeliest token.
 
     Args:
         hidden: [t,h] final hidden states.
@@ -82,8 +48,8 @@ def edge_outcomes(
 
     Returns:
         [2,e] in fp32 (fp64 for fp64 inputs), the same on every tensor-parallel rank:
-        log-probabilities in nats, as `logprob_head.edge_logps` gives them, and 1 where greedy
-        decoding would write the target: of equally likely tokens the first.
+        log-probabilities in nats, as `logprobs.edge_logps` gives them, and 1 where greedy decoding
+        would write the target: of equally likely tokens the first.
     """
     accumulator = torch.promote_types(hidden.dtype, torch.float32)
     outcomes = torch.empty(2, len(sources), dtype=accumulator, device=hidden.device)
@@ -109,7 +75,7 @@ def compare_with_base(
     *,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Tensor:
-    """KL(base || policy) = sum_v q_v (log q_v - log p_v) of each place, and who agrees.
+    """Returns KL(base || policy) = sum_v q_v (log q_v - log p_v) of each place, and agreements.
 
     Args:
         hidden: [t,h] the policy's final hidden states.
@@ -142,7 +108,7 @@ def compare_with_base(
 
 
 def likeliest_tokens(logits: Tensor, shard: VocabularyShard) -> Tensor:
-    """[c, rows that stand for a token] -> [c] token ids over the whole vocabulary."""
+    """[c, rows that stand for a token] -> [c]: the likeliest token ids of the whole vocabulary."""
     if not shard.num_valid:
         best = logits.new_full(logits.shape[:1], -torch.inf)
         tokens = torch.full_like(best, NO_TOKEN, dtype=torch.int64)

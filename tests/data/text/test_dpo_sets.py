@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from megatron_longpo.config.tokenize import InspectConfig, TokenizeConfig
+from megatron_longpo.config.inspect import InspectConfig
+from megatron_longpo.config.tokenize import TokenizeConfig
 from megatron_longpo.data.inspect.run import run_inspect
 from megatron_longpo.data.rows.dataset import open_rows
 from megatron_longpo.data.rows.schema import IGNORED_LABEL, PreferenceRow, TokenRow

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_longpo.config.names import CutFrom
 from megatron_longpo.data.text.prompt_layout import (
-    CutFrom,
     cut_document,
     cut_spans,
     opening_messages,

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_longpo.config.tokenize import InspectConfig, TokenizeConfig
+from megatron_longpo.config.inspect import InspectConfig
+from megatron_longpo.config.tokenize import TokenizeConfig
 from megatron_longpo.data.common_prefix import common_prefix_length
 from megatron_longpo.data.inspect.run import run_inspect
 from megatron_longpo.data.rows.dataset import open_rows

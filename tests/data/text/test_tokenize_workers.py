@@ -117,9 +117,6 @@ def test_number_of_workers(tmp_path: Path, model: str) -> None:
     assert choose_num_workers(None, 15) == 1, "starting a process costs more than it saves"
     assert choose_num_workers(64, 3) == 3
     assert 1 <= choose_num_workers(None, 10**6) <= (os.cpu_count() or 1)
-    config = TokenizeConfig(examples="e", output="o", tokenizer=model, num_workers=0)
-    with pytest.raises(UserError, match=r"num_workers \(0\): must be at least 1"):
-        run_tokenize(config)
 
 
 def dying_task() -> Any:

@@ -252,8 +252,3 @@ def test_a_model_whose_rope_depends_on_the_longest_text_is_written_alone(
         make_backend(config(folder, documents_at_once=2))
     assert make_backend(config(folder)).documents_at_once == 1
     assert make_backend(config(model)).documents_at_once == 1  # the default
-
-
-def test_a_server_has_another_setting(model: str) -> None:
-    with pytest.raises(UserError, match=r"documents_at_once \(2\): .* server.concurrency"):
-        make_backend(config(model, backend="server", documents_at_once=2))

@@ -276,30 +276,6 @@ def test_which_model_is_served(model: str, server: Loopback) -> None:
     assert server.bodies[0]["model"] == "large"
 
 
-@pytest.mark.parametrize(
-    ("urls", "changes", "message"),
-    [
-        ([], {}, r"server.endpoints \(\[\]\): backend: server needs at least one URL"),
-        (["host:8000"], {}, r"server.endpoints\[0\] \(host:8000\): must be a URL such as http"),
-        (["http://me:pass@host/v1"], {}, r"server.endpoints\[0\] \(host\): must hold no password"),
-        (["http://h/v1"], {"api_key_env": SECRET}, "server.api_key_env: must be the name of an en"),
-    ],
-)
-def test_bad_settings(model: str, urls: list[str], changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message) as caught:
-        make(model, *urls, **changes)
-    assert SECRET not in str(caught.value) and "pass@" not in str(caught.value)
-
-
-def test_settings_of_the_other_backend(model: str) -> None:
-    for settings, message in (
-        ({"server": ServerConfig(endpoints=["http://h/v1"])}, "has no server.endpoints; set backe"),
-        ({"backend": "server", "rope_theta": 1e7}, r"rope_theta \(1e\+07\): a server has its own"),
-    ):
-        with pytest.raises(UserError, match=message):
-            make_backend(BackendConfig(model=model, **settings))
-
-
 # ---------------------------------------------------------------- the API key
 
 

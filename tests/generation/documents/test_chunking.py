@@ -8,8 +8,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from megatron_longpo.config.names import DocumentKind
 from megatron_longpo.generation.documents.chunking import Chunk, chunk_document
-from megatron_longpo.generation.documents.kinds import KINDS, Kind
+from megatron_longpo.generation.documents.kinds import KINDS
 from megatron_longpo.generation.documents.token_spans import TokenSpans, find_token_spans
 from tests import small_tokenizers as small
 
@@ -23,12 +24,12 @@ def char_spans(text: str) -> np.ndarray:
     return np.stack([np.arange(len(text)), np.arange(len(text)) + 1], axis=1)
 
 
-def chunks(text: str, least: int, most: int, kind: Kind = "text") -> list[Chunk]:
+def chunks(text: str, least: int, most: int, kind: DocumentKind = "text") -> list[Chunk]:
     tokens = find_token_spans(text, word_spans)
     return chunk_document(text, tokens=tokens, kind=kind, min_tokens=least, max_tokens=most)
 
 
-def texts(text: str, least: int, most: int, kind: Kind = "text") -> list[str]:
+def texts(text: str, least: int, most: int, kind: DocumentKind = "text") -> list[str]:
     return [chunk.text for chunk in chunks(text, least, most, kind)]
 
 
@@ -94,7 +95,7 @@ CLASS = "a = b\n\nclass A:\n    one\n\n    def two\n\n    three\n\ng = h"
         (CLASS, "code", "class A:\n    one\n\n    def two\n\n    three"),
     ],
 )
-def test_blocks_stay_whole_where_they_fit(text: str, kind: Kind, block: str) -> None:
+def test_blocks_stay_whole_where_they_fit(text: str, kind: DocumentKind, block: str) -> None:
     size = len(block.split())
     assert any(block in chunk for chunk in texts(text, 1, size + 1, kind))
     # As plain text the same limits tear it apart.
@@ -150,7 +151,7 @@ def model_spans(text: str) -> np.ndarray:
 )
 @example("🙂", "text", 1, 0)
 @settings(max_examples=300, deadline=None)
-def test_spans_and_bounds(text: str, kind: Kind, least: int, more: int) -> None:
+def test_spans_and_bounds(text: str, kind: DocumentKind, least: int, more: int) -> None:
     most = least + more
     for spans_of in (char_spans, model_spans):
         tokens = find_token_spans(text, spans_of)
@@ -204,7 +205,7 @@ def test_pieces_are_tokenised_as_the_whole(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("line", ["x", "a b. ", "```\n", "\\begin{x}\n", "Title\n=====\n\n", "\n"])
-def test_time_grows_with_the_length_only(line: str, kind: Kind) -> None:
+def test_time_grows_with_the_length_only(line: str, kind: DocumentKind) -> None:
     def seconds(length: int) -> float:
         text = line * (length // len(line))
         starts = np.arange(0, len(text), 4)

@@ -4,14 +4,9 @@ import gzip
 import json
 from operator import length_hint
 from pathlib import Path
-from typing import Any
 
-import pytest
-
-from megatron_longpo.config.generate import GenerateConfig
-from megatron_longpo.errors import UserError
 from megatron_longpo.generation.documents.formats import ReadOptions
-from megatron_longpo.generation.documents.reading import DocumentSet, open_documents
+from megatron_longpo.generation.documents.reading import DocumentSet
 from tests.generation.documents.documents import prose
 
 PAGE = (
@@ -78,21 +73,3 @@ def test_shards_share_the_documents_out(tmp_path: Path) -> None:
     assert all(part == sorted(part, key=everything.index) for part in found)
     assert sum((part.dropped for part in parts), parts[0].dropped.__class__()) == whole.dropped
     assert [length_hint(part) for part in parts] == [15] * 4
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"near_duplicates": 80.0}, r"near_duplicates \(80.0\): must be above 0 and at most 1"),
-        ({"encoding": "utf-9"}, r"encoding \(utf-9\): Python knows no such encoding"),
-        (
-            {"min_document_tokens": 9, "max_document_tokens": 8},
-            r"min_document_tokens \(9\): must not exceed max_document_tokens \(8\)",
-        ),
-    ],
-)
-def test_bad_settings_are_named(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("a")
-    config = GenerateConfig(model="m", documents=str(tmp_path), output="o", **changes)
-    with pytest.raises(UserError, match=message):
-        open_documents(config)

@@ -4,10 +4,9 @@ from typing import get_args
 
 import pytest
 
+from megatron_longpo.config.names import DEFAULT_FILTERS, FilterName
 from megatron_longpo.generation.questions.filters import (
-    DEFAULT_FILTERS,
     MOST_REPEATED,
-    FilterName,
     Filters,
     is_loop,
     language,

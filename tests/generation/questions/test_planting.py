@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_longpo.config.names import FactSplit
 from megatron_longpo.generation.questions.facts import holds_fact
-from megatron_longpo.generation.questions.planted_facts import PLANTED_KINDS, Split, made_up_fields
+from megatron_longpo.generation.questions.planted_facts import PLANTED_KINDS, made_up_fields
 from megatron_longpo.generation.questions.planting import Planting, plant
 
 PROSE = "The harbour is old.\n\nIt has a ledger. It has barrels.\n\nNobody paid.\n\nThe end.\n"
@@ -31,7 +32,9 @@ def without(planting: Planting) -> set[str]:
     st.integers(min_value=0, max_value=10_000),
     st.sampled_from(["train", "test"]),
 )
-def test_spans_hold_what_they_held(parts: list[str], index: int, seed: int, split: Split) -> None:
+def test_spans_hold_what_they_held(
+    parts: list[str], index: int, seed: int, split: FactSplit
+) -> None:
     parts[index] = "A b c d e." + parts[index] + "f g h i j."
     document = "xx" + "".join(parts) + "yy"
     starts = [2 + sum(map(len, parts[:number])) for number in range(3)]

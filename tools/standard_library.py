@@ -1,6 +1,6 @@
 """Collects documents that every machine has: sources of Python's own standard library.
 
-    python examples/quickstart/documents.py OUTPUT_FOLDER [--number 4] [--min-chars N --max-chars N]
+    python tools/standard_library.py OUTPUT_FOLDER [--number 4] [--min-chars N --max-chars N]
 
 The files are copied, to be read on this machine only; nothing of them is part of this project.
 """

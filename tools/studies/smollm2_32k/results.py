@@ -12,11 +12,12 @@ from typing import Any
 
 import yaml
 
-from examples.smollm2_32k.plan import Run
 from megatron_longpo.data.jsonl import write_whole
 from megatron_longpo.engine.run_folder import package_versions
+from tools.studies.smollm2_32k.plan import Run
 
-HERE = Path(__file__).resolve().parent
+RECIPE = Path(__file__).resolve().parents[3] / "examples" / "smollm2_32k"
+"""The recipe whose YAML files the runs are made by."""
 
 CURVES = (
     "loss",
@@ -73,7 +74,7 @@ def settings_of(run: Run) -> str:
     """Digest of the files of settings that a run is made by, comments apart; its options are in its
     name."""
     names = ["evaluate.yaml"] if run.method is None else ["train.yaml", "evaluate.yaml"]
-    contents = [yaml.safe_load((HERE / name).read_text(encoding="utf-8")) for name in names]
+    contents = [yaml.safe_load((RECIPE / name).read_text(encoding="utf-8")) for name in names]
     return hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:8]
 
 

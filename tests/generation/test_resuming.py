@@ -1,5 +1,4 @@
-"""Interrupted, sharded, contended: whatever happens, the final file is the same, or one line says
-why there is none."""
+"""Runs that are killed, stopped, resumed or shared out as shards write the same file."""
 
 from __future__ import annotations
 
@@ -16,16 +15,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_longpo.data.text.examples import ExampleFile
 from megatron_longpo.errors import StopRequested, UserError
 from megatron_longpo.generation import generate
-from megatron_longpo.generation.backends.base import BackendError
-from megatron_longpo.generation.shards import failures
-from megatron_longpo.generation.shards.files import Record, ShardWriter
+from megatron_longpo.generation.shards.locks import hold
 from megatron_longpo.runtime import stop
 from tests.generation.scripted import Install, by_length, settings, whole_file
-
-# ---------------------------------------------------------------- the same file, however it comes
 
 
 @pytest.mark.parametrize("num_shards", [1, 2, 4])
@@ -92,30 +86,6 @@ def test_a_run_cut_anywhere_goes_on_to_the_same_file(
         assert Path(config.output).read_bytes() == whole
 
 
-def test_damage_inside_a_shard_is_named(
-    many_documents: str, tmp_path: Path, scripted: Install
-) -> None:
-    scripted(by_length)
-    config = settings("m", many_documents, tmp_path, shard="0/2")
-    generate.run_generate(config)
-    shard = tmp_path / "examples.jsonl.partial" / "shard-0-of-2.jsonl"
-    lines = shard.read_bytes().splitlines(keepends=True)
-    shard.write_bytes(lines[0] + b"\0" * 10 + b"\n" + b"".join(lines[2:]))
-    with pytest.raises(UserError, match=r"shard-0-of-2.jsonl:2: is damaged \(.*\); remove"):
-        generate.run_generate(config)
-
-
-def test_a_reason_may_hold_anything(tmp_path: Path) -> None:
-    reason = 'HTTP 500: {"error":1,"example":2}\n'
-    with ShardWriter(tmp_path / "shard.jsonl") as file:
-        file.append(Record(number=3, id="x", dropped={reason: 2}), None)
-    with ShardWriter(tmp_path / "shard.jsonl") as file:
-        assert file.done[3].dropped == {reason: 2}
-
-
-# ---------------------------------------------------------------- stopping
-
-
 def test_a_stop_signal_finishes_what_is_under_way(
     many_documents: str, tmp_path: Path, scripted: Install, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,50 +134,6 @@ def test_a_signal_ends_the_command_with_75(
     assert shard.read_bytes().endswith(b"\n")
 
 
-# ---------------------------------------------------------------- backends that fail
-
-
-def test_documents_that_a_backend_fails_on_are_tried_again(
-    many_documents: str, tmp_path: Path, scripted: Install
-) -> None:
-    whole = whole_file(many_documents, tmp_path, scripted)
-
-    def failing(prompt: str) -> str | BackendError:
-        return BackendError("HTTP 500") if "Thing4x" in prompt else by_length(prompt)
-
-    scripted(failing, documents_at_once=2)
-    config = settings("m", many_documents, tmp_path)
-    for _ in range(2):
-        with pytest.raises(
-            UserError, match=r"1 documents were put aside \(1 x HTTP 500\); the same command tries"
-        ):
-            generate.run_generate(config)
-        assert not (tmp_path / "examples.jsonl").exists()
-    backend = scripted(by_length)
-    summary = generate.run_generate(config)
-    assert (summary.num_resumed, len(backend.prompts)) == (8, 4)
-    assert not summary.put_aside
-    assert (tmp_path / "examples.jsonl").read_bytes() == whole
-
-
-def test_merging_without_what_is_unfinished(
-    many_documents: str, tmp_path: Path, scripted: Install, capsys: pytest.CaptureFixture[str]
-) -> None:
-    whole = whole_file(many_documents, tmp_path, scripted)
-    config = settings("m", many_documents, tmp_path, merge=True)
-    with pytest.raises(UserError, match=r"merge \(true\): there is no .*partial"):
-        generate.run_generate(config)
-    scripted(by_length)
-    generate.run_generate(settings("m", many_documents, tmp_path, shard="1/2"))
-    assert generate.run_generate(config).num_examples == 3
-    assert "shard 0/2 has not ended" in capsys.readouterr().err
-    second, third = (tmp_path / "examples.jsonl").read_bytes().splitlines()[1:]
-    assert whole.splitlines()[1:].index(second) < whole.splitlines()[1:].index(third)
-    generate.run_generate(settings("m", many_documents, tmp_path, shard="0/2"))
-    assert (tmp_path / "examples.jsonl").read_bytes() == whole
-    assert not (tmp_path / "examples.jsonl.partial").exists()
-
-
 def test_time_is_counted_over_runs_that_were_interrupted(
     many_documents: str, tmp_path: Path, scripted: Install, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -231,38 +157,28 @@ def test_time_is_counted_over_runs_that_were_interrupted(
     assert generate.run_generate(config).seconds == 12 + 4 * 4
 
 
-def test_a_lost_server_keeps_what_is_finished(
+def test_nothing_finished_leaves_nothing_behind(
     many_documents: str, tmp_path: Path, scripted: Install
 ) -> None:
-    def lost(prompt: str) -> str:
-        if "Thing4x" in prompt:
-            raise UserError("server.endpoints (http://a): cannot be reached")
-        return by_length(prompt)
+    def lost(_: str) -> str:
+        raise UserError("no server")
 
-    scripted(lost, documents_at_once=2)
-    config = settings("m", many_documents, tmp_path)
-    with pytest.raises(UserError, match=r"cannot be reached"):
-        generate.run_generate(config)
-    scripted(by_length)
-    assert generate.run_generate(config).num_resumed >= 3
-
-
-def test_a_backend_that_fails_on_everything_is_given_up(
-    many_documents: str, tmp_path: Path, scripted: Install, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(failures, "MOST_IN_A_ROW", 3)
-    backend = scripted(lambda _: BackendError("HTTP 401"))
-    with pytest.raises(UserError, match=r"3 documents in a row failed, .* with: HTTP 401"):
+    scripted(lost)
+    with pytest.raises(UserError, match="no server"):
         generate.run_generate(settings("m", many_documents, tmp_path))
-    assert len(backend.batches) == 3
+    assert not (tmp_path / "examples.jsonl.partial").exists()
+    # But never what another shard's process has begun.
+    with pytest.raises(UserError, match="no server"):
+        generate.run_generate(settings("m", many_documents, tmp_path, shard="0/2"))
+    with hold(tmp_path / "examples.jsonl.partial" / "shard-1-of-2.lock", what="x"):
+        with pytest.raises(UserError, match="no server"):
+            generate.run_generate(settings("m", many_documents, tmp_path, shard="0/2"))
+        assert (tmp_path / "examples.jsonl.partial" / "shard-1-of-2.lock").exists()
 
 
-def test_the_final_file_reads_as_examples(
+def test_an_old_partial_file_is_in_the_way(
     many_documents: str, tmp_path: Path, scripted: Install
 ) -> None:
-    scripted(by_length)
-    generate.run_generate(settings("m", many_documents, tmp_path, report=True))
-    assert "7 examples with 14 turns" in (tmp_path / "examples.report.html").read_text()
-    examples = list(ExampleFile(tmp_path / "examples.jsonl"))
-    sources = [Path(example.meta["source"]).name for example in examples]
-    assert sources == [f"{number}.txt" for number in (0, 1, 3, 4, 6, 7, 8)]
+    (tmp_path / "examples.jsonl.partial").write_text("{}\n")
+    with pytest.raises(UserError, match=r"examples.jsonl.partial is in the way; remove it"):
+        generate.run_generate(settings("m", many_documents, tmp_path))

@@ -10,20 +10,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from examples.smollm2_32k.commands import Commands, OutOfTime, longpo, options
-from examples.smollm2_32k.pairs import choose_pairs, digest_in, restore_pairs, unpack
-from examples.smollm2_32k.plan import ITERATIONS, Run, Scale
-from examples.smollm2_32k.results import (
+from megatron_longpo.data.jsonl import write_whole
+from megatron_longpo.errors import UserError
+from tools.studies.smollm2_32k.commands import Commands, OutOfTime, longpo, options
+from tools.studies.smollm2_32k.pairs import choose_pairs, digest_in, restore_pairs, unpack
+from tools.studies.smollm2_32k.plan import ITERATIONS, Run, Scale
+from tools.studies.smollm2_32k.results import (
+    RECIPE,
     read_result,
     read_results,
     result_path,
     settings_of,
     write_result,
 )
-from megatron_longpo.data.jsonl import write_whole
-from megatron_longpo.errors import UserError
 
-HERE = Path(__file__).resolve().parent
 HELD_OUT = ("git-doc", "r-doc", "debian-policy", "developers-reference")
 LEAST_GENERATION_SECONDS = 60
 """Generation goes on where it was stopped, so it is begun with as little as this."""
@@ -112,7 +112,7 @@ class Study:
         if self.documents.exists() and self.held_out.exists():
             return
         if self.scale.is_tiny:
-            tool = "examples/quickstart/documents.py"
+            tool = "tools/standard_library.py"
             self.commands.python("documents", tool, self.documents, "--number", 6)
             sizes = ("--min-chars", 13001, "--max-chars", 16000)
             self.commands.python("held_out", tool, self.held_out, *sizes)
@@ -187,7 +187,7 @@ class Study:
         }
         if iteration > 1:
             values |= {"model": self.first_model, **self.scale.generate_next}
-        arguments = ["generate", "--config", HERE / "generate.yaml", *options(values)]
+        arguments = ["generate", "--config", RECIPE / "generate.yaml", *options(values)]
         self.commands.together(
             {
                 f"generate-{iteration}-{shard}": longpo(
@@ -290,7 +290,7 @@ class Study:
         if not run.is_evaluated:
             values |= {"train.eval_interval": 0, "train.eval_at_start": False}
         started = time.monotonic()
-        config = ("--config", HERE / "train.yaml")
+        config = ("--config", RECIPE / "train.yaml")
         self.commands.longpo(f"train-{run.name}", "train", *config, *options(values))
         taken = time.monotonic() - started
         if run.is_exported and not self.exported(run).exists():
@@ -318,7 +318,7 @@ class Study:
         if run.theta is not None:
             values["rope_theta"] = run.theta
         target = self.model if run.method is None else folder / "checkpoints"
-        config = ("--config", HERE / "evaluate.yaml")
+        config = ("--config", RECIPE / "evaluate.yaml")
         self.commands.longpo(f"evaluate-{run.name}", "evaluate", target, *config, *options(values))
 
     # ---------------------------------------------------------------- time

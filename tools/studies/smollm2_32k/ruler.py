@@ -6,11 +6,11 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from examples.smollm2_32k.commands import longpo, options
-from examples.smollm2_32k.results import read_json
-from examples.smollm2_32k.stages import HERE, Study
 from megatron_longpo.data.jsonl import write_whole
 from megatron_longpo.engine.run_folder import package_versions
+from tools.studies.smollm2_32k.commands import longpo, options
+from tools.studies.smollm2_32k.results import RECIPE, read_json
+from tools.studies.smollm2_32k.stages import Study
 
 
 def measure_ruler(study: Study, data: Path | None) -> None:
@@ -37,7 +37,7 @@ def measure_ruler(study: Study, data: Path | None) -> None:
         for name in missing
     }
     values = dict(study.scale.ruler) | ({} if data is None else {"harness.data": data.resolve()})
-    config = ("--config", HERE / "ruler.yaml")
+    config = ("--config", RECIPE / "ruler.yaml")
     commands = {
         f"ruler-{name}": longpo(
             *("evaluate", models[name][1], *config),

@@ -12,11 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from examples.smollm2_32k.outlines import outline_of, restored_examples, write_outlines
 from megatron_longpo.data.jsonl import replacing, write_packed_jsonl, write_whole
 from megatron_longpo.data.text.examples import Example, ExampleFile, example_columns
 from megatron_longpo.errors import UserError
 from megatron_longpo.generation.questions.facts import holds_fact
+from tools.studies.smollm2_32k.outlines import outline_of, restored_examples, write_outlines
 
 NUM_SHOWN = 6
 

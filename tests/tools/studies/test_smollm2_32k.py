@@ -1,10 +1,11 @@
-"""The study in examples/smollm2_32k: its plan, commands and page; all of it in `slow`."""
+"""The study in tools/studies/smollm2_32k: its plan, commands and page; all of it in `slow`."""
 
 from __future__ import annotations
 
 import gzip
 import json
 import os
+import shutil
 import sys
 import time
 from collections import Counter
@@ -15,18 +16,18 @@ from typing import Any
 
 import pytest
 
-from examples.smollm2_32k import page, study
-from examples.smollm2_32k.commands import ROOT, CommandFailed, Commands, OutOfTime, options
-from examples.smollm2_32k.plan import FULL, GRID, SEEDS, SETTING, Run, plan
-from examples.smollm2_32k.results import (
+from megatron_longpo.config.train import load_train_config, resolve
+from tools.studies.smollm2_32k import page, study
+from tools.studies.smollm2_32k.commands import ROOT, CommandFailed, Commands, OutOfTime, options
+from tools.studies.smollm2_32k.plan import FULL, GRID, SEEDS, SETTING, Run, plan
+from tools.studies.smollm2_32k.results import (
     read_results,
     result_path,
     write_result,
 )
-from examples.smollm2_32k.ruler import has_ruler, ruler_path, write_ruler
-from megatron_longpo.config.train import load_train_config, resolve
+from tools.studies.smollm2_32k.ruler import has_ruler, ruler_path, write_ruler
 
-HERE = ROOT / "examples" / "smollm2_32k"
+RECIPE = ROOT / "examples" / "smollm2_32k"
 RUNS = plan(SETTING)
 
 
@@ -56,7 +57,7 @@ def test_training_takes_the_settings(run: Run, tmp_path: Path) -> None:
     values |= {"model.hf_path": "none", "data.path": "none", "logging.dir": str(tmp_path)}
     values |= {"evaluation.nll.documents": "none"}
     values["evaluation.retrieval.haystack"] = "none"
-    config = resolve(load_train_config(["--config", str(HERE / "train.yaml"), *options(values)]))
+    config = resolve(load_train_config(["--config", str(RECIPE / "train.yaml"), *options(values)]))
     assert config.model.rope_theta == run.options.get("model.rope_theta", 1e6)
     assert config.train.steps == run.options.get("train.steps", 160)
     assert config.optimizer.lr == run.options.get("optimizer.lr", 1e-4)
@@ -319,3 +320,17 @@ def test_all_of_it_tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     before = time.monotonic()
     assert study.main() == 0
     assert time.monotonic() - before < 120
+
+
+def test_our_results_are_recognised_and_give_our_page(tmp_path: Path) -> None:
+    """The results in the repository are by the recipe's files as they are, and make its page."""
+    ours = Path(study.__file__).with_name("results")
+    copied = tmp_path / "results"
+    shutil.copytree(ours, copied)
+    (copied / "README.md").unlink()
+    by_name = {result.name: result for result in read_results(copied)}
+    compared = [run for run in RUNS if run.is_compared and run.name in by_name]
+    assert len(compared) >= 20
+    assert all(by_name[run.name].is_by_settings_of(run) for run in compared)
+    page.write_page(copied, tmp_path / "output", tmp_path / "keep", RUNS)
+    assert (copied / "README.md").read_bytes() == (ours / "README.md").read_bytes()

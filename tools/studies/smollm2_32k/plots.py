@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from examples.smollm2_32k.results import Result
 from megatron_longpo.evaluation.figures import (
     color,
     grid,
@@ -19,6 +18,7 @@ from megatron_longpo.evaluation.figures import (
     look,
     save_figures,
 )
+from tools.studies.smollm2_32k.results import Result
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,16 +9,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from examples.smollm2_32k.commands import Commands
-from examples.smollm2_32k.outlines import outline_of
-from examples.smollm2_32k.pairs import copy_whole, description_of, digest_in
-from examples.smollm2_32k.plan import ITERATIONS, Run
-from examples.smollm2_32k.plots import Groups, draw_all, ended, gained, retrieval
-from examples.smollm2_32k.results import Result, read_results
-from examples.smollm2_32k.ruler import read_ruler
 from megatron_longpo.data.jsonl import write_whole
 from megatron_longpo.evaluation.figures import tokens
 from megatron_longpo.evaluation.output import FILE_NAME
+from tools.studies.smollm2_32k.commands import Commands
+from tools.studies.smollm2_32k.outlines import outline_of
+from tools.studies.smollm2_32k.pairs import copy_whole, description_of, digest_in
+from tools.studies.smollm2_32k.plan import ITERATIONS, Run
+from tools.studies.smollm2_32k.plots import Groups, draw_all, ended, gained, retrieval
+from tools.studies.smollm2_32k.results import Result, read_results
+from tools.studies.smollm2_32k.ruler import read_ruler
 
 EARLIER = (
     # Seen on an H100 before this study, with plain PyTorch, AdamW and 175 documents.
@@ -62,7 +62,7 @@ def write_page(results: Path, output: Path, keep: Path, runs: Sequence[Run]) -> 
     leads = dict.fromkeys(run.title for run in runs if run.is_compared and _is_longpo(run))
     parts = [
         "# Results",
-        "Written by `python -m examples.smollm2_32k.study`; [what it is](../README.md).",
+        "Written by `python -m tools.studies.smollm2_32k.study`; [what it is](../README.md).",
         _about(list(found.values())),
         "## Compared",
         _table(compared),

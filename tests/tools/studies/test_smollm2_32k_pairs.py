@@ -1,4 +1,4 @@
-"""The pairs of examples/smollm2_32k: which are chosen, whose they are, and how they come back."""
+"""The study's pairs: which are chosen, whose they are, and how they come back."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from typing import Any
 import pytest
 import yaml
 
-from examples.smollm2_32k import outlines, pairs, study
-from examples.smollm2_32k.commands import ROOT
-from examples.smollm2_32k.plan import FULL, SETTING, plan
 from megatron_longpo.data.jsonl import write_packed_jsonl
 from megatron_longpo.data.text.examples import Example, ExampleFile, Turn, write_examples
 from megatron_longpo.errors import UserError
 from megatron_longpo.generation.questions.planted_facts import PLANTED_KINDS
+from tools.studies.smollm2_32k import outlines, pairs, study
+from tools.studies.smollm2_32k.commands import ROOT
+from tools.studies.smollm2_32k.plan import FULL, SETTING, plan
 
-HERE = ROOT / "examples" / "smollm2_32k"
+RECIPE = ROOT / "examples" / "smollm2_32k"
 RUNS = plan(SETTING)
 
 
 def test_questions_in_training_are_not_those_of_the_evaluation() -> None:
-    config = yaml.safe_load((HERE / "generate.yaml").read_text())
+    config = yaml.safe_load((RECIPE / "generate.yaml").read_text())
     training = {name for name, kind in PLANTED_KINDS.items() if kind.split == "train"}
     assert set(config["fact_kinds"]) <= training - {"access_code"}
     assert config["fact_split"] == "train"

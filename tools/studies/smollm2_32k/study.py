@@ -1,7 +1,7 @@
 """LongPO and what it is compared with, on SmolLM2-135M: from 8K to 32K tokens on one GPU.
 
-    python -m examples.smollm2_32k.study [--minutes 20] [--only NAME ...] [--list]
-    python -m examples.smollm2_32k.study --tiny        # all of it on a CPU, with a random model
+    python -m tools.studies.smollm2_32k.study [--minutes 20] [--only NAME ...] [--list]
+    python -m tools.studies.smollm2_32k.study --tiny     # all of it on a CPU, on a random model
 
 Makes what is missing, in this order: documents, pairs, and run by run a model and its evaluation;
 then the page. What is finished is never done again, so the same command goes on after any kind of
@@ -20,17 +20,17 @@ from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 
-from examples.smollm2_32k.commands import ROOT, CommandFailed, OutOfTime
-from examples.smollm2_32k.page import write_page
-from examples.smollm2_32k.plan import FULL, SETTING, TINY, Run, plan
-from examples.smollm2_32k.ruler import measure_ruler
-from examples.smollm2_32k.stages import Study
 from megatron_longpo.errors import (
     EXIT_BAD_INPUT,
     EXIT_DONE,
     EXIT_STOPPED_ON_REQUEST,
     UserError,
 )
+from tools.studies.smollm2_32k.commands import ROOT, CommandFailed, OutOfTime
+from tools.studies.smollm2_32k.page import write_page
+from tools.studies.smollm2_32k.plan import FULL, SETTING, TINY, Run, plan
+from tools.studies.smollm2_32k.ruler import measure_ruler
+from tools.studies.smollm2_32k.stages import Study
 
 EXIT_FAILED = 1
 
@@ -142,7 +142,8 @@ def do_all(
     Iteration by iteration: what writes pairs has the GPUs to itself.
     """
     free: SimpleQueue[str | None] = SimpleQueue()
-    for gpu in jobs * [*(gpus or [None])]:
+    names: list[str | None] = [*gpus] or [None]
+    for gpu in jobs * names:
         free.put(gpu)
     codes = []
     for iteration in sorted({1, *(run.iteration for run in runs)}):
