@@ -1,4 +1,4 @@
-"""Writes a reference's log-probabilities part by part, in the format of reference_cache.py."""
+"""Writes the log-probabilities of a reference in parts, in the format of `reference_cache.py`."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_longpo import cli
 from megatron_longpo.data.rows.schema import row_columns
-from megatron_longpo.engine.run_folder import settings
+from megatron_longpo.engine.run_folder import plain_config
 from megatron_longpo.errors import EXIT_BAD_INPUT
 from megatron_longpo.parallel.groups import Groups
 from megatron_longpo.training import loop
@@ -36,7 +36,7 @@ def train(
     """Runs `longpo train` with more arguments; returns its one line on stderr."""
     monkeypatch.setattr(loop.process_groups, "shutdown", lambda: None)
     path = tmp_path / "train.yaml"
-    path.write_text(yaml.safe_dump(settings(short_config(shelf, tmp_path / "run"))))
+    path.write_text(yaml.safe_dump(plain_config(short_config(shelf, tmp_path / "run"))))
 
     def run(arguments: Sequence[str]) -> str:
         capsys.readouterr()

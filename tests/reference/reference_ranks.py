@@ -1,6 +1,6 @@
 """Under torchrun: the reference scored under one layout, training on it under another.
 
-    torchrun --nproc-per-node 2 tests/training/reference_ranks.py SHELF FOLDER
+    torchrun --nproc-per-node 2 tests/reference/reference_ranks.py SHELF FOLDER
 
 Prints `same: SCORED UNDER, TRAINED UNDER` for each pair of layouts whose metrics are those of an
 online run.

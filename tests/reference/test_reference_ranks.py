@@ -15,7 +15,7 @@ import psutil
 import yaml
 
 from megatron_longpo.config.train import ParallelConfig, TrainConfig
-from megatron_longpo.engine.run_folder import settings
+from megatron_longpo.engine.run_folder import plain_config
 from megatron_longpo.errors import EXIT_DONE, EXIT_STOPPED_ON_REQUEST
 from tests.parity.harness import Shelf
 from tests.reference.cached_runs import cached_config
@@ -30,7 +30,7 @@ def test_scored_under_one_layout_and_trained_under_another(shelf: Shelf, tmp_pat
     # Made here: ranks that made the same folder at once would get in each other's way.
     for _, _, name in RUNS:
         cached_config(shelf, tmp_path, case=two_layers(name))
-    result = torchrun("tests/training/reference_ranks.py", str(shelf.root), str(tmp_path), ranks=2)
+    result = torchrun("tests/reference/reference_ranks.py", str(shelf.root), str(tmp_path), ranks=2)
     assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
     assert result.stdout.count("same: ") == len(RUNS)
 
@@ -94,6 +94,6 @@ def wait_for(process: subprocess.Popen[str], is_time: Callable[[], bool]) -> Non
 
 def write(config: TrainConfig, file: Path) -> Path:
     """Settings of an online run, for the command line to change."""
-    values = settings(replace(config, parallel=ParallelConfig()))
+    values = plain_config(replace(config, parallel=ParallelConfig()))
     file.write_text(yaml.safe_dump(values), encoding="utf-8")
     return file

@@ -16,7 +16,7 @@ from megatron_longpo.objectives import OBJECTIVES
 from megatron_longpo.parallel.groups import Groups
 from megatron_longpo.parallel.layout import lay_out_pack
 from megatron_longpo.training import loop
-from tests.engine.test_loss_path import scores_of, settings_of
+from tests.engine.test_loss_path import scores_of, tree_config_of
 from tests.objectives.logps import objective
 from tests.operators import Operators
 from tests.parity.harness import Shelf
@@ -46,7 +46,7 @@ def test_no_loss_waits(name: str, turns: str, single_process: Groups) -> None:
                 chosen_answer_lengths=(4, 1, 6)[:num_turns],
                 rejected_answer_lengths=(3, 5, 2)[:num_turns],
             ),
-            settings_of(loss, share=True),
+            tree_config_of(loss, share=True),
         )
         for num_turns in (1, 2, 3)
     ]
