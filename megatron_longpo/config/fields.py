@@ -32,7 +32,7 @@ class Limits:
     at_most: float | None = None
 
     def hold(self, number: float) -> bool:
-        """Whether a number is within the range; nan and infinity never are."""
+        """Returns whether a number is within the range; nan and infinity never are."""
         return (
             math.isfinite(number)
             and (self.above is None or number > self.above)
@@ -82,7 +82,7 @@ class Setting:
 
 
 def is_optional(annotation: Any) -> bool:
-    """Whether null is allowed: `int | None`."""
+    """Returns whether null is allowed: `int | None`."""
     return type(None) in get_args(annotation)
 
 
@@ -206,7 +206,7 @@ def expected(annotation: Any) -> str:
 
 
 def accepts(annotation: Any, node: yaml.Node) -> bool:
-    """Whether a YAML node has the annotated type; the keys of a section are not checked."""
+    """Returns whether a YAML node has the annotated type, the keys of a section apart."""
     tag = node.tag.rpartition(":")[2]
     if tag == "null":
         return is_optional(annotation) or annotation is Any
@@ -231,7 +231,7 @@ def accepts(annotation: Any, node: yaml.Node) -> bool:
 
 
 def takes_text(annotation: Any) -> bool:
-    """Whether any text is accepted (`str`, `str | None`), so that 123 means "123"."""
+    """Returns whether any text is accepted (`str | None`), so that 123 means "123"."""
     inner = without_none(annotation)
     return inner is str or str in get_args(inner)
 

@@ -58,7 +58,7 @@ class ProbeSet:
 
     @cached_property
     def counts_RG(self) -> np.ndarray:
-        """[R, G] int64: the number of scored tokens."""
+        """Counts the scored tokens, [R, G] int64."""
         counts = np.zeros((len(self.rows), self.num_groups), dtype=np.int64)
         for index, row in enumerate(self.rows):
             for branch in row.branches:

@@ -37,7 +37,7 @@ class _SumOver(torch.autograd.Function):
 
 
 def on_any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether `flag` holds on any rank of the world."""
+    """Returns whether `flag` holds on any rank of the world."""
     flags = torch.tensor(int(flag), device=device)
     dist.all_reduce(flags, op=dist.ReduceOp.MAX)
     return bool(flags.item())

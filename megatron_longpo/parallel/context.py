@@ -86,7 +86,7 @@ class GatherKeys:
         self.group = group
 
     def enter(self, local: QueryKeyValue, order: TokenOrder | None) -> QueryKeyValue:
-        """[t,H,D], 2 x [t,G,D] -> [t,H,D], 2 x [T,G,D]."""
+        """Exchanges query, key and value: [t,H,D], 2 x [t,G,D] -> [t,H,D], 2 x [T,G,D]."""
         assert order is not None
         query, key, value = local
         key, value = gathered_tokens(key, value, self.group)
@@ -101,7 +101,7 @@ class GatherKeys:
     def leave_gradients(
         self, gradients: QueryKeyValue, order: TokenOrder | None, *, num_local: int
     ) -> QueryKeyValue:
-        """[t,H,D], 2 x [T,G,D] -> [t,H,D], 2 x [t,G,D]."""
+        """Returns gradients to their tokens: [t,H,D], 2 x [T,G,D] -> [t,H,D], 2 x [t,G,D]."""
         assert order is not None
         query_grad, key_grad, value_grad = gradients
         num_tokens = self.group.size() * num_local
@@ -124,7 +124,7 @@ class ScatterHeads:
         self.repeats = kv_repeats(num_heads, num_kv_heads, group.size())
 
     def enter(self, local: QueryKeyValue, order: TokenOrder | None) -> QueryKeyValue:
-        """[t,H,D], 2 x [t,G,D] -> [T,H/c,D], 2 x [T,G*repeats/c,D]."""
+        """Exchanges them: [t,H,D], 2 x [t,G,D] -> [T,H/c,D], 2 x [T,G*repeats/c,D]."""
         assert order is not None
         query, key, value = local
         return (
@@ -138,7 +138,7 @@ class ScatterHeads:
         return scattered_heads(local, self.group)[order.all]
 
     def leave(self, output: Tensor, order: TokenOrder | None, *, num_local: int) -> Tensor:
-        """[T,H/c,D] -> [t,H,D]."""
+        """Returns the output to its tokens: [T,H/c,D] -> [t,H,D]."""
         assert order is not None
         num_tokens = self.group.size() * num_local
         return gathered_heads(_to_ranks_order(output, order.all, num_tokens), self.group)
@@ -146,7 +146,7 @@ class ScatterHeads:
     def leave_gradients(
         self, gradients: QueryKeyValue, order: TokenOrder | None, *, num_local: int
     ) -> QueryKeyValue:
-        """[T,H/c,D], 2 x [T,G*repeats/c,D] -> [t,H,D], 2 x [t,G,D]."""
+        """Returns gradients: [T,H/c,D], 2 x [T,G*repeats/c,D] -> [t,H,D], 2 x [t,G,D]."""
         query_grad, key_grad, value_grad = (
             self.leave(gradient, order, num_local=num_local) for gradient in gradients
         )
@@ -174,7 +174,7 @@ class ScatterAndGather:
         self.repeats = kv_repeats(num_heads, num_kv_heads, inner.size())
 
     def enter(self, local: QueryKeyValue, order: TokenOrder | None) -> QueryKeyValue:
-        """[t,H,D], 2 x [t,G,D] -> [q,H/n,D], 2 x [T,G*repeats/n,D]."""
+        """Exchanges them: [t,H,D], 2 x [t,G,D] -> [q,H/n,D], 2 x [T,G*repeats/n,D]."""
         assert order is not None
         query, key, value = local
         key, value = (
@@ -184,12 +184,12 @@ class ScatterAndGather:
         return self.enter_like_query(query, order), key[order.all], value[order.all]
 
     def enter_like_query(self, local: Tensor, order: TokenOrder | None) -> Tensor:
-        """[t,H,D] -> [q,H/n,D]."""
+        """Exchanges a tensor of the query's shape: [t,H,D] -> [q,H/n,D]."""
         assert order is not None
         return scattered_heads(local, self.inner)[order.inner]
 
     def leave(self, output: Tensor, order: TokenOrder | None, *, num_local: int) -> Tensor:
-        """[q,H/n,D] -> [t,H,D]."""
+        """Returns the output to its tokens: [q,H/n,D] -> [t,H,D]."""
         assert order is not None
         num_tokens = self.inner.size() * num_local
         return gathered_heads(_to_ranks_order(output, order.inner, num_tokens), self.inner)
@@ -197,7 +197,7 @@ class ScatterAndGather:
     def leave_gradients(
         self, gradients: QueryKeyValue, order: TokenOrder | None, *, num_local: int
     ) -> QueryKeyValue:
-        """[q,H/n,D], 2 x [T,G*repeats/n,D] -> [t,H,D], 2 x [t,G,D]."""
+        """Returns gradients: [q,H/n,D], 2 x [T,G*repeats/n,D] -> [t,H,D], 2 x [t,G,D]."""
         assert order is not None
         query_grad, key_grad, value_grad = gradients
         num_tokens = self.outer.size() * self.inner.size() * num_local
@@ -212,7 +212,7 @@ class ScatterAndGather:
 
 
 def gathered_tokens(key: Tensor, value: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
-    """2 x [t,X,D] of this rank -> 2 x [ranks*t,X,D], one rank behind the other, in one call."""
+    """Gathers two tensors in one call: [t,X,D] -> [ranks*t,X,D], one rank behind the other."""
     mine = torch.stack((key, value))
     gathered = mine.new_empty(2 * group.size(), *mine.shape[1:])
     dist.all_gather_into_tensor(gathered, mine, group=group)
@@ -221,7 +221,7 @@ def gathered_tokens(key: Tensor, value: Tensor, group: ProcessGroup) -> tuple[Te
 
 
 def summed_back(key: Tensor, value: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
-    """The transpose of `gathered_tokens`: 2 x [ranks*t,X,D] -> 2 x [t,X,D], summed over ranks."""
+    """Sums over ranks, as `gathered_tokens` transposed: 2 x [ranks*t,X,D] -> 2 x [t,X,D]."""
     by_rank = torch.stack((key, value)).unflatten(1, (group.size(), -1))
     by_rank = by_rank.transpose(0, 1).flatten(0, 1)
     mine = torch.empty_like(by_rank[:2])
@@ -230,7 +230,7 @@ def summed_back(key: Tensor, value: Tensor, group: ProcessGroup) -> tuple[Tensor
 
 
 def scattered_heads(tensor: Tensor, group: ProcessGroup) -> Tensor:
-    """[t,X,D] -> [ranks*t,X/ranks,D]: the tokens of all ranks, one rank behind the other."""
+    """Scatters heads and gathers tokens of all ranks: [t,X,D] -> [ranks*t,X/ranks,D]."""
     sent = tensor.unflatten(1, (group.size(), -1)).transpose(0, 1).contiguous()
     received = torch.empty_like(sent)
     dist.all_to_all_single(received, sent, group=group)
@@ -238,7 +238,7 @@ def scattered_heads(tensor: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def gathered_heads(tensor: Tensor, group: ProcessGroup) -> Tensor:
-    """The inverse and the transpose of `scattered_heads`: [ranks*t,X/ranks,D] -> [t,X,D]."""
+    """Inverts `scattered_heads`, and is its transpose: [ranks*t,X/ranks,D] -> [t,X,D]."""
     sent = tensor.contiguous()
     received = torch.empty_like(sent)
     dist.all_to_all_single(received, sent, group=group)

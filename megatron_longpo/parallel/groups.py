@@ -60,11 +60,11 @@ class Groups:
         return self.rank == 0
 
     def is_first_stage(self, chunk: int = 0) -> bool:
-        """Whether chunk `chunk` of this rank holds the embedding."""
+        """Returns whether chunk `chunk` of this rank holds the embedding."""
         return self.pipeline.rank() == 0 and chunk == 0
 
     def is_last_stage(self, chunk: int | None = None) -> bool:
-        """Whether chunk `chunk` of this rank, None = its last one, computes the loss."""
+        """Returns whether chunk `chunk` of this rank, None = its last one, computes the loss."""
         last_chunk = (self.sizes.virtual_pipeline or 1) - 1
         is_last_rank = self.pipeline.rank() == self.pipeline.size() - 1
         return is_last_rank and chunk in (None, last_chunk)

@@ -22,7 +22,7 @@ def listen() -> None:
 
 
 def was_requested() -> bool:
-    """Whether a stop signal has come since `listen`."""
+    """Returns whether a stop signal has come since `listen`."""
     return _was_requested
 
 

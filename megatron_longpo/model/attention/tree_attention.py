@@ -69,7 +69,7 @@ class TreeAttention(nn.Module):
         attention_bias: Tensor | None = None,
         packed_seq_params: AttentionPlan | None = None,
     ) -> Tensor:
-        """[t,1,H,D], [t,1,G,D], [t,1,G,D] -> [t,1,H*D]."""
+        """Attends as the plan says: [t,1,H,D], [t,1,G,D], [t,1,G,D] -> [t,1,H*D]."""
         assert packed_seq_params is not None, "tree attention needs an AttentionPlan"
         plan = packed_seq_params
         kept = self._take(plan) if torch.is_grad_enabled() else None

@@ -89,7 +89,7 @@ class Head(Protocol):
 def states_of_all_places(
     states: Tensor, places: DivergenceEdges, context_group: ProcessGroup
 ) -> Tensor:
-    """[t, h] -> [s, h], the states at all places of the pack, by slot, on every context rank.
+    """Gathers the states at all places of the pack, [t, h] -> [s, h], on every context rank.
 
     The same place lies on other context-parallel ranks in the short row than in the long one, so
     the reference's states at places, answers alone, go to all of them.

@@ -186,7 +186,7 @@ class _Edges:
         return slice(int(sources[0]), int(sources[-1]) + 1) if is_run else None
 
     def states(self, hidden: Tensor, chunk: slice) -> Tensor:
-        """[t,h] -> [c,h]: states of a chunk's sources; a view where they are adjacent."""
+        """Takes the states of a chunk's sources, [t,h] -> [c,h]; a view if they are adjacent."""
         run = self.run(chunk)
         return hidden[self.sources[chunk]] if run is None else hidden[run]
 
@@ -245,12 +245,12 @@ def _has_mixed_addmm() -> bool:
 
 
 def log_sum_exp(logits: Tensor, group: ProcessGroup) -> Tensor:
-    """[c,v] -> [c]: log-sum-exps over the whole vocabulary."""
+    """Takes log-sum-exps, [c,v] -> [c], over the whole vocabulary."""
     return log_sum_over(torch.logsumexp(logits, dim=-1), group)
 
 
 def log_sum_over(local: Tensor, group: ProcessGroup) -> Tensor:
-    """[e] -> [e]: log-sum-exps over the whole vocabulary, from those over each rank's share."""
+    """Joins log-sum-exps over each rank's share to those over the whole vocabulary, [e] -> [e]."""
     if group.size() == 1:
         return local
     highest = local.clone()

@@ -108,7 +108,7 @@ def compare_with_base(
 
 
 def likeliest_tokens(logits: Tensor, shard: VocabularyShard) -> Tensor:
-    """[c, rows that stand for a token] -> [c]: the likeliest token ids of the whole vocabulary."""
+    """Finds the likeliest token ids of the whole vocabulary, [c, own tokens] -> [c]."""
     if not shard.num_valid:
         best = logits.new_full(logits.shape[:1], -torch.inf)
         tokens = torch.full_like(best, NO_TOKEN, dtype=torch.int64)

@@ -83,9 +83,10 @@ def description_of(pairs_path: Path) -> Path:
 
 
 def digest_in(folder: Path, iteration: int, *, writer: str | None = None) -> str | None:
-    """What tells the pairs of an iteration from others, by their description in a folder; None
-    where there is none, or where they were written by a model of other pairs, or, if it is given,
-    by another run than `writer`."""
+    """Returns the digest of an iteration's pairs, from their description in a folder.
+
+    None = there is none, or a model of other pairs wrote them, or another run than `writer`.
+    """
     path = description_of(folder / f"pairs-{iteration}.jsonl.gz")
     if not path.exists():
         return None

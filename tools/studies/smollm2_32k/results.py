@@ -71,8 +71,7 @@ class Result:
 
 
 def settings_of(run: Run) -> str:
-    """Digest of the files of settings that a run is made by, comments apart; its options are in its
-    name."""
+    """Returns a digest of the configs that a run is made by; its options are in its name."""
     names = ["evaluate.yaml"] if run.method is None else ["train.yaml", "evaluate.yaml"]
     contents = [yaml.safe_load((RECIPE / name).read_text(encoding="utf-8")) for name in names]
     return hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:8]
