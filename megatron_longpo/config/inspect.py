@@ -14,6 +14,8 @@ class InspectConfig:
     rows: str
     """Rows, or the texts that they are made from (LongPO examples, a DPO set): a JSONL or JSON
     file, a `datasets` or Parquet folder, or a hub id."""
+    split: str | None = None
+    """Split of a hub id or a folder of splits; null = the only one, or train."""
     tokenizer: str | None = None
     """Hugging Face folder, hub id or sentencepiece model file, to show rows as text; null = show
     token ids."""

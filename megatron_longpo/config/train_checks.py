@@ -202,6 +202,11 @@ def _check_rest(config: TrainConfig) -> None:
             f"train.eval_interval ({train.eval_interval}) needs something to evaluate. Set "
             "data.eval_path or a part of evaluation, or train.eval_interval 0"
         )
+    if data.eval_split is not None and data.eval_path is None:
+        raise UserError(
+            f"data.eval_split ({data.eval_split}) needs data.eval_path. Set that, which may be "
+            "data.path, or remove data.eval_split"
+        )
     if config.lora is not None and len(set(config.lora.targets)) != len(config.lora.targets):
         raise UserError(
             f"lora.targets ({', '.join(config.lora.targets)}): a layer stands twice. Name each once"

@@ -80,8 +80,12 @@ class DataConfig:
 
     path: str
     """JSONL of rows, a save_to_disk folder, a Parquet folder, or a hub id."""
+    split: str | None = None
+    """Split of data.path, if that has several (docs/data.md); null = the only one, or train."""
     eval_path: str | None = None
     """Rows to evaluate on, in any of the same forms; null = no evaluation."""
+    eval_split: str | None = None
+    """Split of data.eval_path; null = the only one, or validation, or else test."""
     max_length: int = field(default=131072, metadata=limits(at_least=2))
     """Maximum tokens of a long row."""
     too_long: RowTooLong = "error"

@@ -50,6 +50,7 @@ class RowReader:
             self.objective,
             progress=progress,
             find_logps=partial(self._find_logps, key) if self.uses_cache else None,
+            for_evaluation=key == "data.eval_path",
         )
         dropped = f", {pairs.num_dropped} dropped as too long" if pairs.num_dropped else ""
         self.console.say(

@@ -13,6 +13,7 @@ from checkpoints_convert.hf_folder import local_hf_folder
 from checkpoints_convert.lora_record import LoraRecord
 from megatron_longpo.config.train import TrainConfig
 from megatron_longpo.data.rows.dataset import RowDataset, open_rows
+from megatron_longpo.data.rows.splits import EVALUATION_SPLITS
 from megatron_longpo.data.trees.catalog import PairCatalog, RowLimits
 from megatron_longpo.data.trees.reference_logps import ReferenceLogps
 from megatron_longpo.data.trees.tree import TreeConfig
@@ -178,13 +179,17 @@ def read_pairs(
     *,
     progress: Callable[[Iterable[int]], Iterable[int]],
     find_logps: Callable[[RowDataset], ReferenceLogps] | None = None,
+    for_evaluation: bool = False,
 ) -> PairCatalog:
     """Opens a data set and checks and measures every row.
 
     If `find_logps` is given, it returns the reference's sums of the rows, and the rows are not
-    packed for the reference.
+    packed for the reference. `for_evaluation` reads the split to evaluate on, not to train on.
     """
-    dataset = open_rows(path)
+    if for_evaluation:
+        dataset = open_rows(path, split=config.data.eval_split, default_splits=EVALUATION_SPLITS)
+    else:
+        dataset = open_rows(path, split=config.data.split)
     needs, reference = objective.needs, sources.reference
     tree_config = TreeConfig(
         policy=needs.policy,

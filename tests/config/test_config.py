@@ -796,7 +796,14 @@ def test_the_config_yaml_of_0_1_still_starts_a_run(tmp_path: Path) -> None:
     written = yaml.safe_load(CONFIG_OF_0_1)
     assert written.pop("versions") and written.pop("fingerprints")
     read = json.loads(json.dumps(dataclasses.asdict(config)))
+    assert [read["data"].pop(key) for key in ("split", "eval_split")] == [None, None]  # since then
     assert read == written
+
+
+def test_a_split_to_evaluate_on_needs_a_path() -> None:
+    with pytest.raises(UserError, match=r"data.eval_split \(test\) needs data.eval_path"):
+        load("--data.eval_split=test")
+    assert load("--data.eval_split=test", "--data.eval_path=x").data.eval_split == "test"
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def run_inspect(config: InspectConfig) -> None:
     """Prints one row or example and statistics over the set; writes the page if `html` is set."""
     if config.html is not None:
         refuse_existing(config.html, overwrite=config.overwrite, key="html")
-    items = _open(config.rows)
+    items = _open(config.rows, config.split)
     if config.row >= len(items):
         raise UserError(f"row ({config.row}): must be below the number of rows, {len(items)}")
     tokenizer = None if config.tokenizer is None else load_tokenizer(config.tokenizer)
@@ -60,11 +60,11 @@ def run_inspect(config: InspectConfig) -> None:
         console.print(f"{config.html}: {len(samples)} samples")
 
 
-def _open(path: str) -> RowDataset | TextSet:
+def _open(path: str, split: str | None) -> RowDataset | TextSet:
     """Opens rows if the first item has their columns, else texts."""
-    source = open_source(path)
+    source = open_source(path, split=split)
     is_rows = len(source) > 0 and source.columns(0).get(LONG_COLUMNS[0]) is not None
-    return open_rows(path) if is_rows else TextSet(path)
+    return open_rows(path, split=split) if is_rows else TextSet(path, split=split)
 
 
 def _spread(length: int, number: int) -> list[int]:

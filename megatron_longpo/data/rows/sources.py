@@ -5,11 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_longpo.data.jsonl import JsonlFile
+from megatron_longpo.data.rows.arrow_values import plain_value
+from megatron_longpo.data.rows.parquet import ParquetSource, parquet_files
+from megatron_longpo.data.rows.splits import (
+    TRAIN_SPLITS,
+    choose_split,
+    files_by_split,
+    refuse_split,
+)
 from megatron_longpo.errors import UserError
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -104,31 +112,18 @@ class ArrowSource:
 
     def columns(self, index: int) -> Mapping[str, Any]:
         table = self._dataset[index]
-        return {name: _plain(table.column(name)[0]) for name in table.column_names}
+        return {name: plain_value(table.column(name)[0]) for name in table.column_names}
 
     def where(self, index: int) -> str:
         return f"{self._name}[{index}]"
 
 
-def _plain(scalar: Any) -> Any:
-    """Returns an Arrow scalar as a NumPy array, a list of arrays or a plain value."""
-    import pyarrow as pa
-
-    if not isinstance(scalar, pa.ListScalar | pa.LargeListScalar | pa.FixedSizeListScalar):
-        return scalar.as_py()
-    values = scalar.values
-    if values is None:
-        return None
-    if pa.types.is_integer(values.type) or pa.types.is_boolean(values.type):
-        # A null inside would turn the array into floats; the list keeps it visible to the check.
-        return values.to_pylist() if values.null_count else values.to_numpy(zero_copy_only=False)
-    if pa.types.is_nested(values.type):
-        return [_plain(value) for value in values]
-    return values.to_pylist()
-
-
 def open_source(
-    path: str, *, keep: Collection[str] | None = None, split: str | None = None
+    path: str,
+    *,
+    keep: Collection[str] | None = None,
+    split: str | None = None,
+    default_splits: Sequence[str] = TRAIN_SPLITS,
 ) -> RowSource:
     """Opens a path or hub id; raises `UserError` if nothing there holds rows.
 
@@ -136,19 +131,20 @@ def open_source(
         path: a JSONL file, a JSON file with a list, a `save_to_disk` folder, a Parquet file or
             folder, or a hub id.
         keep: the columns that are needed; others may be left unread.
-        split: name of the split, if a hub id or folder has several; None = the only one, or
-            `train`.
+        split: name of the split, if a hub id or folder has several; None = the only one, or the
+            first of `default_splits` that exists.
+        default_splits: what to read from several splits if none is named.
     """
     local = Path(path).expanduser()
     if local.is_dir():
-        return _open_folder(local, keep, split)
+        return _open_folder(local, keep, split, default_splits)
     if local.exists():
-        _refuse_split(split, path)
-        if local.suffix == ".parquet":
-            return _open_parquet([local], local, keep)
+        refuse_split(split, path)
+        if local.suffix.lower() == ".parquet":
+            return ParquetSource([local], name=str(local), keep=keep)
         return JsonArraySource(local) if _holds_list(local) else JsonlSource(local)
     if local.suffix not in (".jsonl", ".json", ".parquet") and HUB_ID.fullmatch(path):
-        return _open_hub(path, keep, split)
+        return _open_hub(path, keep, split, default_splits)
     raise UserError(f"{path}: no such file or folder, and not a hub id (owner/name)")
 
 
@@ -163,7 +159,9 @@ def _holds_list(path: Path) -> bool:
         return False  # `JsonlFile` says why
 
 
-def _open_folder(folder: Path, keep: Collection[str] | None, split: str | None) -> RowSource:
+def _open_folder(
+    folder: Path, keep: Collection[str] | None, split: str | None, default_splits: Sequence[str]
+) -> RowSource:
     saved = (folder / "state.json").exists() or (folder / "dataset_dict.json").exists()
     if saved:
         import datasets
@@ -172,36 +170,21 @@ def _open_folder(folder: Path, keep: Collection[str] | None, split: str | None) 
             loaded = datasets.load_from_disk(str(folder))
         except Exception as error:  # datasets and pyarrow raise many kinds for a damaged folder
             raise UserError(f"{folder}: not readable as a dataset folder ({error})") from error
-        return _arrow_source(loaded, str(folder), keep, split)
-    parquet = sorted(folder.rglob("*.parquet"))
-    if parquet:
-        _refuse_split(split, str(folder))
-        return _open_parquet(parquet, folder, keep)
+        return _arrow_source(loaded, str(folder), keep, split, default_splits)
+    files = parquet_files(folder)
+    if files:
+        splits = files_by_split(files, folder)
+        chosen = choose_split(splits, str(folder), split, default_splits)
+        return ParquetSource(splits[chosen], name=str(folder), keep=keep)
     raise UserError(
         f"{folder}: neither a save_to_disk folder nor a folder with .parquet files; "
         "give a JSONL file by its own path"
     )
 
 
-def _open_parquet(files: list[Path], name: Path, keep: Collection[str] | None) -> RowSource:
-    import datasets
-
-    # The fingerprint of `datasets` depends on the files' times; ours depends on their bytes.
-    digest = hashlib.blake2b(digest_size=16)
-    for file in files:
-        with open(file, "rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    try:
-        dataset = datasets.load_dataset(
-            "parquet", data_files=[str(file) for file in files], split="train"
-        )
-    except Exception as error:
-        raise UserError(f"{name}: not readable as Parquet ({error})") from error
-    return ArrowSource(dataset, name=str(name), fingerprint=digest.hexdigest(), keep=keep)
-
-
-def _open_hub(hub_id: str, keep: Collection[str] | None, split: str | None) -> RowSource:
+def _open_hub(
+    hub_id: str, keep: Collection[str] | None, split: str | None, default_splits: Sequence[str]
+) -> RowSource:
     import datasets
 
     try:
@@ -211,37 +194,29 @@ def _open_hub(hub_id: str, keep: Collection[str] | None, split: str | None) -> R
         raise UserError(
             f"{hub_id}: no such file or folder here, and the hub did not give it ({reason})"
         ) from error
-    return _arrow_source(loaded, hub_id, keep, split)
+    return _arrow_source(loaded, hub_id, keep, split, default_splits)
 
 
 def _arrow_source(
-    loaded: Any, name: str, keep: Collection[str] | None, split: str | None
+    loaded: Any,
+    name: str,
+    keep: Collection[str] | None,
+    split: str | None,
+    default_splits: Sequence[str],
 ) -> RowSource:
-    dataset = one_split(loaded, name, split)
+    dataset = one_split(loaded, name, split, default_splits)
     # Taken before columns are left out, since `datasets` gives the rest another fingerprint.
     fingerprint = f"{dataset._fingerprint}-{len(dataset)}"
     return ArrowSource(dataset, name=name, fingerprint=fingerprint, keep=keep)
 
 
-def one_split(loaded: Any, name: str, split: str | None) -> Any:
-    """Returns the split called `split`, or if that is None the only one or `train`."""
+def one_split(
+    loaded: Any, name: str, split: str | None, default_splits: Sequence[str] = TRAIN_SPLITS
+) -> Any:
+    """Returns the split called `split`, or if that is None the only one or a default."""
     import datasets
 
     if isinstance(loaded, datasets.Dataset):
-        _refuse_split(split, name)
+        refuse_split(split, name)
         return loaded
-    splits = list(loaded)
-    if split is None and len(splits) == 1:
-        return loaded[splits[0]]
-    wanted = split or "train"
-    if wanted not in splits:
-        raise UserError(
-            f"{name}: has the splits {', '.join(splits)} and none is called {wanted}; "
-            "give the folder of one split, or (longpo tokenize) the split's name"
-        )
-    return loaded[wanted]
-
-
-def _refuse_split(split: str | None, name: str) -> None:
-    if split is not None:
-        raise UserError(f"split ({split}): {name} has no splits; leave split out")
+    return loaded[choose_split(list(loaded), name, split, default_splits)]

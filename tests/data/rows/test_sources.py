@@ -15,7 +15,6 @@ from tests.data.rows.row_files import (
     save_arrow,
     save_json,
     save_jsonl,
-    save_parquet,
     write_lines,
 )
 
@@ -59,7 +58,7 @@ def test_splits(tmp_path: Path) -> None:
     assert open_source(str(tmp_path / "two"), split="b").columns(0)["id"] == "b"
     with pytest.raises(UserError, match=r"two: .* none is called c; give the folder of one split"):
         open_source(str(tmp_path / "two"), split="c")
-    for save in (save_jsonl, save_json, save_arrow, save_parquet):
+    for save in (save_jsonl, save_json, save_arrow):
         with pytest.raises(UserError, match=r"split \(b\): .* has no splits; leave split out"):
             open_source(save([columns()], tmp_path), split="b")
 
