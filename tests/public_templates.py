@@ -146,7 +146,8 @@ R1_DISTILL_STOCK = (
     "{%- if message['role'] == 'user' %}{{ '<\uff5cUser\uff5c>' + message['content'] }}{%- endif %}"
     "{%- if message['role'] == 'assistant' %}{% set content = message['content'] %}"
     "{% if '</think>' in content %}{% set content = content.split('</think>')[-1] %}{% endif %}"
-    "{{ '<\uff5cAssistant\uff5c>' + content + '<\uff5cend▁of▁sentence\uff5c>' }}{%- endif %}{%- endfor %}"
+    "{{ '<\uff5cAssistant\uff5c>' + content + '<\uff5cend▁of▁sentence\uff5c>' }}"
+    "{%- endif %}{%- endfor %}"
     "{% if add_generation_prompt %}{{ '<\uff5cAssistant\uff5c><think>\\n' }}{% endif %}"
 )
 R1_DISTILL = R1_DISTILL_STOCK.replace("<think>\\n", "")
@@ -175,7 +176,8 @@ def _llama3() -> Any:
 
 
 def _r1_distill() -> Any:
-    special = (
+    names = ("User", "Assistant", "end▁of▁sentence", "begin▁of▁sentence")
+    special = tuple(f"<\uff5c{name}\uff5c>" for name in names)
         "<\uff5cUser\uff5c>",
         "<\uff5cAssistant\uff5c>",
         "<\uff5cend▁of▁sentence\uff5c>",
