@@ -178,11 +178,6 @@ def _llama3() -> Any:
 def _r1_distill() -> Any:
     names = ("User", "Assistant", "end▁of▁sentence", "begin▁of▁sentence")
     special = tuple(f"<\uff5c{name}\uff5c>" for name in names)
-        "<\uff5cUser\uff5c>",
-        "<\uff5cAssistant\uff5c>",
-        "<\uff5cend▁of▁sentence\uff5c>",
-        "<\uff5cbegin▁of▁sentence\uff5c>",
-    )
     tokenizer = _with_words(special, eos=special[2], bos=special[3], digits=3)
     markup = ("<think>", "</think>")
     tokenizer.add_tokens([AddedToken(text, normalized=False, special=False) for text in markup])
