@@ -142,12 +142,15 @@ def _swift_sides(columns: Mapping[str, Any], source: str) -> Sides:
 def _factory_sides(columns: Mapping[str, Any], source: str) -> Sides:
     """Returns the sides of LLaMA-Factory: chosen and rejected are one message each."""
     key = conversation_column(columns)
-    sides = {}
-    for name in ("chosen", "rejected"):
-        value = columns.get(name)
-        listed = [value] if isinstance(value, dict) else value
-        sides[name] = messages_of(listed, name, "assistant", source)
-    return Sides(prompt=_conversation(columns.get(key), key, columns, source), **sides)
+    chosen, rejected = (
+        messages_of([value] if isinstance(value, dict) else value, name, "assistant", source)
+        for name, value in (
+            ("chosen", columns.get("chosen")),
+            ("rejected", columns.get("rejected")),
+        )
+    )
+    prompt = _conversation(columns.get(key), key, columns, source)
+    return Sides(prompt=prompt, chosen=chosen, rejected=rejected)
 
 
 def _conversation(value: Any, key: str, columns: Mapping[str, Any], source: str) -> list[Message]:
