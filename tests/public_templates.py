@@ -1,4 +1,4 @@
-"""Chat templates with the structure of five public model families, and tokenizers like theirs.
+"""Chat templates with the structure of six public model families, and tokenizers like theirs.
 
 Shorter than the originals: tool calls are left out. What decides where an answer stands is kept:
 default system prompts, the date, thinking that is taken out of earlier answers, markers that are
@@ -138,6 +138,21 @@ MISTRAL_V03 = (
 )
 """v0.3 and Nemo: the system prompt is in the last message, and only if that is the user's."""
 
+R1_DISTILL_STOCK = (
+    "{%- set ns = namespace(system_prompt='') %}"
+    "{%- for message in messages %}{%- if message['role'] == 'system' %}"
+    "{%- set ns.system_prompt = message['content'] %}{%- endif %}{%- endfor %}"
+    "{{ bos_token }}{{ ns.system_prompt }}{%- for message in messages %}"
+    "{%- if message['role'] == 'user' %}{{ '<\uff5cUser\uff5c>' + message['content'] }}{%- endif %}"
+    "{%- if message['role'] == 'assistant' %}{% set content = message['content'] %}"
+    "{% if '</think>' in content %}{% set content = content.split('</think>')[-1] %}{% endif %}"
+    "{{ '<\uff5cAssistant\uff5c>' + content + '<\uff5cend▁of▁sentence\uff5c>' }}"
+    "{%- endif %}{%- endfor %}"
+    "{% if add_generation_prompt %}{{ '<\uff5cAssistant\uff5c><think>\\n' }}{% endif %}"
+)
+R1_DISTILL = R1_DISTILL_STOCK.replace("<think>\\n", "")
+"""As R1's distilled models came out, before the generation prompt opened the thinking."""
+
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = (
     _CONTRACTIONS
@@ -158,6 +173,15 @@ def _qwen() -> Any:
 def _llama3() -> Any:
     special = tuple(small.LLAMA3_SPECIAL)
     return _with_words(special, eos="<|eot_id|>", bos="<|begin_of_text|>", digits=3)
+
+
+def _r1_distill() -> Any:
+    names = ("User", "Assistant", "end▁of▁sentence", "begin▁of▁sentence")
+    special = tuple(f"<\uff5c{name}\uff5c>" for name in names)
+    tokenizer = _with_words(special, eos=special[2], bos=special[3], digits=3)
+    markup = ("<think>", "</think>")
+    tokenizer.add_tokens([AddedToken(text, normalized=False, special=False) for text in markup])
+    return tokenizer
 
 
 def _with_words(special: tuple[str, ...], *, eos: str, bos: str | None, digits: int) -> Any:
@@ -226,4 +250,7 @@ PUBLIC = {
     "llama-3": PublicTemplate(template=LLAMA3, make_backend=_llama3, end="<|eot_id|>"),
     "llama-3.2": PublicTemplate(template=LLAMA32, make_backend=_llama3, end="<|eot_id|>"),
     "smollm2": PublicTemplate(template=SMOLLM2, make_backend=_smollm2, end="<|im_end|>"),
+    "r1-distill": PublicTemplate(
+        template=R1_DISTILL, make_backend=_r1_distill, end="<\uff5cend▁of▁sentence\uff5c>"
+    ),
 }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from megatron_longpo.data.inspect.samples import Sample
 from megatron_longpo.data.inspect.statistics import row_statistics, text_statistics
 from megatron_longpo.data.inspect.text_samples import sample_of_text
 from megatron_longpo.data.jsonl import refuse_existing
-from megatron_longpo.data.progress import track
+from megatron_longpo.data.progress import Dropped, track
 from megatron_longpo.data.rows.dataset import RowDataset, open_rows
 from megatron_longpo.data.rows.schema import LONG_COLUMNS
 from megatron_longpo.data.rows.sources import open_source
@@ -39,22 +40,29 @@ def run_inspect(config: InspectConfig) -> None:
         (lambda row: sample_of_row(row, tokenizer)) if is_rows else sample_of_text
     )
     console = Console(soft_wrap=True, highlight=False)
-    show_sample(console, make_sample(items[config.row]), config.max_chars)
+    try:
+        shown_item = items[config.row]
+    except Dropped as reason:
+        raise UserError(
+            f"row ({config.row}): no row can carry it ({reason}); choose another"
+        ) from None
+    show_sample(console, make_sample(shown_item), config.max_chars)
     indices = _spread(len(items), config.sample or len(items))
-    read: Iterator[Any] = map(
-        items.__getitem__, track(indices, description="read", total=len(indices))
+    read = _read(items, track(indices, description="read", total=len(indices)))
+    statistics = (row_statistics if is_rows else text_statistics)(
+        (item for _, item in read), len(items)
     )
-    statistics = (row_statistics if is_rows else text_statistics)(read, len(items))
     show_statistics(console, statistics)
     if config.html is not None:
-        shown = sorted({config.row, *_spread(len(items), config.html_samples - 1)})
-        samples = [make_sample(items[index]) for index in shown]
+        picked = sorted({config.row, *_spread(len(items), config.html_samples - 1)})
+        shown = dict(_read(items, picked))
+        samples = [make_sample(item) for item in shown.values()]
         write_page(
             Path(config.html),
             samples,
             statistics,
             title=config.rows,
-            first=shown.index(config.row),
+            first=list(shown).index(config.row),
             max_chars=config.max_chars,
         )
         console.print(f"{config.html}: {len(samples)} samples")
@@ -65,6 +73,13 @@ def _open(path: str, split: str | None) -> RowDataset | TextSet:
     source = open_source(path, split=split)
     is_rows = len(source) > 0 and source.columns(0).get(LONG_COLUMNS[0]) is not None
     return open_rows(path, split=split) if is_rows else TextSet(path, split=split)
+
+
+def _read(items: RowDataset | TextSet, indices: Iterable[int]) -> Iterator[tuple[int, Any]]:
+    """Yields items with their index, without those that a row cannot carry."""
+    for index in indices:
+        with contextlib.suppress(Dropped):
+            yield index, items[index]
 
 
 def _spread(length: int, number: int) -> list[int]:

@@ -16,7 +16,7 @@ from typing import Any
 from megatron_longpo.config.names import TextFormat
 from megatron_longpo.config.tokenize import TokenizeConfig
 from megatron_longpo.data.jsonl import refuse_existing, write_lines
-from megatron_longpo.data.progress import Dropped, format_counts, track
+from megatron_longpo.data.progress import Dropped, track
 from megatron_longpo.data.rows.writing import row_line, row_table, write_rows_dataset
 from megatron_longpo.data.text.dpo_sets import DpoPair
 from megatron_longpo.data.text.example_rows import dpo_row, example_row
@@ -47,6 +47,8 @@ class TokenizeSummary:
     """Tokens of the longest long row."""
     dropped: Counter[str] = field(default_factory=Counter)
     """Examples by the reason why they gave no row."""
+    first_dropped: dict[str, str] = field(default_factory=dict)
+    """Where the first example of each reason is from."""
 
     def __str__(self) -> str:
         lines = f"{self.num_rows} rows, the longest of {self.longest} tokens"
@@ -55,16 +57,30 @@ class TokenizeSummary:
         if self.num_cut_documents:
             lines += f"; {self.num_cut_documents} documents cut"
         if self.dropped:
-            lines += f"; dropped {self.dropped.total()}: {format_counts(self.dropped)}"
+            lines += f"; dropped {self.dropped.total()}: {self.reasons()}"
         return lines
+
+    def drop(self, reason: str, source: str) -> None:
+        """Counts an example that gave no row."""
+        self.dropped[reason] += 1
+        self.first_dropped.setdefault(reason, source)
+
+    def reasons(self) -> str:
+        """Returns `3 x empty answer (first: pairs.jsonl:7)`, the most frequent first."""
+        return ", ".join(
+            f"{number} x {reason} (first: {self.first_dropped[reason]})"
+            for reason, number in self.dropped.most_common()
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
     """The row of one example, or why there is none."""
 
+    source: str
+    """Where the example is from."""
     dropped: str | None = None
-    """The reason why there is no row; the other fields are then meaningless."""
+    """The reason why there is no row; the fields below are then meaningless."""
     encoded: Any = None
     """The row ready to be written: a line of JSONL, or a table of one row."""
     num_tokens: int = 0
@@ -84,18 +100,20 @@ class ExampleTokenizer:
 
     def __call__(self, index: int) -> Outcome:
         """Makes one row. Raises `UserError` if the example or the chat template is unusable."""
-        example = self._examples[index]
+        source = self._examples.where(index)
         document_cut = False
         try:
+            example = self._examples[index]
             if isinstance(example, DpoPair):
                 row = dpo_row(example, self._tokenizer, self._config)
             else:
                 row, document_cut = example_row(example, self._tokenizer, self._config)
         except Dropped as dropped:
-            return Outcome(dropped=str(dropped))
+            return Outcome(source=source, dropped=str(dropped))
         except TemplateChangesText:
-            return Outcome(dropped="text changed by the chat template")
+            return Outcome(source=source, dropped="text changed by the chat template")
         return Outcome(
+            source=source,
             encoded=self._encode(row),
             num_tokens=max(len(row.chosen), len(row.rejected)),
             has_short_rows=bool(row.reference_chosen),
@@ -152,7 +170,7 @@ def _counted(
     """Yields the encoded rows and counts in `summary`; raises if there is no row."""
     for outcome in outcomes:
         if outcome.dropped is not None:
-            summary.dropped[outcome.dropped] += 1
+            summary.drop(outcome.dropped, outcome.source)
             continue
         summary.num_rows += 1
         summary.num_without_short_rows += not outcome.has_short_rows
@@ -160,6 +178,4 @@ def _counted(
         summary.longest = max(summary.longest, outcome.num_tokens)
         yield outcome.encoded
     if summary.num_rows == 0:
-        raise UserError(
-            f"{config.examples}: no example gave a row (dropped: {format_counts(summary.dropped)})"
-        )
+        raise UserError(f"{config.examples}: no example gave a row (dropped: {summary.reasons()})")

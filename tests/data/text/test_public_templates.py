@@ -1,4 +1,4 @@
-"""Rows under the templates of Mistral, Qwen2.5, Qwen3, Llama 3 and SmolLM2, whatever texts hold.
+"""Rows under templates of Mistral, Qwen2.5, Qwen3, Llama 3, SmolLM2 and R1, whatever texts hold.
 
 `test_chat.py` has the rules one by one; here every family meets every rule.
 """
@@ -22,7 +22,9 @@ from megatron_longpo.data.rows.schema import IGNORED_LABEL, TokenRow
 from megatron_longpo.data.text.chat import conversation_row, prompt_ids
 from megatron_longpo.data.text.chat_tokenizer import ChatTokenizer, Message
 from megatron_longpo.data.text.hf_tokenizer import HuggingFaceTokenizer
-from tests.public_templates import PUBLIC
+from megatron_longpo.data.text.renderings import TemplateChangesText
+from megatron_longpo.errors import UserError
+from tests.public_templates import PUBLIC, R1_DISTILL, R1_DISTILL_STOCK
 
 TOKENIZERS: dict[str, ChatTokenizer] = {name: PUBLIC[name].tokenizer(name) for name in PUBLIC}
 SYSTEM = "Answer in one sentence."
@@ -179,6 +181,29 @@ def test_qwen3_history_that_is_only_read_has_no_thinking() -> None:
     assert read.replace("<think>\n\n</think>\n\n", "") == trained.replace(
         "<think>\n\n</think>\n\n", ""
     )
+
+
+def test_r1_distill_works_without_the_thinking_in_its_template() -> None:
+    """docs/data.md says why the stock template is refused, and what to change in it."""
+    messages = conversation(TURNS[:1])
+    backend = PUBLIC["r1-distill"].backend()
+    stock = HuggingFaceTokenizer(backend, name="r1", chat_template=R1_DISTILL_STOCK)
+    with pytest.raises(UserError, match=r"r1: its chat template renders an answer with other text"):
+        conversation_row(stock, messages)
+    thinking = conversation([("Who?", "<think>\nHm.\n</think>\n\nThe harbour.")])
+    with pytest.raises(TemplateChangesText):
+        conversation_row(TOKENIZERS["r1-distill"], thinking)
+    cut = (
+        "{% if '</think>' in content %}{% set content = content.split('</think>')[-1] %}{% endif %}"
+    )
+    assert cut in R1_DISTILL
+    kept = HuggingFaceTokenizer(backend, name="r1", chat_template=R1_DISTILL.replace(cut, ""))
+    row = conversation_row(kept, thinking)
+    (span,) = labelled_spans(row)
+    assert text_of(kept, row, *span) == (
+        "<think>\nHm.\n</think>\n\nThe harbour.<\uff5cend▁of▁sentence\uff5c>"
+    )
+    assert row.input_ids.tolist().count(backend.convert_tokens_to_ids("<think>")) == 1
 
 
 @pytest.mark.slow
