@@ -46,6 +46,8 @@ CONTRACT_DEFAULTS: dict[str, Any] = {
     "reference.context": "short",
     "reference.cache_path": None,
     "reference.offload": False,
+    "data.split": None,
+    "data.eval_split": None,
     "data.eval_path": None,
     "data.max_length": 131072,
     "data.too_long": "error",
