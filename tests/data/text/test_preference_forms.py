@@ -19,6 +19,7 @@ from megatron_longpo.data.text.tokenize import run_tokenize
 from megatron_longpo.data.text.tokenizers import load_tokenizer
 from megatron_longpo.errors import UserError
 from tests import small_tokenizers as small
+from tests.data.text.test_dpo_sets import save_jsonl, save_parquet_file
 
 QUESTION, CHOSEN, REJECTED = "How many barrels?", "Twelve.", "Seven of them."
 SYSTEM = "Be short."
@@ -94,19 +95,6 @@ FORMS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-def save_jsonl(values: list[dict[str, Any]], folder: Path) -> str:
-    path = folder / "pairs.jsonl"
-    path.write_text("".join(json.dumps(value) + "\n" for value in values), encoding="utf-8")
-    return str(path)
-
-
-def save_parquet(values: list[dict[str, Any]], folder: Path) -> str:
-    import datasets
-
-    datasets.Dataset.from_list(values).to_parquet(str(folder / "pairs.parquet"))
-    return str(folder / "pairs.parquet")
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("model")
@@ -129,7 +117,7 @@ def ids_and_labels(row: PreferenceRow) -> list[list[int]]:
     return [array.tolist() for side in sides for array in (side.input_ids, side.labels)]
 
 
-@pytest.mark.parametrize("save", [save_jsonl, save_parquet])
+@pytest.mark.parametrize("save", [save_jsonl, save_parquet_file])
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_gives_the_row_of_trl(
     form: str,
@@ -138,7 +126,7 @@ def test_every_form_gives_the_row_of_trl(
     model: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    if (form, save) == ("trl_sharegpt", save_parquet):
+    if (form, save) == ("trl_sharegpt", save_parquet_file):
         pytest.skip("Arrow gives every list the same fields")
     pair, description = FORMS[form]
     path = save([pair, pair], tmp_path)
